@@ -1,0 +1,108 @@
+"""Running softmax statistics: fold logits in, merge partial results, read the answer out.
+
+For u = the row's logits (after softcap) and k = log2(e) * scale / temperature > 0, a partial result over some of the
+entries is, in log2 units and relative to the largest u seen so far,
+
+    m = max u        s = sum 2^(k (u - m))        w = sum 2^(k (u - m)) k (u - m)
+
+The shift comes before the scale: u - m is exact to half an ulp however large the logits are, so an offset common to
+the row costs no accuracy. With m, s and w of the whole row, in nats,
+
+    lse = m k ln2 + ln s        logp_v = (k (u_v - m) - log2 s) ln2        entropy = (log2 s - w / s) ln2
+
+Exponents are floored at EXP2_FLOOR: 2^-200 is 0 in fp32, and the product w then reads 0 * -200 and not 0 * -inf. The
+floor lets NaN through, so a NaN (or a +inf, through inf - inf) poisons its own row and no other.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+EXP2_FLOOR: tl.constexpr = tl.constexpr(-200.0)
+
+
+@triton.jit
+def floored(x):
+    """max(x, EXP2_FLOOR), NaN stays NaN."""
+    return tl.maximum(x, EXP2_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finite_shift(m):
+    """The maximum as something that may be subtracted: -inf (no entry above -inf yet) becomes 0."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 1 ulp of the result; an odd polynomial below 0.625, where 1 - 2 / (e^2x + 1) would cancel."""
+    square = x * x
+    tail = -5.70498872745e-3
+    tail = tail * square + 2.06390887954e-2
+    tail = tail * square - 5.37397155531e-2
+    tail = tail * square + 1.33314422036e-1
+    tail = tail * square - 3.33332819422e-1
+    small = x + x * square * tail
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+    large = tl.where(x < 0.0, -large, large)
+    return tl.where(tl.abs(x) < 0.625, small, large)
+
+
+@triton.jit
+def softcapped(logits, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """Raw logits -> u. Without a softcap the logit scale is part of k and nothing is left to do here."""
+    if HAS_SOFTCAP:
+        return softcap * tanh(logits * logit_scale / softcap)
+    return logits
+
+
+@triton.jit
+def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """Two partial results over disjoint entries -> one. q = sum 4^(k (u - m)) rides along for log sum p^2."""
+    m = tl.maximum(m_a, m_b)
+    shift = finite_shift(m)
+    d_a = floored((m_a - shift) * k)
+    d_b = floored((m_b - shift) * k)
+    f_a = tl.exp2(d_a)
+    f_b = tl.exp2(d_b)
+    s = s_a * f_a + s_b * f_b
+    w = w_a
+    if ENTROPY:
+        w = (w_a + s_a * d_a) * f_a + (w_b + s_b * d_b) * f_b
+    q = q_a
+    if SQUARES:
+        q = q_a * f_a * f_a + q_b * f_b * f_b
+    return m, s, w, q
+
+
+@triton.jit
+def fold(m, s, w, q, u, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """Fold a tile u [R, C] into R running results. With C contiguous entries a thread, nothing crosses a thread."""
+    m_new = tl.maximum(m, tl.max(u, axis=1))
+    shift = finite_shift(m_new)
+    d_old = floored((m - shift) * k)
+    rescale = tl.exp2(d_old)
+    t = floored((u - shift[:, None]) * k)
+    e = tl.exp2(t)
+    if ENTROPY:
+        w = (w + s * d_old) * rescale + tl.sum(e * t, axis=1)
+    s = s * rescale + tl.sum(e, axis=1)
+    if SQUARES:
+        q = q * rescale * rescale + tl.sum(e * e, axis=1)
+    return m_new, s, w, q
+
+
+@triton.jit
+def collapse(m, s, w, q, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """R running results -> one, as scalars."""
+    m_row = tl.max(m, axis=0)
+    d = floored((m - finite_shift(m_row)) * k)
+    f = tl.exp2(d)
+    w_row = 0.0
+    if ENTROPY:
+        w_row = tl.sum((w + s * d) * f, axis=0)
+    q_row = 0.0
+    if SQUARES:
+        q_row = tl.sum(q * f * f, axis=0)
+    return m_row, tl.sum(s * f, axis=0), w_row, q_row

@@ -1,0 +1,66 @@
+"""Where a row lies and how its work is divided: the addressing that every vocabulary kernel shares."""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.online import LOG2_E
+
+CHUNK_BLOCKS = 8
+MAX_BLOCK_V = 2048
+
+
+@triton.jit
+def row_offset(row, rows_inner, stride_outer, stride_inner):
+    """Offset of row `row` of a [outer, inner, V] view, in int64."""
+    outer = row // rows_inner
+    inner = row - outer * rows_inner
+    return outer * stride_outer.to(tl.int64) + inner * stride_inner.to(tl.int64)
+
+
+@triton.jit
+def scales(row, temperature, temperature_ptr, logit_scale, PER_ROW: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(1 / temperature, k): what u is multiplied by, in nats and in log2 units."""
+    if PER_ROW:
+        scale = 1.0 / tl.load(temperature_ptr + row)
+    else:
+        scale = 1.0 / temperature
+    if not HAS_SOFTCAP:
+        scale = scale * logit_scale
+    return scale, scale * LOG2_E
+
+
+class Rows:
+    """A [..., V] tensor as rows for a kernel: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+
+    def __init__(self, x: torch.Tensor):
+        if x.dim() != 3:
+            try:
+                x = x.view(-1, 1, x.shape[-1]) if x.dim() == 1 else x.view(x.shape[0], -1, x.shape[-1])
+            except RuntimeError:
+                x = x.contiguous().view(x.shape[0], -1, x.shape[-1])
+        self.tensor = x
+        self.N, self.V = x.shape[0] * x.shape[1], x.shape[2]
+        self.inner = max(x.shape[1], 1)
+        self.stride_outer, self.stride_inner, self.stride_v = x.stride()
+
+    def aligned(self) -> bool:
+        """Whether every row starts on 16 bytes and is contiguous, so that 16-byte loads and stores are legal."""
+        size = self.tensor.element_size()
+        steps = [s for s, n in zip(self.tensor.stride()[:2], self.tensor.shape[:2], strict=True) if n > 1]
+        return (
+            self.stride_v == 1
+            and self.tensor.data_ptr() % 16 == 0
+            and all(step * size % 16 == 0 for step in steps)
+        )
+
+
+def launch_shape(V: int, block_v: int | None = None) -> tuple[int, int, int, int]:
+    """(BLOCK_V, CHUNK_V, chunks, num_warps) for a vocabulary; a function of V alone, so that bits are too."""
+    block_v = block_v or min(MAX_BLOCK_V, max(256, triton.next_power_of_2(V)))
+    chunk_v = block_v * CHUNK_BLOCKS
+    return block_v, chunk_v, triton.cdiv(V, chunk_v), max(1, min(8, block_v // 256))
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

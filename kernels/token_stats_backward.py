@@ -1,0 +1,224 @@
+"""The gradient of `token_stats`: per-row coefficients -> d loss / d logits. RL reaches this kernel as those numbers.
+
+With p = softmax and the incoming g_logp, g_entropy, g_lse of a row,
+
+    d loss / d u_v = [ g_logp 1[v = target] + p_v (g_lse - g_logp - g_entropy (entropy + log p_v)) ] / temperature
+
+then the chain rule through softcap and logit scale. A dead row (all three exactly 0, or masked) is written as zeros
+and its logits are not read.
+
+Bytes for V entries of b bytes: 2 b V a live row (one read, one write), b V a dead one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.online import LN_2, floored, softcapped, tanh
+from rlloss.kernels.rows import Rows, launch_shape, row_offset, scales
+
+
+@triton.jit
+def _gradient(
+    u,
+    logits,
+    offsets,
+    target,
+    g_logp,
+    common,
+    g_entropy,
+    m,
+    log_s,
+    scale,
+    k,
+    softcap,
+    logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY_GRAD: tl.constexpr,
+):
+    """d loss / d logits of one tile. `common` = g_lse - g_logp - g_entropy * entropy."""
+    t = floored((u - m) * k - log_s)
+    p = tl.exp2(t)
+    if ENTROPY_GRAD:
+        # Where p underflows t is floored, and p * t is 0 and not 0 * -inf.
+        grad = p * (common - g_entropy * LN_2 * t)
+    else:
+        grad = p * common
+    grad = tl.where(offsets == target, grad + g_logp, grad) * scale
+    if HAS_SOFTCAP:
+        slope = tanh(logits * logit_scale / softcap)
+        grad = grad * (1.0 - slope * slope) * logit_scale
+    return grad
+
+
+@triton.jit(
+    do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"]
+)
+def token_stats_backward_kernel(
+    logits_ptr,
+    target_ptr,
+    mask_ptr,
+    temperature_ptr,
+    saved_ptr,
+    entropy_ptr,
+    g_logp_ptr,
+    g_entropy_ptr,
+    g_lse_ptr,
+    grad_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    V: "i32",  # type: ignore  # noqa: F821
+    rows_inner: "i64",  # type: ignore  # noqa: F821
+    stride_outer: "i64",  # type: ignore  # noqa: F821
+    stride_inner: "i64",  # type: ignore  # noqa: F821
+    stride_v,
+    out_outer: "i64",  # type: ignore  # noqa: F821
+    out_inner: "i64",  # type: ignore  # noqa: F821
+    out_v,
+    chunks: "i32",  # type: ignore  # noqa: F821
+    temperature: "fp32",  # type: ignore  # noqa: F821
+    softcap: "fp32",  # type: ignore  # noqa: F821
+    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    HAS_MASK: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LOGP_GRAD: tl.constexpr,
+    ENTROPY_GRAD: tl.constexpr,
+    LSE_GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):
+    """Grid (N * chunks,). saved and entropy are the forward's; grad may be the logits themselves."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // chunks
+    start = (pid - row * chunks).to(tl.int32) * CHUNK_V
+    stop = tl.minimum(V, start + CHUNK_V)
+    row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
+    out_ptr = grad_ptr + row_offset(row, rows_inner, out_outer, out_inner)
+    if ALIGNED:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+
+    g_logp = 0.0
+    g_entropy = 0.0
+    g_lse = 0.0
+    if LOGP_GRAD:
+        g_logp = tl.load(g_logp_ptr + row)
+    if ENTROPY_GRAD:
+        g_entropy = tl.load(g_entropy_ptr + row)
+    if LSE_GRAD:
+        g_lse = tl.load(g_lse_ptr + row)
+    # NaN is not 0: a broken coefficient is live and shows itself.
+    dead = (g_logp == 0.0) & (g_entropy == 0.0) & (g_lse == 0.0)
+    if HAS_MASK:
+        dead = dead | (tl.load(mask_ptr + row) == 0)
+
+    lanes = tl.arange(0, BLOCK_V)
+    full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
+    if dead:
+        zeros = tl.zeros((BLOCK_V,), grad_ptr.dtype.element_ty)
+        for first in range(start, full, BLOCK_V):
+            tl.store(out_ptr + (first + lanes).to(tl.int64) * out_v, zeros)
+        if stop > full:
+            offsets = tl.maximum(start, full) + lanes
+            tl.store(out_ptr + offsets.to(tl.int64) * out_v, zeros, mask=offsets < V)
+    else:
+        target = tl.load(target_ptr + row)
+        scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+        m = tl.load(saved_ptr + row)
+        log_s = tl.load(saved_ptr + N + row)
+        common = g_lse - g_logp
+        if LOGP_GRAD:
+            # The forward gave NaN to a target outside the vocabulary; its gradient is NaN too.
+            common = tl.where((target >= 0) & (target < V), common, float("nan"))
+        if ENTROPY_GRAD:
+            common = common - g_entropy * tl.load(entropy_ptr + row)
+        for first in range(start, full, BLOCK_V):
+            offsets = first + lanes
+            logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
+            u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+            grad = _gradient(
+                u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
+                HAS_SOFTCAP, ENTROPY_GRAD,
+            )  # fmt: skip
+            tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(grad_ptr.dtype.element_ty))
+        if stop > full:
+            offsets = tl.maximum(start, full) + lanes
+            inside = offsets < V
+            logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+            u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+            grad = _gradient(
+                u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
+                HAS_SOFTCAP, ENTROPY_GRAD,
+            )  # fmt: skip
+            tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def token_stats_backward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: torch.Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    saved: torch.Tensor,
+    entropy: torch.Tensor,
+    g_logp: torch.Tensor | None,
+    g_entropy: torch.Tensor | None,
+    g_lse: torch.Tensor | None,
+    *,
+    inplace: bool = False,
+    block_v: int | None = None,
+) -> torch.Tensor:
+    """The gradient of logits, shaped and typed like them: contiguous, or the logits' own memory with `inplace`.
+
+    g_* are contiguous fp32 with N entries or None; saved and entropy are what `token_stats_forward` returned.
+    """
+    rows = Rows(logits)
+    if inplace and rows.tensor.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"inplace_grad: logits of shape {tuple(logits.shape)} and strides {logits.stride()} are not rows of one "
+            "memory block; expected at most two leading strides"
+        )
+    grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if rows.N == 0:
+        return grad
+    out = Rows(grad)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
+    per_row = isinstance(temperature, torch.Tensor)
+    token_stats_backward_kernel[(rows.N * chunks,)](
+        rows.tensor,
+        target,
+        target if mask is None else mask,
+        temperature if per_row else saved,
+        saved,
+        entropy,
+        saved if g_logp is None else g_logp,
+        saved if g_entropy is None else g_entropy,
+        saved if g_lse is None else g_lse,
+        out.tensor,
+        rows.N,
+        rows.V,
+        rows.inner,
+        rows.stride_outer,
+        rows.stride_inner,
+        rows.stride_v,
+        out.stride_outer,
+        out.stride_inner,
+        out.stride_v,
+        chunks,
+        1.0 if per_row else float(temperature),
+        0.0 if softcap is None else float(softcap),
+        float(logit_scale),
+        HAS_MASK=mask is not None,
+        PER_ROW=per_row,
+        HAS_SOFTCAP=softcap is not None,
+        LOGP_GRAD=g_logp is not None,
+        ENTROPY_GRAD=g_entropy is not None,
+        LSE_GRAD=g_lse is not None,
+        ALIGNED=rows.aligned() and out.aligned(),
+        BLOCK_V=BLOCK_V,
+        CHUNK_V=CHUNK_V,
+        num_warps=num_warps,
+    )
+    return grad

@@ -1,0 +1,310 @@
+"""Registered operators with autograd, and the choice of who computes them.
+
+Backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under TRITON_INTERPRET=1), "torch"
+(tiled torch, anywhere). The choice is made per call from the tensor; RLLOSS_BACKEND or `backend(...)` forces one, and
+a forced backend that is missing raises.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import checks, tiled
+
+try:
+    from rlloss.kernels import token_stats as triton_forward
+    from rlloss.kernels import token_stats_backward as triton_backward
+except ImportError:  # Triton is published for Linux only
+    triton_forward = triton_backward = None
+
+BACKENDS = ("triton", "interpreter", "torch")
+OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
+_LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_forced: list[str] = []
+
+
+class TokenStats(NamedTuple):
+    """What a softmax says about each token, shaped like `target`; None where it was not asked for.
+
+    logp, entropy and lse are fp32 (fp64 for fp64 logits), in nats, and 0 where masked. mean_logit, log_sum_sq_probs
+    and is_top1 (bool) carry no gradient.
+    """
+
+    logp: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend ("triton", "interpreter" or "torch") for the calls inside."""
+    checks.one_of("backend", name, BACKENDS)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose_backend(x: Tensor) -> str:
+    """The backend for a tensor: what is forced, else Triton where it runs, else torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type in ("cuda", "xpu"):
+        possible = ["triton", "torch"] if triton_forward is not None and not interpreted else ["torch"]
+    else:
+        possible = ["interpreter", "torch"] if triton_forward is not None and interpreted else ["torch"]
+    if x.dtype == torch.float64:
+        possible = ["torch"]
+    forced = _forced[-1] if _forced else os.environ.get("RLLOSS_BACKEND")
+    if not forced:
+        return possible[0]
+    checks.one_of("RLLOSS_BACKEND", forced, BACKENDS)
+    if forced not in possible:
+        raise RuntimeError(
+            f"backend: {forced!r} was forced, but a {x.dtype} tensor on {x.device} with TRITON_INTERPRET="
+            f"{os.environ.get('TRITON_INTERPRET', 'unset')} can use {' or '.join(possible)}"
+        )
+    return forced
+
+
+def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).to(dtype or x.dtype).contiguous()
+
+
+def _run_backward(
+    logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, grads, inplace=False
+):
+    run = tiled if choose_backend(logits) == "torch" else triton_backward
+    stats_dtype = saved.dtype
+    return run.token_stats_backward(
+        logits, _flat(target), _flat(mask), temperature if temperatures is None else _flat(temperatures, stats_dtype),
+        softcap, logit_scale, saved.view(2, -1), entropy.view(-1), *(_flat(g, stats_dtype) for g in grads),
+        inplace=inplace,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rlloss::token_stats", mutates_args=())
+def _token_stats_op(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    entropy_grad: bool,
+    squares: bool,
+    mean: bool,
+    top1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = tiled if choose_backend(logits) == "torch" else triton_forward
+    stats_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logp, entropy_out, lse, saved, extra = run.token_stats_forward(  # type: ignore[union-attr]
+        logits, _flat(target), _flat(mask), temperature if temperatures is None else _flat(temperatures, stats_dtype),
+        softcap, logit_scale, entropy=entropy, squares=squares, mean=mean, top1=top1,
+    )  # fmt: skip
+    shape = target.shape
+    return (
+        logp.view(shape),
+        entropy_out.view(shape),
+        lse.view(shape),
+        saved.view(2, *shape),
+        extra.view(3, *(shape if squares or mean or top1 else (0,))),
+    )
+
+
+@_token_stats_op.register_fake
+def _(logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    row = [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
+    extra_shape = target.shape if squares or mean or top1 else (0,)
+    return *row, logits.new_empty((2, *target.shape), dtype=dtype), logits.new_empty((3, *extra_shape), dtype=dtype)
+
+
+@torch.library.custom_op("rlloss::token_stats_backward", mutates_args=())
+def _token_stats_backward_op(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    saved: Tensor,
+    entropy: Tensor,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    g_lse: Tensor | None,
+) -> Tensor:
+    return _run_backward(
+        logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, (g_logp, g_entropy, g_lse)
+    )
+
+
+@_token_stats_backward_op.register_fake
+def _(logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, g_logp, g_entropy, g_lse):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, target, mask, temperatures, *settings = inputs
+    _, entropy, _, saved, extra = output
+    ctx.settings = settings[:3]
+    ctx.entropy_grad = settings[4]
+    ctx.mark_non_differentiable(saved, extra)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, mask, temperatures, saved, entropy)
+
+
+def _backward(ctx, g_logp, g_entropy, g_lse, *_):
+    logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
+    g_entropy = g_entropy if ctx.entropy_grad else None
+    grad = None
+    if any(g is not None for g in (g_logp, g_entropy, g_lse)):
+        grad = _token_stats_backward_op(
+            logits, target, mask, temperatures, *ctx.settings, saved, entropy, g_logp, g_entropy, g_lse
+        )
+    return grad, *(None for _ in range(11))
+
+
+torch.library.register_autograd("rlloss::token_stats", _backward, setup_context=_setup_context)
+
+
+class _InplaceTokenStats(torch.autograd.Function):
+    """The same forward; the backward overwrites the logits with their gradient. Eager only."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch.no_grad():
+            output = _token_stats_op(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
+        g_logp, g_entropy, g_lse = grads[0], grads[1] if ctx.entropy_grad else None, grads[2]
+        if all(g is None for g in (g_logp, g_entropy, g_lse)):
+            return (None,) * 12
+        with torch.no_grad():
+            grad = _run_backward(
+                logits, target, mask, temperatures, *ctx.settings, saved, entropy, (g_logp, g_entropy, g_lse), True
+            )
+            torch.autograd.graph.increment_version(logits)
+        return grad, *(None for _ in range(11))
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("logp", "entropy", "lse"),
+    entropy_grad: bool = False,
+    inplace_grad: bool = False,
+) -> TokenStats:
+    """Log-probability, entropy and log-sum-exp of each row of logits, read once.
+
+    The distribution is softmax(softcap * tanh(logits * logit_scale / softcap) / temperature), computed in fp32. The
+    backward reads and writes rows with a nonzero incoming gradient; the others are zeros and are not read.
+
+    Args:
+        logits: `[..., V]`, bf16, fp16, fp32 or fp64 (fp64: torch backend), any strides.
+        target: `[...]`, int64 or int32 with 0 <= target < V where `mask` is True.
+        mask: `[...]` bool, True = counts. Masked rows are not read, give 0 and have a zero gradient. None: all count.
+        temperature: above 0; a number, or a float tensor like `target` for one per token. No gradient.
+        softcap: cap of Gemma 2's tanh, applied after `logit_scale` and before `temperature`.
+        logit_scale: above 0, multiplies the logits first.
+        outputs: which of "logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1" to return.
+        entropy_grad: whether the entropy carries a gradient.
+        inplace_grad: write the gradient over the logits: one [N, V] less memory. Eager only; the logits must come
+            from an operation that does not need its output again (a linear layer does not).
+
+    Returns:
+        `TokenStats`, its tensors shaped like `target`, in nats.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
+            with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
+    """
+    V = _check_arguments(logits, target, mask, temperature, softcap, logit_scale)
+    unknown = [o for o in outputs if o not in OUTPUTS]
+    checks.require(not unknown and len(outputs) > 0, "outputs", outputs, f"some of {', '.join(OUTPUTS)}")
+    checks.require(
+        not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
+    )
+    if inplace_grad:
+        checks.require(
+            logits.requires_grad and not logits.is_leaf,
+            "inplace_grad", "logits that are a leaf or need no gradient", "logits computed by the model",
+        )  # fmt: skip
+        checks.require(logits.is_contiguous(), "inplace_grad", f"strides {logits.stride()}", "contiguous logits")
+    if values_needed := checks.values_checked(logits):
+        checks.target_in_range(target, mask, V)
+    per_token = isinstance(temperature, Tensor)
+    if per_token and values_needed:
+        bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
+        checks.require(not bool(bad.any()), "temperature", "an entry that is 0, negative or NaN", "all above 0")
+    run = _InplaceTokenStats.apply if inplace_grad else _token_stats_op
+    logp, entropy, lse, _, extra = run(
+        logits,
+        target,
+        mask,
+        temperature.detach() if per_token else None,
+        1.0 if per_token else float(temperature),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        "entropy" in outputs,
+        entropy_grad,
+        "log_sum_sq_probs" in outputs,
+        "mean_logit" in outputs,
+        "is_top1" in outputs,
+    )
+    return TokenStats(
+        logp=logp if "logp" in outputs else None,
+        entropy=(entropy if entropy_grad else entropy.detach()) if "entropy" in outputs else None,
+        lse=lse if "lse" in outputs else None,
+        mean_logit=extra[0] if "mean_logit" in outputs else None,
+        log_sum_sq_probs=extra[1] if "log_sum_sq_probs" in outputs else None,
+        is_top1=extra[2] > 0 if "is_top1" in outputs else None,
+    )
+
+
+def _check_arguments(logits, target, mask, temperature, softcap, logit_scale) -> int:
+    if logits.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"logits: found dtype {logits.dtype}, expected bf16, fp16, fp32 or fp64")
+    checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
+    rows = logits.shape[:-1]
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target: found dtype {target.dtype}, expected int64 or int32 token ids")
+    checks.same_shape("target", target, rows, "logits without the vocabulary")
+    checks.same_device("target", target, logits, "logits")
+    if mask is not None:
+        checks.boolean("mask", mask)
+        checks.same_shape("mask", mask, rows, "like target")
+        checks.same_device("mask", mask, logits, "logits")
+    if isinstance(temperature, Tensor):
+        checks.floating("temperature", temperature)
+        checks.same_shape("temperature", temperature, rows, "like target")
+        checks.same_device("temperature", temperature, logits, "logits")
+        checks.require(
+            not temperature.requires_grad, "temperature", "a tensor that requires a gradient", "one that does not"
+        )
+    else:
+        checks.positive("temperature", temperature)
+    if softcap is not None:
+        checks.positive("softcap", softcap)
+    checks.positive("logit_scale", logit_scale)
+    return logits.shape[-1]
