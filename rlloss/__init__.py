@@ -1,5 +1,12 @@
 """Losses for RL post-training of language models: the textbook loss and gradient, paid only for tokens that carry it."""
 
+from rlloss.advantages import group_advantage as group_advantage
+from rlloss.config import LossConfig as LossConfig
+from rlloss.losses import PolicyLoss as PolicyLoss
+from rlloss.losses import means as means
+from rlloss.losses import policy_loss as policy_loss
+from rlloss.masks import entropy_cutoff as entropy_cutoff
+from rlloss.modules import GRPOLoss as GRPOLoss
 from rlloss.ops import TokenStats as TokenStats
 from rlloss.ops import token_stats as token_stats
 

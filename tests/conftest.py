@@ -1,0 +1,60 @@
+"""What every test runs under: the interpreter where there is no GPU, no hub, and NaN in fresh memory."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+# Triton reads this when a kernel is decorated, so it has to be set before rlloss.kernels is imported.
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+# Workers that each take every core slow one another down.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            # One worker for all of them: two at once would share, and could exhaust, the device's memory.
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+            if not HAS_CUDA:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _filled_with_nan(allocate):
+    def poisoned(*args, **kwargs):
+        fresh = allocate(*args, **kwargs)
+        # Torch's own code is left alone: tracers allocate too, and a write would end up in their graphs.
+        if torch.compiler.is_compiling() or sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return fresh
+        if fresh.is_floating_point() or fresh.is_complex():
+            with torch.no_grad():
+                fresh.fill_(float("nan"))
+        return fresh
+
+    return poisoned
+
+
+def _new_empty(tensor, *size, **kwargs):
+    # The operator, because dynamo cannot trace the method once it is no longer found on torch.Tensor.
+    return torch.ops.aten.new_empty(tensor, size if all(isinstance(n, int) for n in size) else size[0], **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empty(monkeypatch):
+    """Fresh floating memory holds NaN, so that a read of what was never written shows itself.
+
+    (`torch.utils.deterministic.fill_uninitialized_memory` does so only under deterministic algorithms.)
+    """
+    monkeypatch.setattr(torch, "empty", _filled_with_nan(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _filled_with_nan(torch.empty_like))
+    monkeypatch.setattr(torch, "empty_strided", _filled_with_nan(torch.empty_strided))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _filled_with_nan(_new_empty))
