@@ -31,7 +31,7 @@ def scales(row, temperature, temperature_ptr, logit_scale, PER_ROW: tl.constexpr
 
 
 class Rows:
-    """A [..., V] tensor as rows for a kernel: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+    """A [..., V] tensor as rows: row r starts at (r // inner) * stride_outer + (r % inner) * stride_inner."""
 
     def __init__(self, x: torch.Tensor):
         if x.dim() != 3:
@@ -48,11 +48,7 @@ class Rows:
         """Whether every row starts on 16 bytes and is contiguous, so that 16-byte loads and stores are legal."""
         size = self.tensor.element_size()
         steps = [s for s, n in zip(self.tensor.stride()[:2], self.tensor.shape[:2], strict=True) if n > 1]
-        return (
-            self.stride_v == 1
-            and self.tensor.data_ptr() % 16 == 0
-            and all(step * size % 16 == 0 for step in steps)
-        )
+        return self.stride_v == 1 and self.tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in steps)
 
 
 def launch_shape(V: int, block_v: int | None = None) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Losses for RL post-training of language models: the textbook loss and gradient, paid only for tokens that carry it."""
+"""Losses for RL post-training of language models: the textbook loss, paid only for the tokens with a gradient."""
 
 from rlloss.advantages import group_advantage as group_advantage
 from rlloss.config import LossConfig as LossConfig

@@ -106,7 +106,7 @@ def policy_loss(
     """The loss of a batch of completions from its log-probabilities.
 
     Args:
-        logp: `[B, T]` log-probability of each token under the policy, in nats, with gradient; computed in fp32 at least.
+        logp: `[B, T]` log-probability of each token under the policy, in nats, with gradient; fp32 at least inside.
         advantage: `[B]`, or `[B, T]` for one per token.
         mask: `[B, T]` bool, True = counts. What stands in the other columns does not matter, NaN included.
         config: `LossConfig()` if None.

@@ -77,7 +77,8 @@ def top_entropy_mask(
     """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
 
     By default every token at or above the cutoff (`cutoff`, or this call's `entropy_cutoff`), so ties may keep more;
-    with `exact_k` as many as without ties, floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN entropy is kept: it must show.
+    with `exact_k` as many as without ties, floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN
+    entropy is kept: it must show.
     """
     if not exact_k:
         cutoff = entropy_cutoff(entropy, mask, rho) if cutoff is None else cutoff
@@ -94,9 +95,7 @@ def top_entropy_mask(
     return (kept.view(mask.shape) & counted) | (mask & entropy.isnan())
 
 
-def off_policy_mask(
-    advantage: Tensor, logp: Tensor, behavior_logp: Tensor, mask: Tensor, threshold: float
-) -> Tensor:
+def off_policy_mask(advantage: Tensor, logp: Tensor, behavior_logp: Tensor, mask: Tensor, threshold: float) -> Tensor:
     """Sequences (or tokens, for advantages per token) to keep: advantage >= 0, or mean behavior_logp - logp of the
     sequence at most `threshold` (2512.02556 Eq. 9).
 

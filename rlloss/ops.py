@@ -123,7 +123,9 @@ def _token_stats_op(
 
 
 @_token_stats_op.register_fake
-def _(logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1):
+def _(
+    logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1
+):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
     extra_shape = target.shape if squares or mean or top1 else (0,)
@@ -146,7 +148,16 @@ def _token_stats_backward_op(
     g_lse: Tensor | None,
 ) -> Tensor:
     return _run_backward(
-        logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, (g_logp, g_entropy, g_lse)
+        logits,
+        target,
+        mask,
+        temperatures,
+        temperature,
+        softcap,
+        logit_scale,
+        saved,
+        entropy,
+        (g_logp, g_entropy, g_lse),
     )
 
 

@@ -28,12 +28,12 @@ def _reader(logits: Tensor, dtype: torch.dtype):
     V = logits.shape[-1]
     try:
         matrix = logits.view(-1, V)
-        return lambda rows: matrix[rows].to(dtype)
+        return lambda rows: matrix[rows].to(dtype).contiguous()
     except RuntimeError:
         index = torch.arange(logits[..., 0].numel(), device=logits.device).view(logits.shape[:-1])
         places = torch.stack([i.reshape(-1) for i in torch.meshgrid(
             *(torch.arange(n, device=logits.device) for n in index.shape), indexing="ij")])  # fmt: skip
-        return lambda rows: logits[tuple(places[:, rows])].to(dtype)
+        return lambda rows: logits[tuple(places[:, rows])].to(dtype).contiguous()
 
 
 def _softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
@@ -117,7 +117,7 @@ def token_stats_backward(
     inplace: bool = False,
 ) -> Tensor:
     """See `rlloss.kernels.token_stats_backward.token_stats_backward`. Dead rows are neither read nor computed."""
-    N, V = target.numel(), logits.shape[-1]
+    V = logits.shape[-1]
     dtype = saved.dtype
     given = [g for g in (g_logp, g_entropy, g_lse) if g is not None]
     live = torch.stack(given).ne(0).any(0)  # NaN != 0: a broken coefficient is live and shows itself

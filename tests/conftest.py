@@ -14,6 +14,25 @@ if not HAS_CUDA:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+
+def _round_bf16_as_the_hardware_does() -> None:
+    """Triton's interpreter cuts fp32 off to bf16; every GPU rounds to nearest even, and so do these tests."""
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, destination, rounding_mode):
+        if source == float32 and destination == bfloat16:
+            return torch.from_numpy(data.astype("float32")).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+        return convert(data, source, destination, rounding_mode)
+
+    interpreter._convert_float = rounded
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _round_bf16_as_the_hardware_does()
+
 # Workers that each take every core slow one another down.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -12,7 +12,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<eos>"] + [f"w{i}" for i in range(VOCABULARY - 2)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def tiny_model(seed: int = 0) -> Qwen2ForCausalLM:
@@ -43,7 +45,7 @@ def build_trainer(trainer_class, config_class, output_dir, reward_funcs=None, **
 
 
 def random_inputs(trainer, *, seed: int, per_token_advantage=False, tool_mask=False, spread=0.3, B=4, P=3, T=7):
-    """A micro-batch as `_prepare_inputs` returns it; old and reference log-probabilities are the policy's plus noise."""
+    """A micro-batch as `_prepare_inputs` returns it; old and reference log-probabilities are noisy copies."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, T + 1, (B,), generator=g)
     lengths[0] = T
