@@ -1,0 +1,216 @@
+"""The house: every module stands on a floor, imports only go down, files stay short, the README's tree is true."""
+
+import ast
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"kernels": "rlloss.kernels", "rlloss": "rlloss", "integrations": "rlloss.integrations", "benchmarks": None}
+MAX_LINES = 400
+
+FLOORS = {
+    "rlloss.checks": -1,  # the cellar: argument checks, which even the configuration needs
+    "rlloss.reference": 0,
+    "rlloss.config": 0,
+    "rlloss.tiled": 0,
+    "rlloss.ops": 1,
+    "rlloss.masks": 1,
+    "rlloss.advantages": 1,
+    "rlloss.sampling": 1,
+    "rlloss.losses": 2,
+    "rlloss.diagnostics": 2,
+    "rlloss.modules": 3,
+    "rlloss": 3.5,  # rlloss/__init__.py: above what it exports, below what uses it
+    "rlloss.arithmetic": 4,
+    "rlloss.report": 4,
+    "rlloss.demo": 5,
+    "rlloss.train": 5,
+    "rlloss.cli": 6,
+}
+PACKAGE_FLOORS = {"rlloss.kernels": 0, "rlloss.integrations": 4}
+CORE = 3.5
+STANDALONE = {"rlloss.arithmetic", "rlloss.report"}
+CORE_LIBRARIES = {"torch", "triton"}
+
+
+def floor_of(module):
+    """The floor of a dotted module name, or None where it has none."""
+    if module in FLOORS:
+        return FLOORS[module]
+    package = module if module in PACKAGE_FLOORS else module.rpartition(".")[0]
+    return PACKAGE_FLOORS.get(package)
+
+
+def files_of(folder):
+    """The folder's .py files, without those behind the symlinks, which belong to another folder."""
+    here = ROOT / folder
+    return sorted(p for p in here.rglob("*.py") if p.resolve().is_relative_to(here) and "__pycache__" not in p.parts)
+
+
+def package_modules():
+    """{dotted name: file} of everything that is installed."""
+    modules = {}
+    for folder, package in FOLDERS.items():
+        for path in files_of(folder) if package else ():
+            inner = path.relative_to(ROOT / folder).with_suffix("").parts
+            inner = inner[:-1] if inner[-1] == "__init__" else inner
+            modules[".".join((package, *inner))] = path
+    return modules
+
+
+MODULES = package_modules()
+
+
+def resolve(module, name):
+    """What `from module import name` loads: the submodule of that name if there is one, else the module itself."""
+    full = f"{module}.{name}"
+    return full if full in MODULES or full in FLOORS or full in PACKAGE_FLOORS else module
+
+
+@cache
+def imports_of(module):
+    """The modules that a module imports, at its top or inside functions: (name, line), relative ones made absolute."""
+    path = MODULES[module]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                steps = node.level - (path.name == "__init__.py")
+                anchor = module.split(".")[: len(module.split(".")) - steps]
+                base = ".".join([*anchor, *([node.module] if node.module else [])])
+            found += [(resolve(base, alias.name), node.lineno) for alias in node.names]
+    return tuple(found)
+
+
+def is_within(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+def where(module, line):
+    return f"{MODULES[module].relative_to(ROOT)}:{line}"
+
+
+def test_the_walk_sees_the_package():
+    assert {"rlloss", "rlloss.ops", "rlloss.kernels.token_stats"} <= set(MODULES)
+    assert any(is_within(name, "rlloss.kernels") for name, _ in imports_of("rlloss.ops"))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_has_a_floor(module):
+    path = MODULES[module].relative_to(ROOT)
+    assert floor_of(module) is not None, f"{path} has no floor: give {module!r} one in FLOORS of tests/test_house.py"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module):
+    own = floor_of(module)
+    wrong = []
+    for name, line in imports_of(module):
+        if not is_within(name, "rlloss"):
+            continue
+        floor = floor_of(name)
+        among_kernels = is_within(module, "rlloss.kernels") and is_within(name, "rlloss.kernels")
+        if floor is None:
+            wrong.append(f"{where(module, line)} imports {name}, which has no floor in tests/test_house.py")
+        elif own is not None and floor >= own and not among_kernels:
+            wrong.append(f"{where(module, line)} (floor {own}) imports {name} (floor {floor})")
+    assert not wrong, "imports go to a strictly lower floor:\n" + "\n".join(wrong)
+
+
+def test_kernels_import_only_torch_triton_and_kernels():
+    kernels = [module for module in MODULES if is_within(module, "rlloss.kernels")]
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in kernels
+        for name, line in imports_of(module)
+        if not is_within(name, "rlloss.kernels")
+        and name.partition(".")[0] not in CORE_LIBRARIES | sys.stdlib_module_names
+    ]
+    assert not wrong, "kernels/ imports torch, triton, the standard library and itself:\n" + "\n".join(wrong)
+
+
+def test_the_core_imports_only_torch_and_triton():
+    core = [module for module in MODULES if (floor_of(module) or 0) <= CORE]
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in core
+        for name, line in imports_of(module)
+        if name.partition(".")[0] not in CORE_LIBRARIES | {"rlloss"} | sys.stdlib_module_names
+    ]
+    assert not wrong, "floors 0 to 3 import torch, triton and the standard library:\n" + "\n".join(wrong)
+
+
+def test_only_ops_imports_kernels():
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in MODULES
+        for name, line in imports_of(module)
+        if is_within(name, "rlloss.kernels") and module != "rlloss.ops" and not is_within(module, "rlloss.kernels")
+    ]
+    assert not wrong, "rlloss/ops.py is the only importer of rlloss.kernels:\n" + "\n".join(wrong)
+
+
+def test_the_task_and_the_report_stand_alone():
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in STANDALONE & set(MODULES)
+        for name, line in imports_of(module)
+        if is_within(name, "rlloss")
+    ]
+    assert not wrong, "these import no module of rlloss:\n" + "\n".join(wrong)
+
+
+def test_files_are_short():
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in files_of(folder))]
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "integrations"])
+def test_mapped_folders_are_flat_linked_and_no_regular_package(folder):
+    link = ROOT / "rlloss" / folder
+    assert link.is_symlink() and link.resolve() == ROOT / folder
+    assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would hide other packages of that name"
+    assert [path for path in files_of(folder) if path.parent != ROOT / folder] == []
+
+
+def readme_tree():
+    """{folder: file names} of the README's annotated tree: the fenced block with a line that starts with kernels/."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    trees = [block for block in blocks if re.search(r"^kernels/(\s|$)", block, flags=re.MULTILINE)]
+    assert len(trees) == 1, (
+        f"README.md needs one fenced block with a line that starts with 'kernels/', found {len(trees)}"
+    )
+    tree, folder = {}, None
+    for line in filter(str.strip, trees[0].splitlines()):
+        word = line.split()[0]
+        if not line[0].isspace():
+            folder = word.rstrip("/") if word.endswith("/") else None
+            assert folder not in tree or folder is None, f"README.md's tree names {word} twice"
+            if folder:
+                tree[folder] = []
+        elif word.endswith(".py") and folder:
+            tree[folder].append(word)
+    return tree
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_the_readme_tree_is_true(folder):
+    named = readme_tree().get(folder, [])
+    actual = {path.relative_to(ROOT / folder).as_posix() for path in files_of(folder)}
+    assert len(named) == len(set(named)), f"README.md's tree names a file of {folder}/ twice: {sorted(named)}"
+    assert set(named) == actual, (
+        f"README.md's tree of {folder}/: not in the folder {sorted(set(named) - actual)}, "
+        f"not in the tree {sorted(actual - set(named))}"
+    )

@@ -1,0 +1,118 @@
+"""What an installation holds: the mapped folders as real files, and a core that needs torch and triton only."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"rlloss": "rlloss", "rlloss/kernels": "kernels", "rlloss/integrations": "integrations"}
+NOT_CORE = ["transformers", "trl", "datasets", "accelerate", "tokenizers", "rich", "tqdm", "liger_kernel", "verl"]
+
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
+def run(*command, cwd, pythonpath):
+    """Run python on nothing but the given path; its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(pythonpath), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build_wheel(source, into, *, cwd, pythonpath):
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--wheel-dir", into]
+    run("-m", "pip", "wheel", *options, source, cwd=cwd, pythonpath=pythonpath)
+    (wheel,) = into.glob("rlloss-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel of the tree, sdist, wheel of the sdist), built from a copy, where importing torch fails."""
+    here = tmp_path_factory.mktemp("packaging")
+    tree = here / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("kernels", "integrations", "rlloss"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    poison = here / "poison"
+    poison.mkdir()
+    (poison / "torch.py").write_text("raise ImportError('the build imported torch')\n")
+
+    backend = "from setuptools import build_meta; build_meta.build_sdist('../sdist')"
+    run("-c", backend, cwd=tree, pythonpath=poison)
+    (sdist,) = (here / "sdist").glob("rlloss-*.tar.gz")
+    from_tree = build_wheel(tree, here / "from_tree", cwd=here, pythonpath=poison)
+    from_sdist = build_wheel(sdist, here / "from_sdist", cwd=here, pythonpath=poison)
+    return from_tree, sdist, from_sdist
+
+
+def expected_modules():
+    return {f"{package}/{path.name}" for package, folder in PACKAGES.items() for path in (ROOT / folder).glob("*.py")}
+
+
+@pytest.mark.parametrize("which", [0, 2], ids=["from_tree", "from_sdist"])
+def test_wheel_holds_every_module_as_a_file(built, which):
+    with zipfile.ZipFile(built[which]) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        links = [info.filename for info in wheel.infolist() if (info.external_attr >> 16) & 0o170000 == 0o120000]
+        assert links == []
+        assert names == expected_modules() | {"rlloss/py.typed"}
+        assert wheel.read("rlloss/kernels/token_stats.py") == (ROOT / "kernels" / "token_stats.py").read_bytes()
+
+
+def test_sdist_holds_the_folders_once(built):
+    with tarfile.open(built[1]) as sdist:
+        names = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
+    folders = PACKAGES.values()
+    assert {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "rlloss/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("rlloss/kernels", "rlloss/integrations"))]
+
+
+def test_metadata(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = message_from_bytes(wheel.read(name))
+        scripts = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
+    always = [line.replace('"', "'") for line in metadata.get_all("Requires-Dist") or [] if "extra ==" not in line]
+    assert always == ["torch>=2.8", "triton>=3.4; platform_system == 'Linux'"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "rlloss = rlloss.cli:main" in scripts
+    assert f'__version__ = "{metadata["Version"]}"' in (ROOT / "rlloss" / "__init__.py").read_text()
+
+
+def test_installed_core_imports_without_the_extras(built, tmp_path):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(built[0]) as wheel:
+        wheel.extractall(site)
+    program = (
+        "import importlib, pathlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({NOT_CORE}))\n"  # None: importing it raises, as if it were not installed
+        "import rlloss\n"
+        "home = pathlib.Path(rlloss.__file__).parent\n"
+        "for path in sorted(home.glob('kernels/*.py')):\n"
+        "    importlib.import_module(f'rlloss.kernels.{path.stem}')\n"
+        "print(home, [name for name in sys.modules if name.startswith('rlloss.integrations.')])\n"
+    )
+    assert run("-c", program, cwd=tmp_path, pythonpath=site).split() == [str(site / "rlloss"), "[]"]
+
+
+def test_kernels_folder_does_not_hide_another_package_of_that_name(tmp_path):
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("")
+    # `python -c` puts the working directory, here the root of the checkout, before PYTHONPATH.
+    found = run("-c", "import kernels; print(kernels.__file__)", cwd=ROOT, pythonpath=tmp_path)
+    assert Path(found.strip()) == other / "__init__.py"
