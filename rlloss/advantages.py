@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlloss.checks import one_of, values_checked
+
 METHODS = ("grpo", "dr_grpo", "rloo", "gdpo")
 SCALES = ("group", "batch", "none")
 _DEFAULT_EPS = 1e-4
@@ -79,8 +81,8 @@ def group_advantage(
         ValueError: a shape, range or name is wrong, or a setting would have no effect: ``scale="batch"`` with
             ``dr_grpo`` or ``rloo``, ``scale`` other than ``"group"`` with ``gdpo``, ``token_counts`` without ``gdpo``,
             another ``eps`` than the default where nothing is divided. Infinite rewards, weights that are not finite
-            and token counts that are negative or not finite raise on the CPU only; on another device the check would
-            cost a synchronisation, and what they touch is not meaningful.
+            and token counts that are negative or not finite raise on the CPU; on another device, where the check costs
+            a synchronisation, only under ``RLLOSS_CHECK=1``, and without it what they touch is not meaningful.
     """
     _check_settings(method, scale, eps, token_counts)
     rewards_NK = _checked_rewards(rewards, num_generations)
@@ -149,10 +151,8 @@ def _whiten_by_tokens(total_N: Tensor, counts_N: Tensor, eps: float) -> Tensor:
 
 
 def _check_settings(method: str, scale: str, eps: float, token_counts: Tensor | None) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")
-    if scale not in SCALES:
-        raise ValueError(f"scale: found {scale!r}, expected one of {', '.join(SCALES)}")
+    one_of("method", method, METHODS)
+    one_of("scale", scale, SCALES)
     if method == "gdpo" and scale != "group":
         raise ValueError(f"scale: found {scale!r}, expected 'group': gdpo always divides by the group's std first")
     if method in ("dr_grpo", "rloo") and scale == "batch":
@@ -179,7 +179,7 @@ def _checked_rewards(rewards: Tensor, num_generations: int) -> Tensor:
         raise ValueError(
             f"rewards: found {rewards.shape[0]} rows, expected a multiple of num_generations = {num_generations}"
         )
-    if rewards.device.type == "cpu" and rewards.isinf().any():
+    if values_checked(rewards) and rewards.isinf().any():
         raise ValueError("rewards: found an infinite value, expected finite ones, or NaN for a missing reward")
     rewards_NK = rewards if rewards.ndim == 2 else rewards[:, None]
     return rewards_NK.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -192,7 +192,7 @@ def _checked_weights(weights: Sequence[float] | Tensor | None, rewards_NK: Tenso
     weights_K = torch.as_tensor(weights)
     if weights_K.shape != (K,):
         raise ValueError(f"weights: found shape {list(weights_K.shape)}, expected [{K}], one for each reward")
-    if weights_K.device.type == "cpu" and not weights_K.isfinite().all():
+    if values_checked(weights_K) and not weights_K.isfinite().all():
         raise ValueError(f"weights: found {weights_K.tolist()}, expected finite numbers")
     return weights_K.to(rewards_NK)
 
@@ -203,9 +203,8 @@ def _checked_token_counts(token_counts: Tensor, like_N: Tensor) -> Tensor:
         raise TypeError(f"token_counts: found {found}, expected an integer or floating tensor")
     if token_counts.shape != like_N.shape:
         raise ValueError(f"token_counts: found shape {list(token_counts.shape)}, expected {list(like_N.shape)}")
-    if token_counts.device.type == "cpu":
-        if not (token_counts.isfinite() & (token_counts >= 0)).all():
-            raise ValueError(f"token_counts: found {token_counts.tolist()}, expected finite counts >= 0")
+    if values_checked(token_counts) and not (token_counts.isfinite() & (token_counts >= 0)).all():
+        raise ValueError(f"token_counts: found {token_counts.tolist()}, expected finite counts >= 0")
     return token_counts.to(like_N)
 
 

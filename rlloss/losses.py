@@ -47,8 +47,9 @@ def clip(log_ratio: Tensor, advantage: Tensor, selected: Tensor, config: LossCon
     ratio = log_ratio.detach().exp()
     upper_gain = high if delta is None else min(delta, high)
     upper_loss = torch.inf if delta is None else max(delta, high)
-    upper = torch.where(advantage > 0, upper_gain, upper_loss).to(ratio.dtype)
-    lower = torch.where(advantage < 0, low, 0.0).to(ratio.dtype)
+    # masked_fill and not where, which would round the bounds of fp64 ratios to fp32.
+    upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
+    lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
     # Written so that a NaN ratio or advantage is live.
     live = selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0)
     if config.max_log_ratio is not None:

@@ -29,14 +29,14 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
         process_group: ranks whose tokens count together (one gather of the entropies). None: this process alone.
 
     Returns:
-        0-d fp32 tensor; +inf if no token counts. No gradient. The number of tokens is not limited (torch.quantile's
-        is, to 2^24). Source: 2506.01939, Eq. 6.
+        0-d fp32 tensor (fp64 for fp64 entropies) without gradient; +inf if no token counts. The number of tokens is
+        not limited (torch.quantile's is, to 2^24). Source: 2506.01939, Eq. 6.
     """
     checks.floating("entropy", entropy)
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, entropy.shape, "like entropy")
     checks.require(0.0 <= rho <= 1.0, "rho", rho, "a number in [0, 1]")
-    entropy = entropy.detach().float()
+    entropy = _full_precision(entropy.detach())
     counted = mask & ~entropy.isnan()
     values = torch.where(counted, entropy, torch.inf).flatten()
     if process_group is not None:
@@ -44,19 +44,24 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
     ordered = values.sort().values
     # An infinite entropy cannot be: it marks what does not count.
     n = (ordered < torch.inf).sum()
-    position = _quantile_position(n, rho, ordered.numel())
+    position = _quantile_position(n, rho, ordered.numel(), ordered.dtype)
     below = position.floor()
     padded = torch.cat([ordered, ordered.new_full((1,), torch.inf)])
     low = padded[below.long()]
     high = padded[position.ceil().long()]
-    return torch.lerp(low, torch.where(high < torch.inf, high, low), (position - below).float())
+    return torch.where(n > 0, torch.lerp(low, high, (position - below).to(low.dtype)), torch.inf)
 
 
-def _quantile_position(n: Tensor, rho: float, at_most: int) -> Tensor:
-    """Where the (1 - rho) quantile of n ordered values lies, as torch.quantile computes it: in fp32, while that can
-    count `at_most` values."""
-    dtype = torch.float32 if at_most <= _EXACT_IN_FP32 else torch.float64
-    return torch.tensor(1.0 - rho, dtype=dtype, device=n.device) * (n - 1).clamp(min=0).to(dtype)
+def _quantile_position(n: Tensor, rho: float, at_most: int, dtype: torch.dtype) -> Tensor:
+    """Where the (1 - rho) quantile of n ordered values lies, as torch.quantile computes it: in the values' dtype, while
+    fp32 can count `at_most` values."""
+    if at_most > _EXACT_IN_FP32:
+        dtype = torch.float64
+    return torch.full((), 1.0 - rho, dtype=dtype, device=n.device) * (n - 1).clamp(min=0).to(dtype)
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _gathered(values: Tensor, process_group) -> Tensor:
@@ -85,11 +90,11 @@ def top_entropy_mask(
         return mask & ((entropy >= cutoff) | entropy.isnan())
     checks.require(cutoff is None, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
     checks.require(0.0 <= rho <= 1.0, "rho", rho, "a number in [0, 1]")
-    entropy = entropy.detach().float()
+    entropy = _full_precision(entropy.detach())
     counted = mask & ~entropy.isnan()
     order = torch.where(counted, entropy, -torch.inf).flatten().sort(descending=True, stable=True).indices
     n = counted.sum()
-    k = n - _quantile_position(n, rho, order.numel()).ceil().long()
+    k = n - _quantile_position(n, rho, order.numel(), entropy.dtype).ceil().long()
     kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
     kept[order] = torch.arange(order.numel(), device=order.device) < k
     return (kept.view(mask.shape) & counted) | (mask & entropy.isnan())

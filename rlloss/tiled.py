@@ -11,48 +11,64 @@ from torch import Tensor
 
 LOG2_E = 1.0 / math.log(2.0)
 TILE_ENTRIES = 1 << 19  # entries of a tile: 2 MiB in fp32
+FLOOR = {torch.float32: -200.0, torch.float64: -1100.0}  # below it 2^t is 0: then t 2^t reads 0 * FLOOR, not 0 * -inf
+WIDE_ROW = 4096  # from here on, copying scattered rows one by one beats one indexed write
 
 
 def _tiles(rows: int | Tensor, V: int) -> Iterator[slice | Tensor]:
-    """Rows 0..rows-1 as slices, or the given row numbers as index tensors."""
+    """Rows 0..rows-1, or the given ascending row numbers: slices where they are consecutive, index tensors elsewhere.
+
+    A slice is read and written in place, without the copies that an index costs.
+    """
     step = max(1, TILE_ENTRIES // V)
     if isinstance(rows, int):
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
-    else:
-        yield from rows.split(step)
+    elif len(rows):
+        parts = rows.split(step)
+        ends = torch.stack([part[[0, -1]] for part in parts]).tolist()
+        for part, (first, last) in zip(parts, ends, strict=True):
+            yield slice(first, last + 1) if last - first + 1 == len(part) else part
 
 
 def _reader(logits: Tensor, dtype: torch.dtype):
-    """A function from row numbers to a private [rows, V] tile; logits that are no matrix are gathered by tile."""
+    """A function from row numbers to a [rows, V] tile, not to be written; logits that are no matrix are gathered."""
     V = logits.shape[-1]
     try:
         matrix = logits.view(-1, V)
-        return lambda rows: matrix[rows].to(dtype).contiguous()
+        return lambda rows: (matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)).to(dtype)
     except RuntimeError:
         index = torch.arange(logits[..., 0].numel(), device=logits.device).view(logits.shape[:-1])
         places = torch.stack([i.reshape(-1) for i in torch.meshgrid(
             *(torch.arange(n, device=logits.device) for n in index.shape), indexing="ij")])  # fmt: skip
-        return lambda rows: logits[tuple(places[:, rows])].to(dtype).contiguous()
+        return lambda rows: logits[tuple(places[:, rows])].to(dtype)
+
+
+def _write(matrix: Tensor, rows: slice | Tensor, tile: Tensor) -> None:
+    """matrix[rows] = tile."""
+    if isinstance(rows, slice):
+        matrix[rows] = tile
+    elif matrix.shape[-1] < WIDE_ROW:
+        matrix[rows] = tile.to(matrix.dtype)
+    else:
+        for row, values in zip(rows.tolist(), tile, strict=True):
+            matrix[row] = values
 
 
 def _softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     return tile if softcap is None else torch.tanh(tile * (logit_scale / softcap)).mul_(softcap)
 
 
-def _scale(temperature: Tensor | float, rows: slice | Tensor, softcap: float | None, logit_scale: float):
-    """What a tile is multiplied by after the softcap, as [rows, 1] or a number."""
-    scale = 1.0 if softcap is not None else logit_scale
-    if isinstance(temperature, Tensor):
-        return (scale / temperature[rows]).unsqueeze(-1)
-    return scale / temperature
+def _scale(temperature: Tensor | float, softcap: float | None, logit_scale: float) -> Tensor | float:
+    """What a row is multiplied by after the softcap, as [N] or a number."""
+    return (1.0 if softcap is not None else logit_scale) / temperature
 
 
-def _exponents(u: Tensor, m: Tensor, k: Tensor | float) -> Tensor:
-    """k (u - m), floored where 2^x is 0: p * log p then reads 0 * floor and not 0 * -inf. NaN stays NaN."""
-    floor = -1100.0 if u.dtype == torch.float64 else -200.0
+def _exponents(u: Tensor, m: Tensor, scale: Tensor | float, rows: slice | Tensor) -> Tensor:
+    """log2 of e^(scale (u - m)), in memory of its own. m [rows], scale [N] or a number."""
+    k = scale[rows].unsqueeze(-1) * LOG2_E if isinstance(scale, Tensor) else scale * LOG2_E
     shift = torch.where(m == -math.inf, 0.0, m)
-    return (u - shift.unsqueeze(-1)).mul_(k).clamp_(min=floor)
+    return (u - shift.unsqueeze(-1)).mul_(k)
 
 
 def token_stats_forward(
@@ -71,34 +87,45 @@ def token_stats_forward(
     """See `rlloss.kernels.token_stats.token_stats_forward`."""
     N, V = target.numel(), logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logp, entropy_out, lse = (logits.new_zeros(N, dtype=dtype) for _ in range(3))
-    saved = logits.new_zeros((2, N), dtype=dtype)
-    extra = logits.new_zeros((3, N if squares or mean or top1 else 0), dtype=dtype)
     read = _reader(logits, dtype)
+    scale = _scale(temperature, softcap, logit_scale)
+    inside = (target >= 0) & (target < V)
+    place = torch.where(inside, target, 0)
+    u_target, m, w, total = (logits.new_zeros(N, dtype=dtype) for _ in range(4))
+    s, q = (logits.new_ones(N, dtype=dtype) for _ in range(2))
+    first = torch.zeros_like(place)
     for rows in _tiles(N if mask is None else mask.nonzero().squeeze(-1), V):
         u = _softcapped(read(rows), softcap, logit_scale)
-        scale = _scale(temperature, rows, softcap, logit_scale)
-        flat_scale = scale.squeeze(-1) if isinstance(scale, Tensor) else scale
-        inside = (target[rows] >= 0) & (target[rows] < V)
-        place = torch.where(inside, target[rows], 0).unsqueeze(-1)
-        u_target = u.gather(-1, place).squeeze(-1)
-        m = u.amax(-1)
-        t = _exponents(u, m, scale * LOG2_E)
+        u_target[rows] = u.gather(-1, place[rows].unsqueeze(-1)).squeeze(-1)
+        m[rows] = m_tile = u.amax(-1)
+        t = _exponents(u, m_tile, scale, rows)
         e = torch.exp2(t)
-        s = e.sum(-1)
-        log_s = torch.log2(s)
-        logp[rows] = torch.where(inside, (u_target - m) * flat_scale - log_s * math.log(2), math.nan)
-        lse[rows] = m * flat_scale + log_s * math.log(2)
-        saved[0, rows], saved[1, rows] = m, log_s
+        s[rows] = e.sum(-1)
         if squares:
-            extra[1, rows] = (torch.log2((e * e).sum(-1)) - 2 * log_s) * math.log(2)
+            q[rows] = (e * e).sum(-1)
         if entropy:
-            entropy_out[rows] = (log_s - t.mul_(e).sum(-1) / s) * math.log(2)
+            # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
+            w[rows] = t.mul_(e).nansum(-1)
         if mean:
-            extra[0, rows] = u.mean(-1) * flat_scale
+            total[rows] = u.mean(-1)
         if top1:
-            extra[2, rows] = (inside & (u.argmax(-1) == place.squeeze(-1)) & (u_target >= m)).to(dtype)
-    return logp, entropy_out, lse, saved, extra
+            first[rows] = u.argmax(-1)
+
+    def where_counted(x: Tensor) -> Tensor:
+        return x if mask is None else torch.where(mask, x, 0.0)
+
+    log_s = torch.log2(s)
+    logp = where_counted(torch.where(inside, (u_target - m) * scale - log_s * math.log(2), math.nan))
+    entropy_out = where_counted((log_s - w / s) * math.log(2)) if entropy else torch.zeros_like(logp)
+    lse = where_counted(m * scale + log_s * math.log(2))
+    extra = logits.new_zeros((3, N if squares or mean or top1 else 0), dtype=dtype)
+    if mean:
+        extra[0] = where_counted(total * scale)
+    if squares:
+        extra[1] = where_counted((torch.log2(q) - 2 * log_s) * math.log(2))
+    if top1:
+        extra[2] = where_counted((inside & (first == place) & (u_target >= m)).to(dtype))
+    return logp, entropy_out, lse, torch.stack((m, log_s)), extra
 
 
 def token_stats_backward(
@@ -126,30 +153,36 @@ def token_stats_backward(
     read = _reader(logits, dtype)
     grad = logits if inplace else torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     matrix = grad.view(-1, V)
+
+    # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, a row's gradient is, but for the target's own entry,
+    # e (slope t + level): all that is constant along the row is in these two.
+    m, log_s = saved
+    scale = _scale(temperature, softcap, logit_scale)
+    inside = (target >= 0) & (target < V)
+    place = torch.where(inside, target, 0)
+    level = torch.zeros_like(m) if g_lse is None else g_lse
+    if g_logp is not None:
+        level = level - g_logp.where(inside, math.nan)
+    if g_entropy is not None:
+        level = level - g_entropy * (entropy - log_s * math.log(2))
+    to_e = scale * torch.exp2(-log_s)
+    level = level * to_e
+    slope = None if g_entropy is None else g_entropy * to_e * -math.log(2)
+    own = None if g_logp is None else g_logp * scale
     for rows in _tiles(live.nonzero().squeeze(-1), V):
-        tile = read(rows)
-        u = _softcapped(tile, softcap, logit_scale)
-        scale = _scale(temperature, rows, softcap, logit_scale)
-        m, log_s = saved[0, rows], saved[1, rows]
-        inside = (target[rows] >= 0) & (target[rows] < V)
-        t = (_exponents(u, m, scale * LOG2_E)).sub_(log_s.unsqueeze(-1))
-        common = torch.zeros_like(m) if g_lse is None else g_lse[rows]
-        if g_logp is not None:
-            common = common - g_logp[rows].where(inside, math.nan)
-        if g_entropy is not None:
-            common = common - g_entropy[rows] * entropy[rows]
-        out = torch.exp2(t)
-        if g_entropy is not None:
-            out.mul_(t.mul_(g_entropy[rows].unsqueeze(-1) * -math.log(2)).add_(common.unsqueeze(-1)))
+        u = _softcapped(read(rows), softcap, logit_scale)
+        t = _exponents(u, m[rows], scale, rows)
+        if slope is None:
+            out = t.exp2_().mul_(level[rows].unsqueeze(-1))
         else:
-            out.mul_(common.unsqueeze(-1))
-        if g_logp is not None:
-            out.scatter_add_(-1, torch.where(inside, target[rows], 0).unsqueeze(-1), g_logp[rows].unsqueeze(-1))
-        out.mul_(scale)
+            e = torch.exp2(t.clamp_(min=FLOOR[dtype]))
+            out = t.mul_(slope[rows].unsqueeze(-1)).add_(level[rows].unsqueeze(-1)).mul_(e)
+        if own is not None:
+            out.scatter_add_(-1, place[rows].unsqueeze(-1), own[rows].unsqueeze(-1))
         if softcap is not None:
-            slope = u.div_(softcap)
-            out.mul_((1 - slope * slope).mul_(logit_scale))
-        matrix[rows] = out.to(grad.dtype)
+            bend = u.div_(softcap)
+            out.mul_((1 - bend * bend).mul_(logit_scale))
+        _write(matrix, rows, out)
     if inplace:
         for rows in _tiles((~live).nonzero().squeeze(-1), V):
             matrix[rows] = 0

@@ -127,7 +127,8 @@ def test_gdpo_a_reward_seen_once_in_a_group_contributes_nothing():
 
 def test_token_counts_by_hand():
     # eps 0: x = -s, s with s = sqrt(1 / 2); 1 and 3 tokens: m = s / 2, variance (1 * 9/4 + 3 * 1/4) s^2 / 3 = s^2.
-    got = group_advantage(f64([0.0, 1.0]), num_generations=2, method="gdpo", eps=0.0, token_counts=torch.tensor([1, 3]))
+    tokens = torch.tensor([1, 3])
+    got = group_advantage(f64([0.0, 1.0]), num_generations=2, method="gdpo", eps=0.0, token_counts=tokens)
     assert_equal(got, [-1.5, 0.5])
 
 
@@ -193,24 +194,14 @@ def test_token_counts_oracle(table, data):
 def trl_advantage(tmp_path_factory):
     """TRL's own scoring code: a real trainer of a tiny model, with given completions and rewards."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl_harness import build_trainer
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2, "<unk>": 3}, unk_token="<unk>"))
-    size = {"vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    settings = {"report_to": [], "use_cpu": True, "bf16": False, "num_generations": 2, "per_device_train_batch_size": 2}
-    trainer = trl.GRPOTrainer(
-        model=LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0)),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=trl.GRPOConfig(output_dir=str(tmp_path_factory.mktemp("trl")), **settings),
-        train_dataset=Dataset.from_dict({"prompt": ["a", "a"]}),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
-    )
+    trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, tmp_path_factory.mktemp("trl"))
+    trainer.model.train()  # in evaluation TRL counts by num_generations_eval
 
     def advantage(rewards_NK, G, aggregation, scale, weights):
         N, K = rewards_NK.shape
-        trainer._generate = lambda prompts: ([[2]] * N, [[1]] * N, None, ["a"] * N, None, {}, None, [])
+        trainer._generate = lambda prompts: ([[2]] * N, [[1]] * N, None, ["w2"] * N, None, {}, None, [])
         trainer._calculate_rewards = lambda *_: rewards_NK.clone()
         trainer.num_generations = G
         trainer.multi_objective_aggregation = aggregation
@@ -218,7 +209,7 @@ def trl_advantage(tmp_path_factory):
         trainer.reward_weights = torch.tensor(weights)
         trainer.reward_funcs = [None] * K
         trainer.reward_func_names = [f"reward{k}" for k in range(K)]
-        return trainer._generate_and_score_completions([{"prompt": "a"}] * N)["advantages"]
+        return trainer._generate_and_score_completions([{"prompt": "w2"}] * N)["advantages"]
 
     return advantage
 
@@ -308,22 +299,15 @@ def test_one_generation_and_one_row_are_zero(method):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_dtype_and_detachment(method, dtype):
-    rewards = torch.tensor(FOUR_ANSWERS, dtype=dtype, requires_grad=True)
+    # 400 rewards of about 200 overflow a float16 sum, and a bfloat16 mean loses the ones.
+    rewards = (torch.tensor(FOUR_ANSWERS * 100, dtype=dtype) + 200).requires_grad_()
     before = rewards.detach().clone()
-    got = group_advantage(rewards, num_generations=4, method=method, weights=[2, 1], conditions=[(0, 1, 1.0)])
+    got = group_advantage(rewards, num_generations=400, method=method, weights=[2, 1])
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not got.requires_grad
     assert torch.equal(rewards.detach(), before)
-    want = group_advantage(before.double(), num_generations=4, method=method, weights=[2, 1], conditions=[(0, 1, 1.0)])
+    want = group_advantage(before.double(), num_generations=400, method=method, weights=[2, 1])
     assert_equal(got.double(), want, tol=1e-6)
-
-
-def test_half_precision_rewards_are_averaged_in_float32():
-    # 4096 rewards of 100 overflow a float16 sum; 0.5 more in one of them is lost by a bfloat16 mean.
-    rewards = torch.full((4096,), 100.0, dtype=torch.float16)
-    rewards[0] = 100.5
-    got = group_advantage(rewards, num_generations=4096, method="dr_grpo")
-    assert_equal(got[:2], [0.5 * 4095 / 4096, -0.5 / 4096], tol=1e-6)
 
 
 def test_one_dimensional_rewards_are_one_reward():
@@ -357,12 +341,11 @@ ROWS = torch.zeros(4, 2)
         (ROWS.long(), {}, TypeError, "rewards: found torch.int64, expected a floating tensor"),
         ([0.0, 1.0], {}, TypeError, "rewards: found list, expected a floating tensor"),
         (ROWS[None], {}, ValueError, r"rewards: found shape \[1, 4, 2\]"),
-        (torch.tensor(1.0), {}, ValueError, r"rewards: found shape \[\]"),
         (ROWS[:0], {}, ValueError, r"rewards: found shape \[0, 2\], expected a non-empty"),
         (ROWS[:, :0], {}, ValueError, r"rewards: found shape \[4, 0\], expected a non-empty"),
         (ROWS + math.inf, {}, ValueError, "rewards: found an infinite value"),
-        (ROWS, {"method": "ppo"}, ValueError, "method: found 'ppo', expected one of grpo, dr_grpo, rloo, gdpo"),
-        (ROWS, {"scale": "std"}, ValueError, "scale: found 'std', expected one of group, batch, none"),
+        (ROWS, {"method": "ppo"}, ValueError, "method: found 'ppo', expected one of 'grpo', 'dr_grpo', 'rloo', 'gdpo'"),
+        (ROWS, {"scale": "std"}, ValueError, "scale: found 'std', expected one of 'group', 'batch', 'none'"),
         (ROWS, {"scale": "batch", "method": "rloo"}, ValueError, "scale: found 'batch'.*rloo is never scaled"),
         (ROWS, {"scale": "batch", "method": "dr_grpo"}, ValueError, "scale: found 'batch'.*dr_grpo is never scaled"),
         (ROWS, {"scale": "batch", "method": "gdpo"}, ValueError, "scale: found 'batch', expected 'group'"),
@@ -372,7 +355,6 @@ ROWS = torch.zeros(4, 2)
         (ROWS, {"eps": 1e-6, "scale": "none"}, ValueError, "eps: found 1e-06, expected the default"),
         (ROWS, {"eps": 1e-6, "method": "rloo"}, ValueError, "eps: found 1e-06, expected the default"),
         (ROWS, {"weights": [1.0]}, ValueError, r"weights: found shape \[1\], expected \[2\]"),
-        (ROWS, {"weights": torch.ones(1, 2)}, ValueError, r"weights: found shape \[1, 2\], expected \[2\]"),
         (ROWS[:, 0], {"weights": [1.0, 2.0]}, ValueError, r"weights: found shape \[2\], expected \[1\]"),
         (ROWS, {"weights": [1.0, NAN]}, ValueError, "weights: found .*expected finite"),
         (ROWS, {"token_counts": torch.ones(4)}, ValueError, "token_counts: .*only gdpo"),
@@ -394,12 +376,7 @@ def test_bad_input_is_named(rewards, arguments, error, message):
 
 def readme_tables():
     """The examples above as Markdown, computed in float64 with the default eps."""
-    columns = {
-        "GRPO": ("grpo", None),
-        "GRPO 2:1": ("grpo", [2, 1]),
-        "GDPO": ("gdpo", None),
-        "GDPO 2:1": ("gdpo", [2, 1]),
-    }
+    columns = {f"{m.upper()}{t}": (m, w) for m in ("grpo", "gdpo") for t, w in (("", None), (" 2:1", [2, 1]))}
     examples = [
         ("One group of four", FOUR_ANSWERS, 4),
         ("One group of four, rewards of different rates", TWO_OF_FOUR_CORRECT, 4),

@@ -1,0 +1,231 @@
+"""A task small enough to train on two CPU cores: add and subtract two numbers, and wrap the answer in a tag.
+
+The prompt is ``27+15=`` and the wanted completion ``<a>42</a>``, one token per character. Everything is made here, from
+a seed: tokenizer, model, prompts and the text of the supervised warm start. That text is imperfect on purpose
+(wrong answers, broken tags), so that the policy starts with rewards in the middle of their range and with entropy to lose.
+
+The two rewards are independent: a right number in a broken tag earns only `answer_right`, a wrong number in a proper
+tag only `format_right`. That is the case in which summing rewards before normalising them hides which one was earned.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, EOS = "<pad>", "<eos>"
+ALPHABET = "0123456789+-=<>/a"
+MAX_COMPLETION_LENGTH = 12
+"""Tokens: ``<a>``, up to three digits, ``</a>``, end of text, and one to spare."""
+
+WRONG_ANSWER_SHARE = 0.15
+BROKEN_FORMAT_SHARE = 0.5
+_HELD_OUT_SHARE = 0.1
+_NUMBER = re.compile(r"-?\d+")
+_WELL_FORMED = re.compile(r"<a>-?\d+</a>")
+_BROKEN_FORMATS = ("{}", "<a>{}", "{}</a>", "<a>{}<a>", "<a{}</a>", "a{}a")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sum or difference: `prompt` is ``"27+15="`` and `answer` is 42."""
+
+    prompt: str
+    answer: int
+
+
+def make_problems(*, operand_limit: int = 25, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
+    """All ``a+b``, and all ``a-b`` that are not negative, with 0 <= a, b < `operand_limit`: (training, held out).
+
+    The held-out tenth appears neither in the warm start nor among the prompts of the policy training.
+    """
+    if operand_limit < 2:
+        raise ValueError(f"operand_limit: found {operand_limit}, expected at least 2")
+    operands = range(operand_limit)
+    problems = [Problem(f"{a}+{b}=", a + b) for a in operands for b in operands]
+    problems += [Problem(f"{a}-{b}=", a - b) for a in operands for b in range(a + 1)]
+    random.Random(seed).shuffle(problems)
+    held_out = max(1, int(len(problems) * _HELD_OUT_SHARE))
+    return problems[held_out:], problems[:held_out]
+
+
+def make_dataset(problems: list[Problem]) -> Dataset:
+    """A `datasets.Dataset` with the columns ``prompt`` (str) and ``answer`` (int), as GRPO trainers take it."""
+    return Dataset.from_dict({"prompt": [p.prompt for p in problems], "answer": [p.answer for p in problems]})
+
+
+def answer_right(completions: list[str], answer: list[int], **_: object) -> list[float]:
+    """1.0 where the first number in the completion is the answer, whatever surrounds it, else 0.0."""
+    found = (_NUMBER.search(text) for text in completions)
+    return [float(match is not None and int(match.group()) == a) for match, a in zip(found, answer, strict=True)]
+
+
+def format_right(completions: list[str], **_: object) -> list[float]:
+    """1.0 where the completion is exactly ``<a>``, one whole number, ``</a>``, right or wrong, else 0.0."""
+    return [float(_WELL_FORMED.fullmatch(text) is not None) for text in completions]
+
+
+REWARDS: tuple[Callable[..., list[float]], ...] = (answer_right, format_right)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of `ALPHABET`, with padding on the left as generation needs it."""
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(*, seed: int = 0, hidden_size: int = 128, layers: int = 3) -> LlamaForCausalLM:
+    """A fp32 Llama with fresh weights: 0.5 million parameters at the default size."""
+    config = LlamaConfig(
+        vocab_size=len(ALPHABET) + 2,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.06,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def imperfect_completion(problem: Problem, rng: random.Random) -> str:
+    """What the warm start imitates: off by a little in `WRONG_ANSWER_SHARE`, badly wrapped in `BROKEN_FORMAT_SHARE`."""
+    number = problem.answer
+    if rng.random() < WRONG_ANSWER_SHARE:
+        number += rng.choice((-10, -2, -1, 1, 2, 10))
+    template = rng.choice(_BROKEN_FORMATS) if rng.random() < BROKEN_FORMAT_SHARE else "<a>{}</a>"
+    return template.format(number)
+
+
+class Muon:
+    """Momentum whose matrix updates are made nearly orthogonal by Newton-Schulz steps (Jordan et al., 2024).
+
+    It learns the sums in about half of the steps that AdamW takes here, which is what keeps the warm start short;
+    torch has one only since 2.9. `parameters` are matrices; those of one shape are orthogonalised in one batch.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], *, learning_rate: float, momentum: float = 0.95):
+        self.learning_rate, self.momentum = learning_rate, momentum
+        self.by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            self.by_shape.setdefault(parameter.shape, []).append(parameter)
+        self.averages = {shape: torch.zeros_like(torch.stack(group)) for shape, group in self.by_shape.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for shape, group in self.by_shape.items():
+            gradient = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in group])
+            average = self.averages[shape].lerp_(gradient, 1 - self.momentum)
+            update = _orthogonalise(gradient.lerp(average, self.momentum)) * max(1.0, shape[0] / shape[1]) ** 0.5
+            for parameter, change in zip(group, update, strict=True):
+                parameter.add_(change, alpha=-self.learning_rate)
+
+
+def _orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Push the singular values of each of [n, rows, columns] `matrices` towards 1 with five quintic steps."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def warm_start(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    *,
+    steps: int = 280,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Iterator[float]:
+    """Supervised steps on `imperfect_completion`s, in place; yields the loss (nats per completion token) of each step."""
+    rng = random.Random(seed)
+    matrices = [p for name, p in model.named_parameters() if "_proj." in name]
+    others = [p for name, p in model.named_parameters() if "_proj." not in name]
+    muon, adam = Muon(matrices, learning_rate=0.0), torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95))
+    model.train()
+    for step in range(steps):
+        decay = min(1.0, 2 * (1 - step / steps))
+        muon.learning_rate, adam.param_groups[0]["lr"] = 0.02 * decay, 6e-3 * decay
+        chosen = rng.choices(problems, k=batch_size)
+        texts = [p.prompt + imperfect_completion(p, rng) + EOS for p in chosen]
+        batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+        # Padding is on the left, so a completion ends at the right edge and its length says where it begins.
+        lengths = torch.tensor([len(tokenizer.tokenize(t)) - len(p.prompt) for t, p in zip(texts, chosen, strict=True)])
+        positions = torch.arange(batch["input_ids"].shape[1]) - batch["input_ids"].shape[1]
+        counts = (positions[None, :] >= -lengths[:, None]).to(model.device)
+        loss = model(**batch, labels=batch["input_ids"].masked_fill(~counts, -100)).loss
+        model.zero_grad()
+        loss.backward()
+        muon.step()
+        adam.step()
+        yield float(loss.detach())
+    model.eval()
+
+
+@torch.no_grad()
+def evaluate(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    *,
+    samples: int = 4,
+    seed: int = 0,
+    batch_size: int = 512,
+) -> dict[str, tuple[float, float]]:
+    """Sample `samples` completions per problem at temperature 1 and score them.
+
+    Returns reward name -> (mean, standard error of the mean over problems); the draw depends on `seed` alone.
+    """
+    if samples < 1 or not problems:
+        raise ValueError(
+            f"samples and problems: found {samples} and {len(problems)} problems, expected at least 1 each"
+        )
+    model.eval()
+    repeated = [p for p in problems for _ in range(samples)]
+    texts: list[str] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for first in range(0, len(repeated), batch_size):
+            prompts = [p.prompt for p in repeated[first : first + batch_size]]
+            batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+            ids = model.generate(
+                **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_COMPLETION_LENGTH
+            )
+            new_ids = ids[:, batch["input_ids"].shape[1] :]
+            texts += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    answers = [p.answer for p in repeated]
+    scores: dict[str, tuple[float, float]] = {}
+    for reward in REWARDS:
+        per_problem = (
+            torch.tensor(reward(completions=texts, answer=answers), dtype=torch.float64).view(-1, samples).mean(1)
+        )
+        spread = per_problem.std(correction=1) if len(problems) > 1 else torch.zeros(())
+        scores[reward.__name__] = (float(per_problem.mean()), float(spread / len(problems) ** 0.5))
+    return scores

@@ -1,0 +1,118 @@
+"""Selections of tokens: the entropy cutoff against torch.quantile, ties, NaN, ranks, and more than 2^24 tokens."""
+
+import math
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+from rlloss import entropy_cutoff
+from rlloss.masks import completion_mask, not_truncated, top_entropy_mask
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 11, 101, 1000])
+def test_the_cutoff_is_torchs_quantile_bit_for_bit(n, rho):
+    g = torch.Generator().manual_seed(n)
+    entropy = torch.rand(3, n, generator=g)
+    mask = torch.zeros(3, n, dtype=torch.bool)
+    mask.view(-1)[torch.randperm(3 * n, generator=g)[:n]] = True
+    cutoff = entropy_cutoff(entropy, mask, rho)
+    assert torch.equal(cutoff, entropy[mask].quantile(1 - rho))
+    exact = top_entropy_mask(entropy, mask, rho, exact_k=True)
+    assert torch.equal(exact, top_entropy_mask(entropy, mask, rho))  # without ties the two agree
+    assert not (exact & ~mask).any()
+
+
+def test_ties_at_the_cutoff():
+    entropy = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0]])
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    assert top_entropy_mask(entropy, mask, 0.5).all()  # most entropies are 0, and so is the cutoff
+    exact = top_entropy_mask(entropy, mask, 0.5, exact_k=True)
+    assert exact.tolist() == [[True, True, False, False, False, False, True, True]]
+    assert top_entropy_mask(torch.ones(1, 8), mask, 0.0, exact_k=True).sum() == 1
+
+
+def test_an_empty_mask_keeps_nothing():
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    assert entropy_cutoff(torch.ones(2, 3), mask, 0.2) == math.inf
+    for exact_k in (False, True):
+        assert not top_entropy_mask(torch.ones(2, 3), mask, 0.2, exact_k=exact_k).any()
+
+
+def test_a_nan_entropy_does_not_move_the_cutoff_and_is_kept():
+    entropy = torch.tensor([[0.1, 0.2, math.nan, 0.3, 0.4, math.nan]])
+    mask = torch.tensor([[True, True, True, True, True, False]])
+    cutoff = entropy_cutoff(entropy, mask, 0.5)
+    assert torch.equal(cutoff, torch.tensor([0.1, 0.2, 0.3, 0.4]).quantile(0.5))
+    for exact_k in (False, True):
+        kept = top_entropy_mask(entropy, mask, 0.5, exact_k=exact_k)
+        assert kept.tolist() == [[False, False, True, True, True, False]]
+
+
+def test_more_tokens_than_torchs_quantile_takes():
+    n = 2**24 + 3
+    entropy = (torch.arange(n) // 2).float()[torch.randperm(n)].unsqueeze(0)
+    mask = torch.ones(1, n, dtype=torch.bool)
+    with pytest.raises(RuntimeError):
+        entropy.flatten().quantile(0.5)
+    for rho in (0.25, 0.9999999):
+        expected = np.quantile(np.arange(n) // 2, 1 - rho)
+        assert abs(entropy_cutoff(entropy, mask, rho).item() - expected) <= 0.5  # fp32 spacing up there
+
+
+def test_the_cutoff_carries_no_gradient():
+    entropy = torch.rand(2, 5, requires_grad=True)
+    assert not entropy_cutoff(entropy, torch.ones(2, 5, dtype=torch.bool), 0.2).requires_grad
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"rho": 1.2}, ValueError, r"rho: found 1.2, expected a number in \[0, 1\]"),
+    ({"rho": -0.1}, ValueError, "rho: found -0.1"),
+    ({"mask": torch.ones(2, 3)}, TypeError, "mask: found dtype"),
+    ({"mask": torch.ones(3, 3, dtype=torch.bool)}, ValueError, r"mask: found shape \(3, 3\)"),
+    ({"entropy": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "entropy: found dtype"),
+])  # fmt: skip
+def test_bad_arguments_are_named(change, error, message):
+    good = {"entropy": torch.ones(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool), "rho": 0.2}
+    with pytest.raises(error, match=message):
+        entropy_cutoff(**{**good, **change})
+
+
+def test_completion_mask_ends_with_the_first_end():
+    ids = torch.tensor([[5, 1, 7, 1], [5, 6, 7, 8], [1, 1, 1, 1]])
+    assert completion_mask(ids, 1).tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert not_truncated(ids, 1).tolist() == [True, False, True]
+
+
+def _rank(rank: int, port: int, queue) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    entropy, mask = _share(rank)
+    cutoff = entropy_cutoff(entropy, mask, 0.3, process_group=torch.distributed.group.WORLD)
+    queue.put((rank, cutoff.item()))
+    torch.distributed.destroy_process_group()
+
+
+def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks of different shapes; the last has no token."""
+    g = torch.Generator().manual_seed(rank)
+    entropy = torch.rand(2, 5 + 4 * rank, generator=g)
+    return entropy, (torch.rand(entropy.shape, generator=g) < 0.7) & (rank < 2)
+
+
+def test_ranks_share_one_cutoff():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(r, port, queue)) for r in range(3)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(120)
+        assert p.exitcode == 0
+    found = dict(queue.get() for _ in range(3))
+    everything = torch.cat([e[m] for e, m in map(_share, range(3))])
+    assert set(found.values()) == {everything.quantile(0.7).item()}
