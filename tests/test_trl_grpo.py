@@ -1,8 +1,14 @@
 """The TRL plugin against TRL itself: one trainer object, TRL's `_compute_loss` and ours on the same inputs."""
 
+import dataclasses
+import importlib.util
 import itertools
 import math
+import os
 import random
+import socket
+import sys
+import warnings
 
 import pytest
 import torch
@@ -104,3 +110,132 @@ def test_sweep_reaches_every_value_of_every_option():
         assert {setting[name] for setting in drawn} == values
     pairs = {(s["loss_type"], s["level"]) for s in drawn}
     assert pairs == set(itertools.product(LOSS_TYPES, ("token", "sequence")))
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo", "luspo"])
+def test_a_loss_that_is_not_built_is_trls_own(trainer, loss_type):
+    setting = draw_setting(0) | {"loss_type": loss_type, "level": "sequence" if loss_type == "luspo" else "token"}
+    inputs = apply_setting(trainer, setting, 0)
+    expected = loss_gradients_metrics(trainer, trl.GRPOTrainer._compute_loss, inputs)
+    found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] == expected[2]
+    trainer.args.entropy_denominator = "kept"
+    with pytest.raises(
+        ValueError, match=f"entropy_denominator: found 'kept', expected 'all' with loss_type='{loss_type}'"
+    ):
+        trainer._make_loss_config()
+    trainer.args.entropy_denominator = "all"
+
+
+def test_the_kept_denominator_is_that_of_the_paper(trainer):
+    plain = {"loss_type": "dapo", "level": "token", "beta": 0.0, "delta": None, "sampler": None, "off_policy": None}
+    setting = draw_setting(1) | plain | {"rho": 0.3, "steps_per_generation": 4, "train": True}
+    inputs = apply_setting(trainer, setting, 1)
+    everything, gradient, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    trainer.args.entropy_denominator = "kept"
+    trainer._loss_config = trainer._make_loss_config()
+    kept, kept_gradient, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    trainer.args.entropy_denominator = "all"
+    assert 0 < metrics["entropy/kept_share"] < 0.5
+    torch.testing.assert_close(kept * metrics["entropy/kept_share"], everything)
+    torch.testing.assert_close(kept_gradient * metrics["entropy/kept_share"], gradient)
+
+
+def test_the_loss_never_materialises_logits(trainer, monkeypatch):
+    inputs = apply_setting(trainer, draw_setting(2), 2)
+
+    def refuse(*_):
+        raise AssertionError("the lm_head was called")
+
+    monkeypatch.setattr(trainer.model.lm_head, "forward", refuse)
+    loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+
+
+def test_training_runs_and_logs_trls_metrics_and_ours(tmp_path):
+    options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3, "epsilon_low": 0.1, "epsilon_high": 0.28}
+    options |= {"top_entropy_quantile": 0.2, "multi_objective_aggregation": "normalize_then_sum"}
+    rewards = [
+        lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
+        lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids],
+    ]
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, rewards, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert trainer.epsilon_low == 0.1
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    history = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert len(history) == 4
+    assert "reward" in history[0] and "rewards/<lambda>/mean" in history[0]
+    for name in ("clip_ratio/region_mean", "clip_ratio/low_min", *OURS_ALONE):
+        assert all(math.isfinite(entry[name]) for entry in history), name
+    assert all(0 < entry["entropy/kept_share"] <= 1 and 0 <= entry["live_share"] <= 1 for entry in history)
+
+
+def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
+    common = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    assert GRPOConfig(**common, epsilon_low=0.1).epsilon == 0.1
+    assert GRPOConfig(**common).epsilon == trl.GRPOConfig(**common).epsilon
+    with pytest.raises(ValueError, match="epsilon_low: found 0.1 and epsilon=0.3, expected one of the two"):
+        GRPOConfig(**common, epsilon_low=0.1, epsilon=0.3)
+
+
+def test_every_other_default_is_trls():
+    theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
+    ours = {f.name: f for f in dataclasses.fields(GRPOConfig)}
+    assert set(ours) - set(theirs) == {"epsilon_low", "entropy_denominator"}
+    assert all(ours[name].default == field.default for name, field in theirs.items())
+
+
+def test_conflicting_settings_raise_when_the_trainer_is_made(tmp_path):
+    with pytest.raises(ValueError, match="entropy_denominator: found 'kept'.*no effect with top_entropy_quantile=1.0"):
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, entropy_denominator="kept")
+    with pytest.raises(ValueError, match="top_entropy_quantile: found 2.0"):
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, top_entropy_quantile=2.0)
+
+
+def test_trls_own_config_works_too(tmp_path):
+    trainer = build_trainer(GRPOTrainer, trl.GRPOConfig, tmp_path)
+    assert trainer._loss_config.loss_type == trl.GRPOConfig.loss_type
+
+
+def load_plugin_again(monkeypatch):
+    spec = importlib.util.find_spec("rlloss.integrations.trl_grpo")
+    monkeypatch.setitem(sys.modules, "again", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+
+
+def test_trl_outside_the_tested_range_warns_once_and_an_incompatible_one_raises(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_plugin_again(monkeypatch)
+    monkeypatch.setattr(trl, "__version__", "2.3.0")
+    with pytest.warns(UserWarning, match=r"rlloss is tested with TRL >= 1\.14\.0, < 1\.17\.0; found 2\.3\.0") as record:
+        load_plugin_again(monkeypatch)
+    assert len(record) == 1
+    monkeypatch.setattr(trl, "GRPOTrainer", type("GRPOTrainer", (), {"_compute_loss": None}))
+    with pytest.raises(ImportError, match="TRL 2.3.0 does not fit.*has no _get_per_token_logps_and_entropies"):
+        load_plugin_again(monkeypatch)
+
+
+def _compare_on_a_rank(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    torch.set_num_threads(1)
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, f"{folder}/{rank}", beta=0.04)
+    assert trainer.accelerator.num_processes == 2
+    for seed in range(12):
+        setting = draw_setting(seed)
+        inputs = apply_setting(trainer, setting, seed * 2 + rank)
+        expected = loss_gradients_metrics(trainer, trl.GRPOTrainer._compute_loss, inputs)
+        found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+        assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm() + 1e-8
+        for name, value in expected[2].items():
+            assert math.isclose(found[2][name], value, rel_tol=1e-5, abs_tol=1e-6), (setting, name)
+
+
+def test_two_ranks_equal_trl(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_compare_on_a_rank, (port, str(tmp_path)), nprocs=2)

@@ -1,0 +1,79 @@
+"""The kernels compile for GPUs that are not here, without spills, and are not compiled again for every length.
+
+In processes of their own: kernels imported under TRITON_INTERPRET=1 cannot be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_without_interpreter(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_kernel_compiles_without_spills_and_with_16_byte_loads(target):
+    table = json.loads(run_without_interpreter("benchmarks/compile_report.py", "--json", target))
+    assert {(row["kernel"], row["dtype"], row["flags"]) for row in table} >= {
+        (kernel, dtype, flags)
+        for kernel in ("forward", "merge", "backward")
+        for dtype, flags in (("bf16", "plain"), ("fp32", "plain"), ("bf16", "all"))
+    }
+    if target.startswith("gfx"):
+        return  # the wheel has no disassembler for it: that it compiles is what is shown
+    for row in table:
+        assert row["local"] == row["stack"] == row.get("LDL", 0) == row.get("STL", 0) == 0, row
+        if row["kernel"] != "merge":
+            # A thread's entries of a tile: 8 in 2-byte types, in one load; 8 in fp32, in two.
+            assert row["LDG.E.128"] == (2 if row["dtype"] == "fp32" else 1), row
+        if row["kernel"] == "backward":
+            assert row["STG.E.128"] > 0, row
+        if row["flags"] == "plain":
+            assert row["registers"] <= 64, row  # 1024 threads a multiprocessor or more
+
+
+COUNT_SPECIALISATIONS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from rlloss.kernels.token_stats import token_stats_forward
+from rlloss.kernels.token_stats_backward import token_stats_backward
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+seen = {}
+
+def record(self, *args, grid, warmup, **kwargs):
+    binder = create_function_from_signature(self.signature, self.params, backend)
+    _, specialization, options = binder(*args, **kwargs)
+    seen.setdefault(self.fn.__name__, set()).add((str(specialization), str(sorted(options.items()))))
+
+JITFunction.run = record
+V = 4000
+for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
+    for temperature in (1.0, 0.7, 2):
+        logits, target = torch.zeros(B, T + 1, V, dtype=torch.bfloat16)[:, :-1], torch.zeros(B * T, dtype=torch.int64)
+        for split in (False, True):
+            logp, entropy, lse, saved, _ = token_stats_forward(
+                logits, target, None, temperature, None, 1, split=split)
+        token_stats_backward(logits, target, None, temperature, None, 1, saved, entropy, logp, None, None)
+print({name: len(keys) for name, keys in seen.items()})
+"""
+
+
+def test_no_recompilation_when_rows_lengths_or_temperature_change():
+    counts = eval(run_without_interpreter("-c", COUNT_SPECIALISATIONS))
+    # The forward exists for whole and for split rows.
+    assert counts == {
+        "token_stats_forward_kernel": 2, "token_stats_merge_kernel": 1, "token_stats_backward_kernel": 1,
+    }  # fmt: skip
