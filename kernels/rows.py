@@ -34,11 +34,10 @@ class Rows:
     """A [..., V] tensor as rows: row r starts at (r // inner) * stride_outer + (r % inner) * stride_inner."""
 
     def __init__(self, x: torch.Tensor):
-        if x.dim() != 3:
-            try:
-                x = x.view(-1, 1, x.shape[-1]) if x.dim() == 1 else x.view(x.shape[0], -1, x.shape[-1])
-            except RuntimeError:
-                x = x.contiguous().view(x.shape[0], -1, x.shape[-1])
+        if x.dim() < 3:
+            x = x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
+        else:
+            x = x.flatten(1, -2)  # a copy only where more than two leading strides are needed
         self.tensor = x
         self.N, self.V = x.shape[0] * x.shape[1], x.shape[2]
         self.inner = max(x.shape[1], 1)

@@ -142,11 +142,7 @@ def policy_loss(
     if config.max_log_ratio is not None:
         log_ratio = log_ratio.clamp(-config.max_log_ratio, config.max_log_ratio)
 
-    kept = mask
-    if config.top_entropy_quantile < 1.0:
-        if cutoff is None and not config.exact_k:
-            cutoff = entropy_cutoff(entropy, mask, config.top_entropy_quantile)
-        kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff, exact_k=config.exact_k)
+    kept, cutoff = _kept(entropy, mask, cutoff, config)
     acts = kept
     if config.off_policy_threshold is not None:
         behavior_logp = logp.detach() if old_logp is None else old_logp
@@ -154,9 +150,8 @@ def policy_loss(
     if sampler_ratio is not None:
         acts = acts & (sampler_ratio != 0)
 
-    per_ratio = acts if log_ratio.shape == mask.shape else acts.any(-1, keepdim=True)
-    if log_ratio.shape[1] == 1 < advantage.shape[1]:
-        per_ratio = acts
+    one_per_sequence = log_ratio.shape[1] == 1 and advantage.shape[1] == 1
+    per_ratio = acts.any(-1, keepdim=True) if one_per_sequence else acts
     surrogate = loss_type.surrogate(log_ratio, advantage, per_ratio, config)
     token_loss = torch.where(acts, surrogate.loss.expand_as(mask), 0.0)
     if sampler_ratio is not None:
@@ -172,17 +167,15 @@ def policy_loss(
 
     counted = kept if config.entropy_denominator == "kept" else mask
     loss = loss_type.aggregate(token_loss, counted, denominator, config)
-    if config.entropy_coef != 0.0:
-        bonus = torch.where(kept, entropy, 0.0).sum() / kept.sum().clamp(min=1)  # type: ignore[arg-type]
-        loss = loss - config.entropy_coef * bonus
-
     live = acts & surrogate.live
     if config.ratio_level == "sequence":
         live = live.any(-1, keepdim=True) & mask  # a sequence's ratio depends on each of its tokens
     if kl is not None:
         live = live | mask
-    if config.entropy_coef != 0.0:
+    if entropy is not None and config.entropy_coef != 0.0:
+        loss = loss - config.entropy_coef * (torch.where(kept, entropy, 0.0).sum() / kept.sum().clamp(min=1))
         live = live | kept
+
     metrics = {"tokens": mask.sum(), "sequences": mask.any(-1).sum(), "kept": kept.sum(), "live": live.sum()}
     metrics |= {"surrogate": surrogate_sum, **_clip_metrics(surrogate, log_ratio, mask)}
     if kl is not None:
@@ -190,8 +183,8 @@ def policy_loss(
     if entropy is not None:
         metrics["entropy"] = torch.where(mask, entropy, 0.0).sum()
         metrics["entropy_kept"] = torch.where(kept, entropy, 0.0).sum()
-        if cutoff is not None:
-            metrics["entropy_cutoff"] = torch.where(mask, cutoff, 0.0).sum()
+    if cutoff is not None:
+        metrics["entropy_cutoff"] = torch.where(mask, cutoff, 0.0).sum()
     return PolicyLoss(loss, {name: value.detach().float() for name, value in metrics.items()})
 
 
@@ -206,6 +199,18 @@ def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     for share in ("kept", "live"):
         result[f"{share}_share"] = metrics[share] / metrics["tokens"].clamp(min=1)
     return result
+
+
+def _kept(
+    entropy: Tensor | None, mask: Tensor, cutoff: Tensor | float | None, config: LossConfig
+) -> tuple[Tensor, Tensor | float | None]:
+    """(tokens that the surrogate acts on, the entropy at which they begin or None)."""
+    rho = config.top_entropy_quantile
+    if entropy is None or rho == 1.0:
+        return mask, None
+    if cutoff is None and not config.exact_k:
+        cutoff = entropy_cutoff(entropy, mask, rho)
+    return top_entropy_mask(entropy, mask, rho, cutoff=cutoff, exact_k=config.exact_k), cutoff
 
 
 def _kl(difference: Tensor, estimator: str) -> Tensor:
@@ -238,7 +243,9 @@ def _clip_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor) -> dict
     }
 
 
-def _checked(logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff):
+def _checked(
+    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
     checks.floating("logp", logp)
     checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
@@ -269,8 +276,9 @@ def _checked(logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, e
         entropy is not None or not needs_entropy, "entropy", None,
         f"a [B, T] tensor with top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}",
     )  # fmt: skip
+    has_gradient = entropy is not None and entropy.requires_grad
     checks.require(
-        config.entropy_coef == 0.0 or entropy.requires_grad or not torch.is_grad_enabled(),
+        config.entropy_coef == 0.0 or has_gradient or not torch.is_grad_enabled(),
         "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}",
     )  # fmt: skip
     checks.require(
@@ -278,8 +286,8 @@ def _checked(logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, e
         "None with top_entropy_quantile=1.0 or exact_k, where it has no effect",
     )  # fmt: skip
     logp = logp if logp.dtype == torch.float64 else logp.float()
-    constants = [
-        None if x is None else x.detach().to(logp.dtype) for x in (advantage, old_logp, ref_logp, sampler_ratio)
-    ]
-    constants[0] = constants[0].unsqueeze(1) if advantage.dim() == 1 else constants[0]
-    return logp, *constants
+    advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
+    old_logp, ref_logp, sampler_ratio = (
+        None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio)
+    )
+    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio

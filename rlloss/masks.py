@@ -77,7 +77,7 @@ def _gathered(values: Tensor, process_group) -> Tensor:
 
 
 def top_entropy_mask(
-    entropy: Tensor, mask: Tensor, rho: float, *, cutoff: Tensor | None = None, exact_k: bool = False
+    entropy: Tensor, mask: Tensor, rho: float, *, cutoff: Tensor | float | None = None, exact_k: bool = False
 ) -> Tensor:
     """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
 

@@ -8,13 +8,15 @@ a forced backend that is missing raises.
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss import checks, tiled
 
+triton_forward: Any
+triton_backward: Any
 try:
     from rlloss.kernels import token_stats as triton_forward
     from rlloss.kernels import token_stats_backward as triton_backward
@@ -75,20 +77,29 @@ def choose_backend(x: Tensor) -> str:
     return forced
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if x is None else x.reshape(-1).to(dtype or x.dtype).contiguous()
+def _stats_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.reshape(-1).to(dtype or x.dtype).contiguous()
+
+
+def _rows(target: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, dtype: torch.dtype):
+    """(target, mask, temperature) as the kernels take them: [N] contiguous."""
+    mask = None if mask is None else _flat(mask)
+    return _flat(target), mask, temperature if temperatures is None else _flat(temperatures, dtype)
 
 
 def _run_backward(
     logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, grads, inplace=False
 ):
     run = tiled if choose_backend(logits) == "torch" else triton_backward
-    stats_dtype = saved.dtype
+    rows = _rows(target, mask, temperatures, temperature, saved.dtype)
+    grads = (None if g is None else _flat(g, saved.dtype) for g in grads)
     return run.token_stats_backward(
-        logits, _flat(target), _flat(mask), temperature if temperatures is None else _flat(temperatures, stats_dtype),
-        softcap, logit_scale, saved.view(2, -1), entropy.view(-1), *(_flat(g, stats_dtype) for g in grads),
-        inplace=inplace,
-    )  # fmt: skip
+        logits, *rows, softcap, logit_scale, saved.view(2, -1), entropy.view(-1), *grads, inplace=inplace
+    )
 
 
 @torch.library.custom_op("rlloss::token_stats", mutates_args=())
@@ -107,11 +118,10 @@ def _token_stats_op(
     top1: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = tiled if choose_backend(logits) == "torch" else triton_forward
-    stats_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logp, entropy_out, lse, saved, extra = run.token_stats_forward(  # type: ignore[union-attr]
-        logits, _flat(target), _flat(mask), temperature if temperatures is None else _flat(temperatures, stats_dtype),
-        softcap, logit_scale, entropy=entropy, squares=squares, mean=mean, top1=top1,
-    )  # fmt: skip
+    rows = _rows(target, mask, temperatures, temperature, _stats_dtype(logits))
+    logp, entropy_out, lse, saved, extra = run.token_stats_forward(
+        logits, *rows, softcap, logit_scale, entropy=entropy, squares=squares, mean=mean, top1=top1
+    )
     shape = target.shape
     return (
         logp.view(shape),
@@ -126,7 +136,7 @@ def _token_stats_op(
 def _(
     logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1
 ):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = _stats_dtype(logits)
     row = [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
     extra_shape = target.shape if squares or mean or top1 else (0,)
     return *row, logits.new_empty((2, *target.shape), dtype=dtype), logits.new_empty((3, *extra_shape), dtype=dtype)
@@ -206,10 +216,12 @@ class _InplaceTokenStats(torch.autograd.Function):
         g_logp, g_entropy, g_lse = grads[0], grads[1] if ctx.entropy_grad else None, grads[2]
         if all(g is None for g in (g_logp, g_entropy, g_lse)):
             return (None,) * 12
+        temperature, softcap, logit_scale = ctx.settings
         with torch.no_grad():
             grad = _run_backward(
-                logits, target, mask, temperatures, *ctx.settings, saved, entropy, (g_logp, g_entropy, g_lse), True
-            )
+                logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy,
+                (g_logp, g_entropy, g_lse), inplace=True,
+            )  # fmt: skip
             torch.autograd.graph.increment_version(logits)
         return grad, *(None for _ in range(11))
 
@@ -268,7 +280,7 @@ def token_stats(
     if per_token and values_needed:
         bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
         checks.require(not bool(bad.any()), "temperature", "an entry that is 0, negative or NaN", "all above 0")
-    run = _InplaceTokenStats.apply if inplace_grad else _token_stats_op
+    run: Any = _InplaceTokenStats.apply if inplace_grad else _token_stats_op
     logp, entropy, lse, _, extra = run(
         logits,
         target,

@@ -31,17 +31,36 @@ def _tiles(rows: int | Tensor, V: int) -> Iterator[slice | Tensor]:
             yield slice(first, last + 1) if last - first + 1 == len(part) else part
 
 
-def _reader(logits: Tensor, dtype: torch.dtype):
-    """A function from row numbers to a [rows, V] tile, not to be written; logits that are no matrix are gathered."""
+def _matrix(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The memory of logits [..., V] as a matrix, and which of its rows they are, in order (None: all of them)."""
     V = logits.shape[-1]
     try:
-        matrix = logits.view(-1, V)
-        return lambda rows: (matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)).to(dtype)
+        return logits.view(-1, V), None
     except RuntimeError:
-        index = torch.arange(logits[..., 0].numel(), device=logits.device).view(logits.shape[:-1])
-        places = torch.stack([i.reshape(-1) for i in torch.meshgrid(
-            *(torch.arange(n, device=logits.device) for n in index.shape), indexing="ij")])  # fmt: skip
-        return lambda rows: logits[tuple(places[:, rows])].to(dtype)
+        *dims, (_, stride_v) = zip(logits.shape, logits.stride(), strict=True)
+        dims = [(n, stride) for n, stride in dims if n > 1]
+        pitch = math.gcd(*(stride for _, stride in dims)) or 1
+        places = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        for n, stride in dims:
+            places = (places.unsqueeze(-1) + torch.arange(n, device=logits.device) * (stride // pitch)).flatten()
+        rows = 1 + sum((n - 1) * (stride // pitch) for n, stride in dims)
+        return logits.as_strided((rows, V), (pitch, stride_v)), places
+
+
+def _reader(logits: Tensor, dtype: torch.dtype):
+    """A function from row numbers to a row-major tile [rows, V], which may be the logits' own memory: read only."""
+    matrix, places = _matrix(logits)
+
+    def read(rows: slice | Tensor) -> Tensor:
+        if places is not None:
+            rows = places[rows]
+            if (rows.diff() == 1).all():
+                rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        tile = matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)
+        # The sums of a column-major tile would run in another order and end in other bits.
+        return tile.to(dtype) if tile.stride(-1) == 1 else tile.to(dtype).contiguous()
+
+    return read
 
 
 def _write(matrix: Tensor, rows: slice | Tensor, tile: Tensor) -> None:

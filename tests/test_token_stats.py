@@ -37,7 +37,7 @@ def run(compute, logits, weights):
     """Outputs (logp, entropy, lse) and the gradient of their weighted sum."""
     leaf = logits.detach().clone().requires_grad_()
     outputs = compute(leaf)[:3]
-    sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)).backward()
+    torch.stack([(w * o).sum() for w, o in zip(weights, outputs, strict=True)]).sum().backward()
     return [o.detach() for o in outputs], leaf.grad
 
 
@@ -219,12 +219,13 @@ def views(kind: str) -> torch.Tensor:
         "four dimensions": lambda: x.view(2, 2, 6, 96)[:, :, :-1].transpose(0, 2),
         "one row": lambda: x[0, 0],
         "no rows": lambda: x[:0],
+        "no rows of a matrix": lambda: x[0, :0],
     }[kind]()
 
 
 @pytest.mark.parametrize("kind", [
     "shifted", "transposed", "every other column", "a row stride off 16 bytes", "an odd storage offset", "expanded",
-    "vocabulary first", "four dimensions", "one row", "no rows",
+    "vocabulary first", "four dimensions", "one row", "no rows", "no rows of a matrix",
 ])  # fmt: skip
 def test_any_strides_and_leading_shapes(backend, kind):
     view = views(kind)

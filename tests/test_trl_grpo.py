@@ -200,6 +200,7 @@ def test_trls_own_config_works_too(tmp_path):
 
 def load_plugin_again(monkeypatch):
     spec = importlib.util.find_spec("rlloss.integrations.trl_grpo")
+    assert spec is not None and spec.loader is not None
     monkeypatch.setitem(sys.modules, "again", module := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(module)
 
