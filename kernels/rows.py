@@ -1,5 +1,7 @@
 """Where a row lies and how its work is divided: the addressing that every vocabulary kernel shares."""
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -59,3 +61,10 @@ def launch_shape(V: int, block_v: int | None = None) -> tuple[int, int, int, int
 
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if x.device.type in ("cuda", "xpu"):
+        return getattr(torch, x.device.type).device(x.device)
+    return contextlib.nullcontext()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
-from rlloss.kernels.rows import Rows, launch_shape, processors, row_offset, scales
+from rlloss.kernels.rows import Rows, device_of, launch_shape, processors, row_offset, scales
 
 
 @triton.jit
@@ -322,9 +322,16 @@ def token_stats_forward(
         "MEAN": mean,
         "TOP1": top1,
     }
-    token_stats_forward_kernel[(rows.N * chunks if split else rows.N,)](
-        *arguments, **flags, SPLIT=split, ALIGNED=rows.aligned(), BLOCK_V=BLOCK_V, CHUNK_V=CHUNK_V, num_warps=num_warps
-    )
-    if split:
-        token_stats_merge_kernel[(rows.N,)](*arguments, **flags, num_warps=1)
+    with device_of(logits):
+        token_stats_forward_kernel[(rows.N * chunks if split else rows.N,)](
+            *arguments,
+            **flags,
+            SPLIT=split,
+            ALIGNED=rows.aligned(),
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+        )
+        if split:
+            token_stats_merge_kernel[(rows.N,)](*arguments, **flags, num_warps=1)
     return outputs

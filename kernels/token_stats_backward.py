@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LN_2, floored, softcapped, tanh
-from rlloss.kernels.rows import Rows, launch_shape, row_offset, scales
+from rlloss.kernels.rows import Rows, device_of, launch_shape, row_offset, scales
 
 
 @triton.jit
@@ -186,39 +186,40 @@ def token_stats_backward(
     out = Rows(grad)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
     per_row = isinstance(temperature, torch.Tensor)
-    token_stats_backward_kernel[(rows.N * chunks,)](
-        rows.tensor,
-        target,
-        target if mask is None else mask,
-        temperature if per_row else saved,
-        saved,
-        entropy,
-        saved if g_logp is None else g_logp,
-        saved if g_entropy is None else g_entropy,
-        saved if g_lse is None else g_lse,
-        out.tensor,
-        rows.N,
-        rows.V,
-        rows.inner,
-        rows.stride_outer,
-        rows.stride_inner,
-        rows.stride_v,
-        out.stride_outer,
-        out.stride_inner,
-        out.stride_v,
-        chunks,
-        1.0 if per_row else float(temperature),
-        0.0 if softcap is None else float(softcap),
-        float(logit_scale),
-        HAS_MASK=mask is not None,
-        PER_ROW=per_row,
-        HAS_SOFTCAP=softcap is not None,
-        LOGP_GRAD=g_logp is not None,
-        ENTROPY_GRAD=g_entropy is not None,
-        LSE_GRAD=g_lse is not None,
-        ALIGNED=rows.aligned() and out.aligned(),
-        BLOCK_V=BLOCK_V,
-        CHUNK_V=CHUNK_V,
-        num_warps=num_warps,
-    )
+    with device_of(logits):
+        token_stats_backward_kernel[(rows.N * chunks,)](
+            rows.tensor,
+            target,
+            target if mask is None else mask,
+            temperature if per_row else saved,
+            saved,
+            entropy,
+            saved if g_logp is None else g_logp,
+            saved if g_entropy is None else g_entropy,
+            saved if g_lse is None else g_lse,
+            out.tensor,
+            rows.N,
+            rows.V,
+            rows.inner,
+            rows.stride_outer,
+            rows.stride_inner,
+            rows.stride_v,
+            out.stride_outer,
+            out.stride_inner,
+            out.stride_v,
+            chunks,
+            1.0 if per_row else float(temperature),
+            0.0 if softcap is None else float(softcap),
+            float(logit_scale),
+            HAS_MASK=mask is not None,
+            PER_ROW=per_row,
+            HAS_SOFTCAP=softcap is not None,
+            LOGP_GRAD=g_logp is not None,
+            ENTROPY_GRAD=g_entropy is not None,
+            LSE_GRAD=g_lse is not None,
+            ALIGNED=rows.aligned() and out.aligned(),
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+        )
     return grad

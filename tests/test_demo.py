@@ -1,0 +1,186 @@
+"""The main job, small: it runs end to end, its arms are comparable, and what did nothing is called inactive."""
+
+import io
+import json
+import math
+import random
+
+import pytest
+
+pytest.importorskip("trl")
+
+import torch
+from rich.console import Console
+
+from rlloss import arithmetic, demo
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    terminal = io.StringIO()
+    console = Console(file=terminal, width=100)
+    result = demo.run_demo(output, steps=10, warm_start_steps=6, held_out_samples=1, seed=3, console=console)
+    return result, json.loads(result.history.read_text(encoding="utf-8")), terminal.getvalue()
+
+
+def test_the_job_leaves_report_history_and_a_table(ran):
+    result, record, terminal = ran
+    page = result.report.read_text(encoding="utf-8")
+    for text in (page, terminal):
+        for word in ("plain GRPO", "remedies", "entropy", "live share", "warm start"):
+            assert word in text
+    assert page.count("<svg") == len(demo.PANELS)
+    assert "not measured" not in page.split("<script")[0]
+    assert record["command"] == "rlloss demo --steps 10 --seed 3"
+    assert record["command"] in page
+    assert [arm["name"] for arm in record["arms"]] == ["plain GRPO", "remedies"]
+
+
+def test_every_step_was_taken_with_finite_numbers(ran):
+    result, record, _ = ran
+    for arm in record["arms"]:
+        assert [row["step"] for row in arm["history"]] == list(range(1, 11))
+        for row in arm["history"]:
+            assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+            assert 0.0 <= row["live_share"] <= row["entropy/kept_share"] <= 1.0
+            assert row["clip_ratio/region_mean"] is not None
+        for mean, error in arm["held_out"].values():
+            assert 0.0 <= mean <= 1.0 and error >= 0.0
+
+
+def test_a_generation_serves_at_least_four_updates(ran):
+    _, record, _ = ran
+    assert record["updates_per_generation"] >= 4
+    for arm in record["arms"]:
+        generated = [row["step"] for row in arm["history"] if "reward" in row]
+        assert generated == list(range(1, 11, record["updates_per_generation"]))
+        # The first update meets the weights that generated: no ratio differs from 1. Later ones do.
+        assert arm["history"][0]["clip_ratio/region_mean"] == 0.0
+
+
+def test_arms_start_from_the_same_weights_and_completions(ran):
+    plain, remedies = (arm.history for arm in ran[0].arms)
+    for metric in ("entropy", "completions/mean_length", *demo.REWARD_METRICS):
+        assert plain[0][metric] == pytest.approx(remedies[0][metric], rel=1e-6), metric
+    assert plain[-1]["entropy"] != remedies[-1]["entropy"]
+
+
+def test_the_arms_are_the_announced_ones(ran):
+    plain, remedies = ran[0].arms
+    assert (plain.options["epsilon_high"], remedies.options["epsilon_high"]) == (0.2, 0.28)
+    assert plain.options["epsilon_low"] == remedies.options["epsilon_low"] == 0.2
+    assert all(row["entropy/kept_share"] == 1.0 for row in plain.history)
+    assert all(0.15 < (row["entropy/kept_share"] or 0.0) < 0.3 for row in remedies.history)
+
+
+CLIPPED = {"clip_ratio/region_mean": 0.01, "entropy/kept_share": 0.2}
+UNCLIPPED = {"clip_ratio/region_mean": 0.0, "entropy/kept_share": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("history", "quantile", "expected"),
+    [
+        ([UNCLIPPED, CLIPPED], 0.2, []),
+        ([UNCLIPPED, UNCLIPPED], 0.2, ["clip"]),
+        ([UNCLIPPED, {"clip_ratio/region_mean": None}], 0.2, ["clip"]),
+        ([{**CLIPPED, "entropy/kept_share": 1.0}] * 2, 0.2, ["entropy mask"]),
+        ([{**CLIPPED, "entropy/kept_share": 1.0}] * 2, 1.0, []),
+        ([{**UNCLIPPED, "entropy/kept_share": 1.0}], 0.2, ["clip", "entropy mask"]),
+        ([{"clip_ratio/region_mean": 0.01, "entropy/kept_share": 1.0}, CLIPPED], 0.2, []),
+    ],
+)
+def test_what_never_acted_is_named(history, quantile, expected):
+    assert demo.what_never_acted(history, {"top_entropy_quantile": quantile}) == expected
+
+
+def test_an_inactive_arm_is_labelled_in_the_table():
+    arms = [
+        demo.ArmResult("one", {}, [dict(CLIPPED)], {}, 1.0),
+        demo.ArmResult("two", {}, [dict(UNCLIPPED)], {}, 1.0, ["clip"]),
+    ]
+    table = demo._training_table(demo.DemoResult(None, None, arms, {}, {}))  # type: ignore[arg-type]
+    assert ["inactive", "no", "clip"] in table.rows
+
+
+def test_start_and_end_are_tenths_of_what_was_measured():
+    rows = [{"reward": float(i)} if i % 2 == 0 else {"reward": None} for i in range(40)]
+    assert demo.start_and_end(rows, "reward") == (1.0, 37.0)  # (0, 2) and (36, 38)
+    assert all(map(math.isnan, demo.start_and_end(rows, "absent")))
+
+
+@pytest.mark.parametrize("name", ["steps", "warm_start_steps", "held_out_samples"])
+def test_bad_sizes_are_named(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}: found 0, expected at least 1"):
+        demo.run_demo(tmp_path, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("completion", "right", "formed"),
+    [
+        ("<a>42</a>", 1.0, 1.0),
+        ("42", 1.0, 0.0),
+        ("<a>42<a>", 1.0, 0.0),
+        ("<a>41</a>", 0.0, 1.0),
+        ("<a>42</a>7", 1.0, 0.0),
+        ("<a>4</a>2", 0.0, 0.0),
+        ("<a>-42</a>", 0.0, 1.0),
+        ("<a></a>", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_the_two_rewards_are_independent(completion, right, formed):
+    assert arithmetic.answer_right(completions=[completion], answer=[42]) == [right]
+    assert arithmetic.format_right(completions=[completion], answer=[42]) == [formed]
+
+
+def test_problems_are_right_and_held_out_ones_are_not_trained_on():
+    training, held_out = arithmetic.make_problems(operand_limit=12, seed=5)
+    for problem in training + held_out:
+        assert eval(problem.prompt.rstrip("=")) == problem.answer >= 0
+    assert len(training) + len(held_out) == 144 + 78
+    assert not {p.prompt for p in training} & {p.prompt for p in held_out}
+    assert arithmetic.make_problems(operand_limit=12, seed=5) == (training, held_out)
+
+
+def test_the_tokenizer_keeps_every_character():
+    tokenizer = arithmetic.make_tokenizer()
+    text = "27+15=<a>42</a>" + arithmetic.EOS
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == 16 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids) == text and tokenizer.decode(ids, skip_special_tokens=True) == "27+15=<a>42</a>"
+
+
+def test_the_warm_start_text_is_imperfect_in_the_announced_shares():
+    rng = random.Random(0)
+    problem = arithmetic.Problem("27+15=", 42)
+    texts = [arithmetic.imperfect_completion(problem, rng) for _ in range(4000)]
+    wrong = 1 - sum(arithmetic.answer_right(completions=texts, answer=[42] * 4000)) / 4000
+    broken = 1 - sum(arithmetic.format_right(completions=texts)) / 4000
+    assert wrong == pytest.approx(arithmetic.WRONG_ANSWER_SHARE, abs=0.03)  # 4 standard errors
+    assert broken == pytest.approx(arithmetic.BROKEN_FORMAT_SHARE, abs=0.035)
+
+
+def test_the_warm_start_learns_and_repeats():
+    tokenizer = arithmetic.make_tokenizer()
+    training, _ = arithmetic.make_problems(operand_limit=8)
+    losses = []
+    for _ in range(2):
+        model = arithmetic.make_model(hidden_size=32, layers=1)
+        losses.append(list(arithmetic.warm_start(model, tokenizer, training, steps=30, batch_size=16)))
+    assert losses[0] == losses[1]
+    assert losses[0][0] == pytest.approx(math.log(len(tokenizer)), abs=0.5)  # nothing known: uniform
+    assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+def test_scoring_repeats_and_leaves_the_generator_alone():
+    tokenizer, model = arithmetic.make_tokenizer(), arithmetic.make_model(hidden_size=32, layers=1)
+    _, held_out = arithmetic.make_problems(operand_limit=8)
+    before = torch.get_rng_state()
+    first = arithmetic.evaluate(model, tokenizer, held_out, samples=2, seed=1)
+    assert first == arithmetic.evaluate(model, tokenizer, held_out, samples=2, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_default_model_has_half_a_million_parameters():
+    assert 0.4e6 < sum(p.numel() for p in arithmetic.make_model().parameters()) < 0.6e6
