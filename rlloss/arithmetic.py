@@ -1,8 +1,8 @@
 """A task small enough to train on two CPU cores: add and subtract two numbers, and wrap the answer in a tag.
 
 The prompt is ``27+15=`` and the wanted completion ``<a>42</a>``, one token per character. Everything is made here, from
-a seed: tokenizer, model, prompts and the text of the supervised warm start. That text is imperfect on purpose
-(wrong answers, broken tags), so that the policy starts with rewards in the middle of their range and with entropy to lose.
+a seed: tokenizer, model, prompts and the text of the supervised warm start. That text is imperfect on purpose (wrong
+answers, broken tags), so that the policy starts with rewards in the middle of their range and with entropy to lose.
 
 The two rewards are independent: a right number in a broken tag earns only `answer_right`, a wrong number in a proper
 tag only `format_right`. That is the case in which summing rewards before normalising them hides which one was earned.
@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -119,59 +120,23 @@ def imperfect_completion(problem: Problem, rng: random.Random) -> str:
     return template.format(number)
 
 
-class Muon:
-    """Momentum whose matrix updates are made nearly orthogonal by Newton-Schulz steps (Jordan et al., 2024).
-
-    It learns the sums in about half of the steps that AdamW takes here, which is what keeps the warm start short;
-    torch has one only since 2.9. `parameters` are matrices; those of one shape are orthogonalised in one batch.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], *, learning_rate: float, momentum: float = 0.95):
-        self.learning_rate, self.momentum = learning_rate, momentum
-        self.by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
-        for parameter in parameters:
-            self.by_shape.setdefault(parameter.shape, []).append(parameter)
-        self.averages = {shape: torch.zeros_like(torch.stack(group)) for shape, group in self.by_shape.items()}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for shape, group in self.by_shape.items():
-            gradient = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in group])
-            average = self.averages[shape].lerp_(gradient, 1 - self.momentum)
-            update = _orthogonalise(gradient.lerp(average, self.momentum)) * max(1.0, shape[0] / shape[1]) ** 0.5
-            for parameter, change in zip(group, update, strict=True):
-                parameter.add_(change, alpha=-self.learning_rate)
-
-
-def _orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Push the singular values of each of [n, rows, columns] `matrices` towards 1 with five quintic steps."""
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
-
-
 def warm_start(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: list[Problem],
     *,
-    steps: int = 280,
+    steps: int = 240,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Iterator[float]:
-    """Supervised steps on `imperfect_completion`s, in place; yields the loss (nats per completion token) of each step."""
+    """Supervised steps on `imperfect_completion`s, in place; yields each step's loss in nats per completion token."""
     rng = random.Random(seed)
-    matrices = [p for name, p in model.named_parameters() if "_proj." in name]
-    others = [p for name, p in model.named_parameters() if "_proj." not in name]
-    muon, adam = Muon(matrices, learning_rate=0.0), torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95))
+    optimizers = _optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, 2 * (1 - step / steps))) for o in optimizers
+    ]
     model.train()
-    for step in range(steps):
-        decay = min(1.0, 2 * (1 - step / steps))
-        muon.learning_rate, adam.param_groups[0]["lr"] = 0.02 * decay, 6e-3 * decay
+    for _ in range(steps):
         chosen = rng.choices(problems, k=batch_size)
         texts = [p.prompt + imperfect_completion(p, rng) + EOS for p in chosen]
         batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
@@ -182,10 +147,20 @@ def warm_start(
         loss = model(**batch, labels=batch["input_ids"].masked_fill(~counts, -100)).loss
         model.zero_grad()
         loss.backward()
-        muon.step()
-        adam.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         yield float(loss.detach())
     model.eval()
+
+
+def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices: it learns the sums in about half of AdamW's steps. torch 2.8 has none and takes AdamW."""
+    muon = getattr(torch.optim, "Muon", None)
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if muon is not None and "_proj." in name else others).append(parameter)
+    adam = torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95))
+    return [adam] if muon is None else [adam, muon(matrices, lr=0.02, weight_decay=0.0)]
 
 
 @torch.no_grad()
@@ -207,6 +182,7 @@ def evaluate(
             f"samples and problems: found {samples} and {len(problems)} problems, expected at least 1 each"
         )
     model.eval()
+    policy: Any = model  # transformers' generation does not declare its types
     repeated = [p for p in problems for _ in range(samples)]
     texts: list[str] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -215,7 +191,7 @@ def evaluate(
         for first in range(0, len(repeated), batch_size):
             prompts = [p.prompt for p in repeated[first : first + batch_size]]
             batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-            ids = model.generate(
+            ids = policy.generate(
                 **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_COMPLETION_LENGTH
             )
             new_ids = ids[:, batch["input_ids"].shape[1] :]

@@ -32,7 +32,7 @@ def test_the_job_leaves_report_history_and_a_table(ran):
             assert word in text
     assert page.count("<svg") == len(demo.PANELS)
     assert "not measured" not in page.split("<script")[0]
-    assert record["command"] == "rlloss demo --steps 10 --seed 3"
+    assert record["command"] == "rlloss.demo.run_demo(steps=10, seed=3, warm_start_steps=6, held_out_samples=1)"
     assert record["command"] in page
     assert [arm["name"] for arm in record["arms"]] == ["plain GRPO", "remedies"]
 
@@ -64,6 +64,29 @@ def test_arms_start_from_the_same_weights_and_completions(ran):
     for metric in ("entropy", "completions/mean_length", *demo.REWARD_METRICS):
         assert plain[0][metric] == pytest.approx(remedies[0][metric], rel=1e-6), metric
     assert plain[-1]["entropy"] != remedies[-1]["entropy"]
+
+
+def test_the_same_seed_measures_the_same(ran, tmp_path):
+    plain, _ = (arm.history for arm in ran[0].arms)
+    again = demo.run_demo(
+        tmp_path, steps=3, warm_start_steps=6, held_out_samples=1, seed=3, arms=demo.ARMS[:1],
+        console=Console(file=io.StringIO()),
+    )  # fmt: skip
+    for metric in ("loss", "entropy", "grad_norm", "reward"):
+        assert [row.get(metric) for row in again.arms[0].history] == [row.get(metric) for row in plain[:3]]
+
+
+def test_the_terminal_is_left_to_the_progress_bars(tmp_path, capfd):
+    demo.run_demo(
+        tmp_path,
+        steps=1,
+        warm_start_steps=1,
+        held_out_samples=1,
+        arms=demo.ARMS[:1],
+        console=Console(file=io.StringIO()),
+    )
+    out, err = capfd.readouterr()
+    assert out == "" and err == ""
 
 
 def test_the_arms_are_the_announced_ones(ran):

@@ -322,6 +322,15 @@ def test_the_module_from_logits_equals_the_textbook(rho, denominator):
     assert found.metrics["tokens"].item() == mask.sum()
 
 
+def test_the_module_gives_a_differentiable_zero_for_an_empty_mask():
+    logits = torch.full((2, 3, 10), math.nan, requires_grad=True)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    config = LossConfig(top_entropy_quantile=0.2)
+    loss = GRPOLoss(config)(logits, torch.full((2, 3), -100), torch.ones(2), mask=nothing).loss
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
 def test_on_policy_the_ratio_of_a_second_pass_is_exactly_one():
     logits, target = torch.randn(4, 6, 80), torch.randint(0, 80, (4, 6))
     with torch.no_grad():

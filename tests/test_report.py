@@ -111,7 +111,7 @@ def test_arms_keep_one_colour_and_the_note_is_shown(tmp_path):
     [
         ([], PANELS[:1], "arms: found none"),
         ([Arm("a", [1, 2], {"entropy": [1.0]})], PANELS[:1], r"'entropy' of arm 'a' has 1 values, expected 2"),
-        ([Arm("a", [1], {"entropy": [1.0]})], PANELS, "panels: found 'clip', expected a metric that an arm has: entropy"),
+        ([Arm("a", [1], {"entropy": [1.0]})], PANELS, "found 'clip', expected a metric that an arm has: entropy"),
     ],
 )
 def test_bad_input_is_named(tmp_path, arms, panels, message):

@@ -1,0 +1,285 @@
+"""Training curves as one HTML file that opens offline: inline SVG, no external address, light and dark.
+
+    write_report("report.html", arms, panels=[Panel("entropy", "Entropy", "nats per token")], title="A run")
+
+Charts are drawn here, so the page is complete without scripts; a few lines of JavaScript add the values under the
+pointer. Every text is escaped. What was not measured (None, NaN, infinite) is a gap in its line, not a zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+Value = float | int | None
+
+WIDTH, HEIGHT = 520, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: `steps` (x values) and `series`, metric name -> one value per step, None where there is none."""
+
+    name: str
+    steps: Sequence[float]
+    series: dict[str, Sequence[Value]]
+    settings: str = ""
+    note: str = ""
+    """What a reader must know before comparing this arm, such as "inactive: clip"."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: the metric `key` of every arm. A bound of None follows the data."""
+
+    key: str
+    title: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; the first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]] = field(default_factory=list)
+    caption: str = ""
+
+
+def write_report(
+    path: str | Path,
+    arms: Sequence[Arm],
+    *,
+    panels: Sequence[Panel],
+    title: str,
+    tables: Sequence[Table] = (),
+    paragraphs: Sequence[str] = (),
+    command: str = "",
+) -> Path:
+    """Write the page and return its path; missing folders are made.
+
+    `paragraphs` say what was run and how; `command` is shown as the line that repeats it. Raises ValueError if there
+    is no arm, if a series and its steps differ in length, or if a panel names a metric that no arm has.
+    """
+    if not arms:
+        raise ValueError("arms: found none, expected at least one")
+    for arm in arms:
+        for key, values in arm.series.items():
+            if len(values) != len(arm.steps):
+                raise ValueError(
+                    f"arms: series {key!r} of arm {arm.name!r} has {len(values)} values, expected {len(arm.steps)}, "
+                    "one per step"
+                )
+    for panel in panels:
+        if not any(panel.key in arm.series for arm in arms):
+            known = sorted({key for arm in arms for key in arm.series})
+            raise ValueError(f"panels: found {panel.key!r}, expected a metric that an arm has: {', '.join(known)}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_page(arms, panels, title, tables, paragraphs, command), encoding="utf-8")
+    return path
+
+
+def smooth(values: Sequence[Value], window: int) -> list[float | None]:
+    """Centred mean over up to `window` finite neighbours; None stays None, so a gap is not bridged."""
+    finite = [v if v is not None and math.isfinite(v) else None for v in values]
+    half = window // 2
+    result: list[float | None] = []
+    for i, value in enumerate(finite):
+        near = [v for v in finite[max(0, i - half) : i + half + 1] if v is not None]
+        result.append(None if value is None else sum(near) / len(near))
+    return result
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], about `count` of them."""
+    raw = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next((m * power for m in (1, 2, 5) if m * power >= raw * 0.999), 10 * power)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _finite(values: Sequence[Value]) -> list[float]:
+    return [float(v) for v in values if v is not None and math.isfinite(v)]
+
+
+def _bounds(arms: Sequence[Arm], panel: Panel) -> tuple[float, float]:
+    values = [v for arm in arms for v in _finite(arm.series.get(panel.key, ()))]
+    low = panel.low if panel.low is not None else min(values, default=0.0)
+    high = panel.high if panel.high is not None else max(values, default=1.0)
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    margin = 0.05 * (high - low)
+    return low - (margin if panel.low is None else 0.0), high + (margin if panel.high is None else 0.0)
+
+
+def _chart(arms: Sequence[Arm], panel: Panel, index: int) -> str:
+    steps = [float(s) for arm in arms for s in arm.steps]
+    x_low, x_high = min(steps, default=0.0), max(steps, default=1.0)
+    if x_high <= x_low:
+        x_high = x_low + 1.0
+    y_low, y_high = _bounds(arms, panel)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return across, down
+
+    parts = []
+    for y in ticks(y_low, y_high):
+        down = at(x_low, y)[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down:.1f}" y2="{down:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{down + 3.5:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in ticks(x_low, x_high, 6):
+        across = at(x, y_low)[0]
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>'
+    )
+    for number, arm in enumerate(arms):
+        values = arm.series.get(panel.key, ())
+        for kind, line in (("raw", list(values)), ("mean", smooth(values, _window(arm)))):
+            path, dots = _path(arm.steps, line, at)
+            parts.append(f'<path class="{kind} arm{number % 6}" d="{path}"/>')
+            if kind == "mean":
+                parts += [f'<circle class="arm{number % 6}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in dots]
+    missing = [arm.name for arm in arms if not _finite(arm.series.get(panel.key, ()))]
+    absent = f'<p class="absent">not measured: {escape(", ".join(missing))}</p>' if missing else ""
+    unit = f" <small>{escape(panel.unit)}</small>" if panel.unit else ""
+    return (
+        f'<figure><figcaption>{escape(panel.title)}{unit}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(panel.title)} over steps" data-panel="{index}" data-low="{x_low:g}" '
+        f'data-high="{x_high:g}">{"".join(parts)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
+        f'<p class="values" aria-hidden="true"></p>{absent}</figure>'
+    )
+
+
+def _window(arm: Arm) -> int:
+    return max(1, 2 * len(arm.steps) // 25) | 1  # odd, so that it is centred
+
+
+def _path(steps: Sequence[float], values: Sequence[Value], at) -> tuple[str, list[tuple[float, float]]]:
+    """SVG path data with a new stroke after every gap, and the lone points, which a stroke would not show."""
+    strokes: list[list[tuple[float, float]]] = [[]]
+    for step, value in zip(steps, values, strict=False):
+        if value is None or not math.isfinite(value):
+            strokes.append([])
+        else:
+            strokes[-1].append(at(float(step), float(value)))
+    path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in stroke) for stroke in strokes if stroke)
+    return path, [stroke[0] for stroke in strokes if len(stroke) == 1]
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in table.rows
+    )
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _legend(arms: Sequence[Arm]) -> str:
+    items = []
+    for number, arm in enumerate(arms):
+        note = f' <strong class="note">{escape(arm.note)}</strong>' if arm.note else ""
+        settings = f"<br><small>{escape(arm.settings)}</small>" if arm.settings else ""
+        items.append(f'<li><i class="arm{number % 6}"></i><span><b>{escape(arm.name)}</b>{note}{settings}</span></li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _page(arms, panels, title, tables, paragraphs, command) -> str:
+    data = {
+        "arms": [{"name": arm.name, "steps": [float(s) for s in arm.steps]} for arm in arms],
+        "panels": [
+            [[v if v is not None and math.isfinite(v) else None for v in arm.series.get(p.key, ())] for arm in arms]
+            for p in panels
+        ],
+        "left": LEFT / WIDTH,
+        "right": 1 - RIGHT / WIDTH,
+    }
+    # Inside a script element only "</" could end it; as an escape it is the same JSON.
+    inline = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    lines = _window(max(arms, key=_window))
+    explain = f"Thin: every step. Bold: centred mean over {lines} steps." if lines > 1 else "One value per step."
+    text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
+    repeat = f"<pre><code>{escape(command)}</code></pre>" if command else ""
+    charts = "".join(_chart(arms, panel, index) for index, panel in enumerate(panels))
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
+        f"{_legend(arms)}{''.join(_table(table) for table in tables)}"
+        f'<p class="absent">{explain}</p><div class="charts">{charts}</div>'
+        f'<section><h2>What was run</h2>{text}{repeat}</section></main><script type="application/json" id="data">'
+        f"{inline}</script><script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#fbfbfa;--card:#fff;--ink:#1c1e21;--soft:#5d636b;--line:#e3e5e8;
+--a0:#2563b8;--a1:#d1630f;--a2:#2a8a4a;--a3:#8b46b5;--a4:#b8323f;--a5:#5b6470;--warn:#a33d00}
+@media (prefers-color-scheme:dark){:root{--page:#14161a;--card:#1c1f24;--ink:#e8eaed;--soft:#a3aab3;--line:#32373e;
+--a0:#6ea8ff;--a1:#ff9d4d;--a2:#65c98a;--a3:#c594ea;--a4:#f2818b;--a5:#a9b2bd;--warn:#ffb27a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1120px;margin:0 auto;padding:28px 20px 48px}
+h1{font-size:1.5rem;margin:0 0 12px}h2{font-size:1.1rem;margin:28px 0 6px}
+small,.absent{color:var(--soft)}.absent{margin:2px 0 0;font-size:.85rem}.note{color:var(--warn)}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:8px 36px;margin:0 0 18px;padding:0}
+.legend li{display:flex;gap:10px}.legend i{flex:none;width:22px;height:4px;border-radius:2px;margin-top:10px}
+i.arm0{background:var(--a0)}i.arm1{background:var(--a1)}i.arm2{background:var(--a2)}
+i.arm3{background:var(--a3)}i.arm4{background:var(--a4)}i.arm5{background:var(--a5)}
+.scroll{overflow-x:auto;margin:0 0 16px}
+table{border-collapse:collapse;width:100%;background:var(--card);border:1px solid var(--line);font-size:.92rem}
+caption{text-align:left;color:var(--soft);font-size:.85rem;padding:0 0 5px}
+th,td{padding:6px 12px;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
+th{font-weight:600}th:first-child{text-align:left}tbody th{font-weight:400}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;margin-top:10px}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 12px 6px}
+figcaption{font-weight:600}figcaption small{font-weight:400}
+svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:11px;font-family:inherit}
+.grid{stroke:var(--line)}.cursor{stroke:var(--soft);visibility:hidden}
+path{fill:none;stroke-linejoin:round;stroke-linecap:round}.raw{stroke-width:1;opacity:.28}.mean{stroke-width:2.2}
+path.arm0{stroke:var(--a0)}path.arm1{stroke:var(--a1)}path.arm2{stroke:var(--a2)}
+path.arm3{stroke:var(--a3)}path.arm4{stroke:var(--a4)}path.arm5{stroke:var(--a5)}
+circle.arm0{fill:var(--a0)}circle.arm1{fill:var(--a1)}circle.arm2{fill:var(--a2)}
+circle.arm3{fill:var(--a3)}circle.arm4{fill:var(--a4)}circle.arm5{fill:var(--a5)}
+.values{min-height:1.4em;margin:0;font-size:.85rem;color:var(--soft);font-variant-numeric:tabular-nums}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px;overflow-x:auto}
+"""
+
+_SCRIPT = """
+const data = JSON.parse(document.getElementById("data").textContent);
+for (const svg of document.querySelectorAll("svg[data-panel]")) {
+  const series = data.panels[svg.dataset.panel], low = +svg.dataset.low, high = +svg.dataset.high;
+  const cursor = svg.querySelector(".cursor"), out = svg.parentNode.querySelector(".values");
+  svg.addEventListener("pointermove", event => {
+    const box = svg.getBoundingClientRect(), across = (event.clientX - box.left) / box.width;
+    const x = low + (across - data.left) / (data.right - data.left) * (high - low);
+    if (x < low || x > high) return;
+    const found = data.arms.map((arm, a) => {
+      let best = -1;
+      arm.steps.forEach((s, i) => { if (best < 0 || Math.abs(s - x) < Math.abs(arm.steps[best] - x)) best = i; });
+      const value = series[a][best];
+      return arm.name + " " + (value == null ? "not measured" : +value.toPrecision(4));
+    });
+    cursor.setAttribute("x1", across * svg.viewBox.baseVal.width);
+    cursor.setAttribute("x2", across * svg.viewBox.baseVal.width);
+    cursor.style.visibility = "visible";
+    out.textContent = "step " + Math.round(x) + ": " + found.join(", ");
+  });
+  svg.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; out.textContent = ""; });
+}
+"""

@@ -1,0 +1,21 @@
+"""What the README shows runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.splitlines()[0])
+def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
+    if "trl_grpo" in code:
+        pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(README), "exec"), {})
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) >= 2
