@@ -169,8 +169,10 @@ def token_stats_backward(
     live = torch.stack(given).ne(0).any(0)  # NaN != 0: a broken coefficient is live and shows itself
     if mask is not None:
         live &= mask
+    live_rows = live.nonzero().squeeze(-1)
     read = _reader(logits, dtype)
-    grad = logits if inplace else torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    fresh = torch.zeros if len(live_rows) < len(live) else torch.empty
+    grad = logits if inplace else fresh(logits.shape, dtype=logits.dtype, device=logits.device)
     matrix = grad.view(-1, V)
 
     # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, a row's gradient is, but for the target's own entry,
@@ -188,7 +190,7 @@ def token_stats_backward(
     level = level * to_e
     slope = None if g_entropy is None else g_entropy * to_e * -math.log(2)
     own = None if g_logp is None else g_logp * scale
-    for rows in _tiles(live.nonzero().squeeze(-1), V):
+    for rows in _tiles(live_rows, V):
         u = _softcapped(read(rows), softcap, logit_scale)
         t = _exponents(u, m[rows], scale, rows)
         if slope is None:

@@ -1,0 +1,164 @@
+"""Who is timed: rlloss and everyone else who turns logits into log-probabilities, entropies and their gradient.
+
+All answer the same two questions about a `Case`: `forward` gives (logp, entropy) without autograd, `step` the gradient
+of the logits for a given gradient of logp, through forward and backward. Entropy carries no gradient. What a peer does
+not compute, or computes besides, stands in its note.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlloss.ops import token_stats
+
+Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs.
+
+    padded: `[1, N + 1, V]` logits; the row at the end is there for Liger's layout and belongs to no token.
+    target: `[N]` int64. mask: `[N]` bool or None. grad: `[N]` fp32, the gradient of logp, 0 in dead and masked rows.
+    """
+
+    padded: Tensor
+    target: Tensor
+    mask: Tensor | None
+    grad: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """`[N, V]`, contiguous."""
+        return self.padded[0, :-1]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contender. `module` must be installed; `gpu` says that it runs nowhere else, `cpu` the opposite."""
+
+    name: str
+    note: str
+    forward: Callable[[Case], tuple[Tensor, Tensor | None]]
+    step: Callable[[Case], Tensor]
+    module: str = "torch"
+    gpu: bool = False
+    cpu: bool = False
+
+    def absent(self, device: torch.device) -> str | None:
+        """Why it cannot run there, or None."""
+        if self.gpu and device.type != "cuda":
+            return "needs a GPU"
+        if self.cpu and device.type != "cpu":
+            return "CPU only"
+        return None if importlib.util.find_spec(self.module) else f"{self.module} is not installed"
+
+
+def _peer(name: str, note: str, function: Forward, **where) -> Peer:
+    """A peer that is a differentiable function (logits, target, mask) -> (logp, entropy)."""
+
+    @torch.no_grad()
+    def forward(case: Case) -> tuple[Tensor, Tensor | None]:
+        return function(case.logits, case.target, case.mask)
+
+    def step(case: Case) -> Tensor:
+        leaf = case.logits.detach().requires_grad_()
+        logp, _ = function(leaf, case.target, case.mask)
+        logp.backward(case.grad.to(logp.dtype))
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return Peer(name, note, forward, step, **where)
+
+
+def _rlloss(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    stats = token_stats(logits, target, mask=mask, outputs=("logp", "entropy"))
+    assert stats.logp is not None
+    return stats.logp, stats.entropy
+
+
+def eager(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log_softmax in fp32, a gather, and the entropy of the same log-probabilities."""
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
+    logp = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    if mask is not None:
+        logp, entropy = torch.where(mask, logp, 0.0), torch.where(mask, entropy, 0.0)
+    return logp, entropy
+
+
+def _trl_torch(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    utils = importlib.import_module("trl.trainer.utils")
+    return utils.selective_log_softmax_and_entropy(logits, target, entropy_requires_grad=False, row_mask=mask)
+
+
+def _trl_kernel(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return importlib.import_module("trl.kernels").selective_log_softmax_and_entropy(logits, target, row_mask=mask)
+
+
+def _liger_mask(case: Case) -> Tensor | None:
+    return None if case.mask is None else case.mask.int().unsqueeze(0)
+
+
+def _liger_forward(case: Case) -> tuple[Tensor, None]:
+    ops = importlib.import_module("liger_kernel.ops.grpo_loss")
+    # It reads [1, N + 1, V] and leaves the last position out.
+    logp = ops.fused_selective_log_softmax(case.padded, case.target.unsqueeze(0), 1.0, _liger_mask(case))
+    return logp.squeeze(0), None
+
+
+def _liger_step(case: Case) -> Tensor:
+    ops = importlib.import_module("liger_kernel.transformers.grpo_loss")
+    leaf = case.padded.detach().requires_grad_()
+    # With no old log-probabilities the ratio is 1, and at advantage -1 each token's loss has the gradient 1 in logp.
+    advantage = torch.full((1,), -1.0, device=leaf.device)
+    loss, *_ = ops.triton_grpo_loss(
+        leaf, None, None, case.target.unsqueeze(0), advantage, _liger_mask(case), temperature=1.0, beta=0.0,
+        inplace=False, loss_type="grpo", reduce=False,
+    )  # fmt: skip
+    loss.backward(case.grad.unsqueeze(0))
+    assert leaf.grad is not None
+    return leaf.grad[0, :-1]
+
+
+def peers(*, compiled: bool) -> list[Peer]:
+    """rlloss first, then the others. compiled: whether torch.compile takes part (it takes a while to compile)."""
+    found = [
+        _peer("rlloss", "`token_stats`: logp and entropy", _rlloss),
+        _peer("torch eager", "`log_softmax` in fp32, gather, entropy", eager),
+    ]
+    if compiled:
+        # It is compiled again for each dtype, shape, mask and mode; past the limit it would quietly run eagerly.
+        torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+        note = "`torch.compile(dynamic=False)` of torch eager"
+        found.append(_peer("torch.compile", note, torch.compile(eager, dynamic=False)))
+    trl_torch = (
+        "`trl.trainer.utils.selective_log_softmax_and_entropy`, TRL without a GPU; its results have the logits' dtype"
+    )
+    trl_kernel = "`trl.kernels.selective_log_softmax_and_entropy`"
+    liger = (
+        "forward: `fused_selective_log_softmax`, no entropy; step: `triton_grpo_loss` at ratio 1, not in place, "
+        "which computes the GRPO loss besides"
+    )
+    return found + [
+        _peer("TRL torch", trl_torch, _trl_torch, module="trl", cpu=True),
+        _peer("TRL kernel", trl_kernel, _trl_kernel, module="trl", gpu=True),
+        Peer("Liger kernels", liger, _liger_forward, _liger_step, module="liger_kernel", gpu=True),
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of what is compared."""
+    found = {}
+    for name in ("torch", "triton", "trl", "liger-kernel"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
