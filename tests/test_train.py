@@ -55,16 +55,17 @@ def flags(**options):
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
 
-def rlloss(project, *arguments):
+def rlloss(project, *arguments, launcher=("-m",), **variables):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_DATASETS_CACHE": str(project / "cache"),
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     return subprocess.run(
-        [sys.executable, "-m", "rlloss.cli", *arguments],
+        [sys.executable, *launcher, "rlloss.cli", *arguments],
         cwd=project, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -108,6 +109,24 @@ def test_resume_from_yaml_goes_on_where_it_stopped(project, trained):
     assert resumed["global_step"] == 3
     assert resumed["log_history"][: len(before["log_history"])] == before["log_history"]
     assert "Saved model and tokenizer to out" in ran.stdout
+
+
+def test_accelerate_launches_it(project):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no", "-m")
+    options = OPTIONS | {"output_dir": "launched", "max_steps": 1, "reward": "my_rewards:short"}
+    ran = rlloss(project, "train", *flags(**options), launcher=launcher)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert state(project / "launched" / "checkpoint-1")["global_step"] == 1
+
+
+def test_two_processes_train_together(project, trained):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
+    options = OPTIONS | {"output_dir": "two", "max_steps": 2, "save_steps": 2, "reward": "my_rewards:short"}
+    ran = rlloss(project, "train", *flags(**options), launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("Saved model and tokenizer") == 1  # by the first process
+    both, alone = (state(project / out / "checkpoint-2")["epoch"] for out in ("two", trained.name))
+    assert both == 2 * alone  # twice the prompts a step
 
 
 def test_the_command_reports_bad_input_in_one_line(project):
