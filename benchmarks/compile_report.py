@@ -70,6 +70,7 @@ def read_sass(compiled) -> dict:
     assert found, usage
     registers, stack, shared, local = map(int, found.groups())
     count = collections.Counter(re.findall(r"\b(MUFU\.EX2|LDG\.E\.128|STG\.E\.128|LDL|STL)\b", sass))
+    count["max.NaN"] = compiled.asm["ptx"].count("max.NaN")
     return {"registers": registers, "stack": stack, "shared": shared, "local": local, **count}
 
 

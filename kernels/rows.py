@@ -46,10 +46,13 @@ class Rows:
         self.stride_outer, self.stride_inner, self.stride_v = x.stride()
 
     def aligned(self) -> bool:
-        """Whether every row starts on 16 bytes and is contiguous, so that 16-byte loads and stores are legal."""
-        size = self.tensor.element_size()
-        steps = [s for s, n in zip(self.tensor.stride()[:2], self.tensor.shape[:2], strict=True) if n > 1]
-        return self.stride_v == 1 and self.tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in steps)
+        """Whether every row starts on 16 bytes and is contiguous, so that 16-byte loads and stores are legal.
+
+        The strides of single rows count too: the layout, and with it the bits, would otherwise differ between a row
+        alone and the same row among others.
+        """
+        bytes_apart = [stride * self.tensor.element_size() for stride in self.tensor.stride()[:2]]
+        return self.stride_v == 1 and self.tensor.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in bytes_apart)
 
 
 def launch_shape(V: int, block_v: int | None = None) -> tuple[int, int, int, int]:

@@ -2,7 +2,7 @@
 
 Each logit is read from memory once (plus the one logit of the target). A row is a fixed sequence of chunks, each
 reduced on its own and merged in order, whether one program walks the whole row or, when rows are few, one program
-takes one chunk: a row's bits do not depend on the rows around it.
+takes one chunk: a row's bits do not depend on the rows around it (on 16-byte alignment they may, through the layout).
 
 Bytes read for V entries of b bytes: b V a row, none for a masked one.
 """
@@ -104,7 +104,7 @@ def _finish(
     logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
     u_target = softcapped(logit, softcap, logit_scale, HAS_SOFTCAP)
     log_s = tl.log2(s)
-    logp = ((u_target - m) * k - log_s) * LN_2
+    logp = (u_target - m) * scale - log_s * LN_2
     tl.store(logp_ptr + row, tl.where(inside, logp, float("nan")))
     if ENTROPY:
         tl.store(entropy_ptr + row, (log_s - w / s) * LN_2)
@@ -116,8 +116,9 @@ def _finish(
     if SQUARES:
         tl.store(extra_ptr + N + row, (tl.log2(q) - 2.0 * log_s) * LN_2)
     if TOP1:
-        # argmax is the first maximum: an equal entry before the target takes the place.
-        tl.store(extra_ptr + 2 * N + row, tl.where(inside & (u_target >= m) & (before < u_target), 1.0, 0.0))
+        # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
+        first = inside & (u_target >= m) & (before < u_target) & (s == s)
+        tl.store(extra_ptr + 2 * N + row, tl.where(first, 1.0, 0.0))
 
 
 @triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])

@@ -170,16 +170,11 @@ def token_stats_backward(
     inplace: bool = False,
     block_v: int | None = None,
 ) -> torch.Tensor:
-    """The gradient of logits, shaped and typed like them: contiguous, or the logits' own memory with `inplace`.
+    """The gradient of logits, shaped and typed like them: contiguous, or with `inplace` the (contiguous) logits'.
 
     g_* are contiguous fp32 with N entries or None; saved and entropy are what `token_stats_forward` returned.
     """
     rows = Rows(logits)
-    if inplace and rows.tensor.data_ptr() != logits.data_ptr():
-        raise ValueError(
-            f"inplace_grad: logits of shape {tuple(logits.shape)} and strides {logits.stride()} are not rows of one "
-            "memory block; expected at most two leading strides"
-        )
     grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows.N == 0:
         return grad

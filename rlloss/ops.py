@@ -180,20 +180,22 @@ def _setup_context(ctx, inputs, output):
     logits, target, mask, temperatures, *settings = inputs
     _, entropy, _, saved, extra = output
     ctx.settings = settings[:3]
-    ctx.entropy_grad = settings[4]
+    entropy_grad = settings[4]
     ctx.mark_non_differentiable(saved, extra)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, mask, temperatures, saved, entropy)
+    # An entropy without gradient is the user's to overwrite.
+    ctx.save_for_backward(logits, target, mask, temperatures, saved, entropy if entropy_grad else None)
+
+
+def _saved(ctx) -> Any:
+    logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
+    return logits, target, mask, temperatures, *ctx.settings, saved, saved[0] if entropy is None else entropy
 
 
 def _backward(ctx, g_logp, g_entropy, g_lse, *_):
-    logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
-    g_entropy = g_entropy if ctx.entropy_grad else None
     grad = None
     if any(g is not None for g in (g_logp, g_entropy, g_lse)):
-        grad = _token_stats_backward_op(
-            logits, target, mask, temperatures, *ctx.settings, saved, entropy, g_logp, g_entropy, g_lse
-        )
+        grad = _token_stats_backward_op(*_saved(ctx), g_logp, g_entropy, g_lse)
     return grad, *(None for _ in range(11))
 
 
@@ -211,18 +213,13 @@ class _InplaceTokenStats(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, *grads):
-        logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
-        g_logp, g_entropy, g_lse = grads[0], grads[1] if ctx.entropy_grad else None, grads[2]
-        if all(g is None for g in (g_logp, g_entropy, g_lse)):
-            return (None,) * 12
-        temperature, softcap, logit_scale = ctx.settings
-        with torch.no_grad():
-            grad = _run_backward(
-                logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy,
-                (g_logp, g_entropy, g_lse), inplace=True,
-            )  # fmt: skip
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_entropy, g_lse, *_):
+        grad = None
+        if any(g is not None for g in (g_logp, g_entropy, g_lse)):
+            logits = _run_backward(*_saved(ctx), grads=(g_logp, g_entropy, g_lse), inplace=True)
             torch.autograd.graph.increment_version(logits)
+            grad = logits.detach()  # the logits have a history of their own, which is not that of their gradient
         return grad, *(None for _ in range(11))
 
 
@@ -241,7 +238,8 @@ def token_stats(
     """Log-probability, entropy and log-sum-exp of each row of logits, read once.
 
     The distribution is softmax(softcap * tanh(logits * logit_scale / softcap) / temperature), computed in fp32. The
-    backward reads and writes rows with a nonzero incoming gradient; the others are zeros and are not read.
+    backward reads and writes rows with a nonzero incoming gradient; the others are zeros and are not read. There is no
+    second derivative, and no torch.func transform.
 
     Args:
         logits: `[..., V]`, bf16, fp16, fp32 or fp64 (fp64: torch backend), any strides.
@@ -256,7 +254,9 @@ def token_stats(
             from an operation that does not need its output again (a linear layer does not).
 
     Returns:
-        `TokenStats`, its tensors shaped like `target`, in nats.
+        `TokenStats`, its tensors shaped like `target`, in nats. mean_logit is the mean of the logits after scale,
+        softcap and temperature; log_sum_sq_probs is log sum_v p_v^2; is_top1 whether the target is the argmax (the
+        first of equal ones).
 
     Raises:
         ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
@@ -269,9 +269,10 @@ def token_stats(
         not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
     )
     if inplace_grad:
+        owner = logits._base if logits._base is not None else logits
         checks.require(
-            logits.requires_grad and not logits.is_leaf,
-            "inplace_grad", "logits that are a leaf or need no gradient", "logits computed by the model",
+            logits.requires_grad and not owner.is_leaf,
+            "inplace_grad", "logits that are a leaf, a view of one, or need no gradient", "logits the model computed",
         )  # fmt: skip
         checks.require(logits.is_contiguous(), "inplace_grad", f"strides {logits.stride()}", "contiguous logits")
     if values_needed := checks.values_checked(logits):

@@ -109,7 +109,7 @@ def token_stats_forward(
     read = _reader(logits, dtype)
     scale = _scale(temperature, softcap, logit_scale)
     inside = (target >= 0) & (target < V)
-    place = torch.where(inside, target, 0)
+    place = torch.where(inside, target, 0).long()
     u_target, m, w, total = (logits.new_zeros(N, dtype=dtype) for _ in range(4))
     s, q = (logits.new_ones(N, dtype=dtype) for _ in range(2))
     first = torch.zeros_like(place)
@@ -180,7 +180,7 @@ def token_stats_backward(
     m, log_s = saved
     scale = _scale(temperature, softcap, logit_scale)
     inside = (target >= 0) & (target < V)
-    place = torch.where(inside, target, 0)
+    place = torch.where(inside, target, 0).long()
     level = torch.zeros_like(m) if g_lse is None else g_lse
     if g_logp is not None:
         level = level - g_logp.where(inside, math.nan)
@@ -191,7 +191,11 @@ def token_stats_backward(
     slope = None if g_entropy is None else g_entropy * to_e * -math.log(2)
     own = None if g_logp is None else g_logp * scale
     for rows in _tiles(live_rows, V):
-        u = _softcapped(read(rows), softcap, logit_scale)
+        u = read(rows)
+        bend = None
+        if softcap is not None:
+            bend = torch.tanh(u * (logit_scale / softcap))
+            u = bend * softcap
         t = _exponents(u, m[rows], scale, rows)
         if slope is None:
             out = t.exp2_().mul_(level[rows].unsqueeze(-1))
@@ -200,8 +204,7 @@ def token_stats_backward(
             out = t.mul_(slope[rows].unsqueeze(-1)).add_(level[rows].unsqueeze(-1)).mul_(e)
         if own is not None:
             out.scatter_add_(-1, place[rows].unsqueeze(-1), own[rows].unsqueeze(-1))
-        if softcap is not None:
-            bend = u.div_(softcap)
+        if bend is not None:
             out.mul_((1 - bend * bend).mul_(logit_scale))
         _write(matrix, rows, out)
     if inplace:

@@ -330,27 +330,54 @@ def test_the_gradient_in_place_is_refused_where_the_logits_are_still_needed():
     target = torch.arange(3)
     with pytest.raises(ValueError, match="inplace_grad"):
         token_stats(torch.randn(3, 8, requires_grad=True), target, inplace_grad=True)
+    leaf = torch.randn(24, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad: found logits that are a leaf, a view of one"):
+        token_stats(leaf.view(3, 8), target, inplace_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad: found strides"):
+        token_stats((leaf * 2).view(8, 3).T, target, inplace_grad=True)
     logits = torch.randn(3, 8, requires_grad=True).exp()  # exp keeps its output for its own backward
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         token_stats(logits, target, inplace_grad=True).logp.sum().backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("V", [300, 2048, 9000])
-def test_the_bits_of_a_row_do_not_depend_on_the_launch(dtype, V):
-    if not ops.triton_forward or DEVICE != "cpu":
-        pytest.skip("the kernels under the interpreter")
-    logits, target = make_logits("uniform", 3, V, dtype)
-    flags = {"squares": True, "mean": True, "top1": True, "block_v": 256}
-    whole = ops.triton_forward.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=False, **flags)
-    split = ops.triton_forward.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=True, **flags)
-    alone = ops.triton_forward.token_stats_forward(logits[1:2], target[1:2], None, 0.9, None, 1.0, **flags)
-    for x, y, z in zip(whole, split, alone, strict=True):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_derivative_is_refused(inplace):
+    hidden, weight = torch.randn(3, 4), torch.randn(4, 9, requires_grad=True)
+    logp = token_stats(hidden @ weight, torch.arange(3), inplace_grad=inplace).logp
+    (gradient,) = torch.autograd.grad(logp.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.pow(2).sum(), weight)
+
+
+def test_an_entropy_without_gradient_may_be_overwritten(backend):
+    logits, target = make_logits("uniform", 3, 40, torch.float32)
+    stats = token_stats(logits.requires_grad_(), target)
+    stats.entropy.mul_(2.0)
+    stats.logp.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("weighted", ["logp", "entropy", "lse"])
+def test_a_row_is_live_if_any_of_its_gradients_is_not_zero(backend, weighted):
+    logits, target = make_logits("uniform", 3, 4100, torch.float32)
+    logits.requires_grad_()
+    weight = torch.tensor([0.0, 2.0, 0.0], device=DEVICE)
+    stats = token_stats(logits, target, entropy_grad=True)
+    nothing = torch.zeros(3, device=DEVICE)
+    terms = [getattr(stats, name) * (weight if name == weighted else nothing) for name in ops.OUTPUTS[:3]]
+    torch.stack(terms).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    (reference.token_stats(exact, target)[ops.OUTPUTS.index(weighted)] * weight).sum().backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+    assert (logits.grad[[0, 2]] == 0).all() and (logits.grad[1] != 0).any()
+
+
+def test_int32_targets(backend):
+    logits, target = make_logits("peaked", 4, 90, torch.float32)
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    wide, narrow = (token_stats(logits, t, mask=mask, outputs=ops.OUTPUTS) for t in (target, target.int()))
+    for x, y in zip(wide, narrow, strict=True):
         assert torch.equal(x, y)
-        assert torch.equal(x[..., 1:2], z)
-    exact = reference.token_stats(logits.double(), target, 0.9)
-    for x, e in zip(whole[:3], exact, strict=True):
-        torch.testing.assert_close(x.double(), e, rtol=1e-5, atol=1e-5)
 
 
 def test_with_and_without_gradient_the_bits_are_the_same(backend):
