@@ -19,11 +19,13 @@ try:
 except ImportError as error:
     raise ImportError('rlloss.integrations.trl_grpo needs TRL: pip install "rlloss[trl]"') from error
 
+from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.losses import LOSSES, means, policy_loss
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask
 
 TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
+TRL_LOSSES = ("cispo", "sapo", "luspo", "vespo")  # what TRL has and rlloss has not
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ class GRPOConfig(trl.GRPOConfig):
     epsilon_low: float | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Lower clip bound: ratios below 1 - epsilon_low are clipped. Another name for `epsilon`; give one."
+            "help": "Lower clip bound: ratios below 1 - epsilon_low are clipped. Another name for `epsilon`: give one "
+            "of the two. (That `epsilon` was given at its default cannot be seen; epsilon_low then counts.)"
         },
     )
     entropy_denominator: str = dataclasses.field(
@@ -83,23 +86,31 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._loss_config = self._make_loss_config()
+        if (theirs := self._why_trls_own()) is not None:
+            logger.info("The loss with %s is TRL's own.", theirs)
+        self._make_loss_config()  # a setting that does not fit raises now and not in the first step
+
+    def _why_trls_own(self) -> str | None:
+        """What rlloss has no loss for among the trainer's options; None: nothing."""
+        checks.one_of("loss_type", self.loss_type, [*LOSSES, *TRL_LOSSES])
+        if self.loss_type not in LOSSES:
+            return f"loss_type={self.loss_type!r}"
+        if getattr(self, "_entropy_bonus_enabled", False):
+            return "an entropy bonus"
+        for name in ("get_high_entropy_mask", "get_off_policy_mask"):
+            if getattr(type(self), name, None) is not getattr(trl.GRPOTrainer, name, None):
+                return f"{name} overridden"
+        return None
 
     def _make_loss_config(self) -> LossConfig | None:
         """The trainer's options as a LossConfig; None where the loss is TRL's own."""
         entropy_denominator = getattr(self.args, "entropy_denominator", "all")
-        theirs = None
-        if self.loss_type not in LOSSES:
-            theirs = f"loss_type={self.loss_type!r}"
-        elif getattr(self, "_entropy_bonus_enabled", False):
-            theirs = "an entropy bonus"
+        theirs = self._why_trls_own()
         if theirs is not None:
-            if entropy_denominator != "all":
-                raise ValueError(
-                    f"entropy_denominator: found {entropy_denominator!r}, expected 'all' with {theirs}, where the "
-                    "loss is TRL's own"
-                )
-            logger.info("The loss with %s is TRL's own.", theirs)
+            checks.require(
+                entropy_denominator == "all", "entropy_denominator", repr(entropy_denominator),
+                f"'all' with {theirs}, where the loss is TRL's own",
+            )  # fmt: skip
             return None
         return LossConfig(
             loss_type=self.loss_type,
@@ -115,7 +126,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         )
 
     def _compute_loss(self, model, inputs):
-        config = self._loss_config
+        config = self._make_loss_config()  # callbacks may change the trainer's settings between steps
         if config is None:
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
@@ -140,7 +151,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             sampler_ratio=self._sampler_ratio(inputs, logp, old_logp, mask),
             entropy=entropy,
             cutoff=cutoff,
-            denominator=self._denominator(inputs, mode, entropy, mask, cutoff),
+            denominator=self._denominator(config, inputs, mode, entropy, mask, cutoff),
         )
         loss = loss / accumulation
         if aux_loss is not None:
@@ -156,7 +167,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         score = self._get_per_token_logps_and_entropies
         # What multimodal models need besides differs from release to release of TRL.
         own = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"}
-        extras = {k: inputs[k] for k in inspect.signature(score).parameters if k in inputs and k not in own}
+        known = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        extras = {name: inputs[name] for name in known if name in inputs and name not in own}
         return score(
             model,
             ids,
@@ -180,15 +192,15 @@ class GRPOTrainer(trl.GRPOTrainer):
         keep = off_policy_mask(advantage, logp, behavior, mask, self.off_policy_mask_threshold)
         return torch.where(keep, torch.ones_like(advantage) if ratio is None else ratio, 0.0)
 
-    def _denominator(self, inputs, mode, entropy, mask, cutoff):
+    def _denominator(self, config, inputs, mode, entropy, mask, cutoff):
         """For dapo this process's share of the tokens of an average micro-batch; None (this call's own) otherwise."""
         if self.loss_type != "dapo":
             return None
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":  # it counts the generation batch, which is steps_per_generation micro-batches
             denominator = denominator / self.args.steps_per_generation
-        if self._loss_config.entropy_denominator == "kept":
-            kept = top_entropy_mask(entropy, mask, self._loss_config.top_entropy_quantile, cutoff=cutoff)
+        if config.entropy_denominator == "kept":
+            kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff)
             kept, tokens = self.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
             denominator = denominator * kept.clamp(min=1) / tokens.clamp(min=1)
         return denominator

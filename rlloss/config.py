@@ -23,10 +23,11 @@ class LossConfig:
     """"token": one importance ratio per token. "sequence": the geometric mean over a sequence (GSPO, 2507.18071)."""
 
     epsilon_low: float = 0.2
-    """Ratios below 1 - epsilon_low are clipped where the advantage is negative. In [0, 1]."""
+    """Ratios below 1 - epsilon_low are clipped where the advantage is negative. At least 0; from 1 on, none are."""
 
     epsilon_high: float = 0.28
-    """Ratios above 1 + epsilon_high are clipped where the advantage is positive; 0.28 is DAPO's clip-higher."""
+    """Ratios above 1 + epsilon_high are clipped where the advantage is positive; 0.28 is DAPO's clip-higher. At least
+    0; inf clips none."""
 
     delta: float | None = None
     """Two-sided clipping (2505.07291): ratios are at most delta also where the advantage is negative. Meant to be
@@ -69,17 +70,21 @@ class LossConfig:
         checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
         checks.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         checks.one_of("entropy_denominator", self.entropy_denominator, ENTROPY_DENOMINATORS)
-        checks.require(0.0 <= self.epsilon_low <= 1.0, "epsilon_low", self.epsilon_low, "a number in [0, 1]")
-        checks.require(0.0 <= self.epsilon_high < float("inf"), "epsilon_high", self.epsilon_high, "a number >= 0")
+        optional = ("delta", "max_log_ratio", "off_policy_threshold")
+        for name in ("epsilon_low", "epsilon_high", "top_entropy_quantile", "beta", "entropy_coef", *optional):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (value is None and name in optional):
+                raise TypeError(f"{name}: found {value!r}, expected a number{' or None' if name in optional else ''}")
+        checks.require(self.epsilon_low >= 0.0, "epsilon_low", self.epsilon_low, "a number >= 0")
+        checks.require(self.epsilon_high >= 0.0, "epsilon_high", self.epsilon_high, "a number >= 0")
         checks.require(
             0.0 <= self.top_entropy_quantile <= 1.0, "top_entropy_quantile", self.top_entropy_quantile, "in [0, 1]"
         )
         checks.require(abs(self.beta) < float("inf"), "beta", self.beta, "a finite number")
         checks.require(abs(self.entropy_coef) < float("inf"), "entropy_coef", self.entropy_coef, "a finite number")
-        if self.delta is not None:
-            checks.positive("delta", self.delta)
-        if self.max_log_ratio is not None:
-            checks.positive("max_log_ratio", self.max_log_ratio)
+        for name in optional:
+            if getattr(self, name) is not None:
+                checks.positive(name, getattr(self, name))
         self._reject_settings_without_effect()
 
     def _reject_settings_without_effect(self) -> None:

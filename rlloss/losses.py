@@ -51,9 +51,7 @@ def clip(log_ratio: Tensor, advantage: Tensor, selected: Tensor, config: LossCon
     upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
     lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
     # Written so that a NaN ratio or advantage is live.
-    live = selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0)
-    if config.max_log_ratio is not None:
-        live = live & ~(log_ratio.detach().abs() >= config.max_log_ratio)
+    live = selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & ~_bounded(log_ratio, config)
     frozen = torch.where(advantage == 0, 1.0, torch.minimum(torch.maximum(ratio, lower), upper))
     loss = -advantage * torch.where(live, torch.where(live, log_ratio, 0.0).exp(), frozen)
     capped = ratio if delta is None else ratio.clamp(max=delta)
@@ -114,8 +112,8 @@ def policy_loss(
         old_logp: `[B, T]` log-probability under the policy that the batch was made with. None: the batch is
             on-policy, every ratio is exactly 1, and its gradient flows.
         ref_logp: `[B, T]` log-probability under the reference; needed if and only if `config.beta` is not 0.
-        sampler_ratio: `[B, T]` or `[B, 1]` weight of the surrogate, e.g. pi_old / pi_sampler truncated or masked. A 0
-            removes the surrogate of the token, whatever its log-ratio.
+        sampler_ratio: `[B, T]` or `[B, 1]` finite weight of the surrogate, e.g. pi_old / pi_sampler truncated or
+            masked. A 0 removes the surrogate of the token, whatever its log-ratio.
         entropy: `[B, T]` in nats. Needed for `top_entropy_quantile` < 1, and with gradient for `entropy_coef`.
         cutoff: keep tokens with entropy >= cutoff; None: the quantile of this call's tokens.
         denominator: what the sum over tokens ("grpo": over sequences) is divided by; whoever splits a batch over
@@ -131,8 +129,8 @@ def policy_loss(
     Source: the formulas are in `rlloss.reference`, their papers in `LossConfig`.
     """
     config = LossConfig() if config is None else config
-    logp, advantage, old_logp, ref_logp, sampler_ratio = _checked(
-        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff
+    logp, advantage, old_logp, ref_logp, sampler_ratio, entropy = _checked(
+        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff, denominator
     )
     loss_type = LOSSES[config.loss_type]
 
@@ -158,11 +156,9 @@ def policy_loss(
         token_loss = token_loss * torch.where(acts, sampler_ratio, 0.0)
     surrogate_sum = token_loss.detach().sum()
 
-    kl = None
+    kl = kl_live = None
     if ref_logp is not None:
-        kl = _kl(torch.where(mask, ref_logp - logp, 0.0), config.kl_estimator)
-        if config.kl_bias_correction:
-            kl = torch.where(mask, kl * log_ratio.exp(), 0.0)
+        kl, kl_live = _kl(torch.where(mask, ref_logp - logp, 0.0), log_ratio, mask, config)
         token_loss = token_loss + config.beta * kl
 
     counted = kept if config.entropy_denominator == "kept" else mask
@@ -170,8 +166,8 @@ def policy_loss(
     live = acts & surrogate.live
     if config.ratio_level == "sequence":
         live = live.any(-1, keepdim=True) & mask  # a sequence's ratio depends on each of its tokens
-    if kl is not None:
-        live = live | mask
+    if kl_live is not None:
+        live = live | kl_live
     if entropy is not None and config.entropy_coef != 0.0:
         loss = loss - config.entropy_coef * (torch.where(kept, entropy, 0.0).sum() / kept.sum().clamp(min=1))
         live = live | kept
@@ -213,11 +209,32 @@ def _kept(
     return top_entropy_mask(entropy, mask, rho, cutoff=cutoff, exact_k=config.exact_k), cutoff
 
 
-def _kl(difference: Tensor, estimator: str) -> Tensor:
-    """Of KL(policy || reference), from ref_logp - logp."""
-    if estimator == "k3":
-        return difference.exp() - difference - 1.0
-    return -difference if estimator == "k1" else difference.square() / 2.0
+def _kl(difference: Tensor, log_ratio: Tensor, mask: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """KL(policy || reference) of each token from ref_logp - logp, and where it has a gradient.
+
+    k2 and k3 are flat where the two policies agree; there the importance ratio is left out, which may be infinite.
+    """
+    flat = difference.detach() == 0.0
+    if config.kl_estimator == "k1":
+        kl, live = -difference, mask
+    elif config.kl_estimator == "k2":
+        kl, live = difference.square() / 2.0, mask & ~flat
+    else:
+        flat = flat | (difference.detach().exp() == 1.0)
+        kl, live = difference.exp() - difference - 1.0, mask & ~flat
+    if config.kl_bias_correction:
+        kl = torch.where(live, kl * torch.where(live, log_ratio, 0.0).exp(), 0.0)
+        if log_ratio.shape != mask.shape:
+            through_ratio = live.any(-1, keepdim=True) & mask & ~_bounded(log_ratio, config)
+            live = live | through_ratio
+    return kl, live
+
+
+def _bounded(log_ratio: Tensor, config: LossConfig) -> Tensor:
+    """Where `max_log_ratio` has made the ratio a constant."""
+    if config.max_log_ratio is None:
+        return torch.zeros_like(log_ratio, dtype=torch.bool)
+    return log_ratio.detach().abs() >= config.max_log_ratio
 
 
 def _clip_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -229,7 +246,8 @@ def _clip_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor) -> dict
     count = counted.sum(-1)
 
     def share(clipped: Tensor, missing: float) -> Tensor:
-        return torch.where(count > 0, clipped.sum(-1) / count.clamp(min=1), missing)
+        shares = torch.where(count > 0, clipped.sum(-1) / count.clamp(min=1), missing)
+        return torch.cat([shares, shares.new_full((1,), missing)])  # the least and the greatest of no sequence
 
     nothing = ~(count > 0).any()
     return {
@@ -244,9 +262,16 @@ def _clip_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor) -> dict
 
 
 def _checked(
-    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff, denominator
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config: found {type(config).__name__}, expected a LossConfig")
+    for name, x in (("cutoff", cutoff), ("denominator", denominator)):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+        checks.require(shape in ((), (1,)), name, f"shape {shape}", "one number")
+    if denominator is not None and not isinstance(denominator, Tensor):
+        checks.positive("denominator", denominator)
     checks.floating("logp", logp)
     checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
     checks.boolean("mask", mask)
@@ -286,8 +311,10 @@ def _checked(
         "None with top_entropy_quantile=1.0 or exact_k, where it has no effect",
     )  # fmt: skip
     logp = logp if logp.dtype == torch.float64 else logp.float()
+    if entropy is not None and entropy.dtype != torch.float64:
+        entropy = entropy.float()
     advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
     old_logp, ref_logp, sampler_ratio = (
         None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio)
     )
-    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio
+    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, entropy

@@ -87,6 +87,7 @@ def top_entropy_mask(
     """
     if not exact_k:
         cutoff = entropy_cutoff(entropy, mask, rho) if cutoff is None else cutoff
+        entropy = _full_precision(entropy.detach())  # a bf16 entropy would round the cutoff it is compared with
         return mask & ((entropy >= cutoff) | entropy.isnan())
     checks.require(cutoff is None, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
     checks.require(0.0 <= rho <= 1.0, "rho", rho, "a number in [0, 1]")

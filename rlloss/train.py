@@ -185,6 +185,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)  # TRL's default would be refused on this machine
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     config_file = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
     if config_file is not None and not Path(config_file).is_file():
         raise UserError(f"--config: found no file {config_file!r} in {os.getcwd()}, expected a YAML file")
@@ -236,7 +237,10 @@ def run(argv: Sequence[str]) -> None:
             peft_config=peft_config,
         )
     except OSError as error:  # how transformers says that there is no such model or tokenizer
-        raise UserError(f"--model {arguments.model}: it could not be loaded: {_one_line(error)}") from error
+        here = "" if Path(arguments.model).is_dir() else f"no such directory in {os.getcwd()}, and as a Hub id "
+        raise UserError(f"--model {arguments.model}: {here}it could not be loaded: {_one_line(error)}") from error
+    except ValueError as error:  # settings that exclude one another
+        raise UserError(_one_line(error)) from error
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(config.output_dir)
     if config.push_to_hub:

@@ -47,6 +47,7 @@ def draw_setting(seed: int) -> dict:
         "off_policy": r.choice([None, None, 0.05]),
         "sampler": r.choice([None, None, "token", "sequence"]),
         "on_policy": r.random() < 0.2,
+        "correction": r.random() < 0.8,
         "train": r.random() < 0.8,
         "spread": r.choice([0.05, 0.3, 1.0]),
     }
@@ -64,9 +65,8 @@ def apply_setting(trainer, setting: dict, seed: int) -> dict:
     trainer.args.steps_per_generation = setting["steps_per_generation"]
     trainer.off_policy_mask_threshold = setting["off_policy"]
     trainer.use_vllm = setting["sampler"] is not None
-    trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_correction = setting["correction"]
     trainer.model.train(setting["train"])
-    trainer._loss_config = trainer._make_loss_config()
     inputs = random_inputs(
         trainer,
         seed=seed,
@@ -134,7 +134,6 @@ def test_the_kept_denominator_is_that_of_the_paper(trainer):
     inputs = apply_setting(trainer, setting, 1)
     everything, gradient, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     trainer.args.entropy_denominator = "kept"
-    trainer._loss_config = trainer._make_loss_config()
     kept, kept_gradient, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     trainer.args.entropy_denominator = "all"
     assert 0 < metrics["entropy/kept_share"] < 0.5
@@ -195,9 +194,39 @@ def test_conflicting_settings_raise_when_the_trainer_is_made(tmp_path):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, top_entropy_quantile=2.0)
 
 
+def test_an_unknown_loss_type_is_named_with_the_list(tmp_path):
+    with pytest.raises(ValueError, match="loss_type: found 'gmpo', expected one of 'grpo', 'bnpo', .*'vespo'"):
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, loss_type="gmpo")
+
+
+def test_an_overridden_selection_of_trl_is_obeyed(tmp_path):
+    class Nothing(GRPOTrainer):
+        def get_high_entropy_mask(self, entropies, mask, threshold):
+            return torch.zeros_like(mask, dtype=torch.bool)
+
+    trainer = build_trainer(Nothing, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
+    loss, gradient, _ = loss_gradients_metrics(trainer, Nothing._compute_loss, random_inputs(trainer, seed=0))
+    assert loss == 0 and (gradient == 0).all()
+
+
+def test_what_a_multimodal_model_needs_reaches_an_override(tmp_path):
+    seen = {}
+
+    class Spy(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            seen.update(kwargs)
+            kwargs.pop("token_type_ids", None)
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    trainer = build_trainer(Spy, GRPOConfig, tmp_path)
+    inputs = random_inputs(trainer, seed=0) | {"token_type_ids": torch.zeros(4, 10, dtype=torch.int64)}
+    trainer._compute_loss(trainer.model, inputs)
+    assert seen["token_type_ids"] is inputs["token_type_ids"] and "prompt_ids" not in seen
+
+
 def test_trls_own_config_works_too(tmp_path):
     trainer = build_trainer(GRPOTrainer, trl.GRPOConfig, tmp_path)
-    assert trainer._loss_config.loss_type == trl.GRPOConfig.loss_type
+    assert trainer._make_loss_config().loss_type == trl.GRPOConfig.loss_type
 
 
 def load_plugin_again(monkeypatch):
