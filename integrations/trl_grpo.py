@@ -7,7 +7,6 @@ that rlloss does not have is TRL's own, unchanged.
 """
 
 import dataclasses
-import inspect
 import logging
 import warnings
 
@@ -25,6 +24,11 @@ from rlloss.losses import LOSSES, means, policy_loss
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask
 
 TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
+# What `_get_per_token_logps_and_entropies` takes for models that see more than text.
+MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
 TRL_LOSSES = ("cispo", "sapo", "luspo", "vespo")  # what TRL has and rlloss has not
 
 logger = logging.getLogger(__name__)
@@ -164,19 +168,14 @@ class GRPOTrainer(trl.GRPOTrainer):
         """(logp, entropy, aux loss or None) of the completions from TRL's fused lm_head."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        score = self._get_per_token_logps_and_entropies
-        # What multimodal models need besides differs from release to release of TRL.
-        own = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"}
-        known = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
-        extras = {name: inputs[name] for name in known if name in inputs and name not in own}
-        return score(
+        return self._get_per_token_logps_and_entropies(
             model,
             ids,
             attention_mask,
             inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
-            **extras,
+            **{name: inputs[name] for name in MULTIMODAL if name in inputs},
         )
 
     def _sampler_ratio(self, inputs, logp, old_logp, mask):

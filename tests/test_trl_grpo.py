@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import math
 import os
@@ -19,7 +20,7 @@ pytest.importorskip("trl.trainer.utils")
 from trl_harness import build_trainer, loss_gradients_metrics, random_inputs  # noqa: E402
 
 from rlloss.config import LOSS_TYPES  # noqa: E402
-from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+from rlloss.integrations.trl_grpo import MULTIMODAL, GRPOConfig, GRPOTrainer  # noqa: E402
 
 OURS_ALONE = {"live_share", "entropy/kept_share", "entropy/cutoff"}
 
@@ -271,3 +272,10 @@ def test_two_ranks_equal_trl(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(_compare_on_a_rank, (port, str(tmp_path)), nprocs=2)
+
+
+def test_everything_multimodal_that_trl_knows_is_handed_on():
+    own = {"self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
+    own |= {"compute_entropy", "compute_aux_loss", "args", "kwargs"}
+    known = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert set(known) - own <= set(MULTIMODAL)
