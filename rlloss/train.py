@@ -245,8 +245,13 @@ def run(argv: Sequence[str]) -> None:
     trainer.save_model(config.output_dir)
     if config.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.print(f"Saved model and tokenizer to {config.output_dir}")
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    accelerator.print(f"Saved model and tokenizer to {config.output_dir}")
+    # The model's DDP wrapper has to go before the process group: the last to hold the group joins gloo's thread, and
+    # the wrapper would do that under the GIL, for which that thread may be waiting.
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def _one_line(error: BaseException) -> str:
