@@ -1,33 +1,17 @@
-"""Registered operators with autograd, and the choice of who computes them.
+"""token_stats as registered operators with autograd."""
 
-Backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under TRITON_INTERPRET=1), "torch"
-(tiled torch, anywhere). The choice is made per call from the tensor; RLLOSS_BACKEND or `backend(...)` forces one, and
-a forced backend that is missing raises.
-"""
-
-import contextlib
-import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss import checks, tiled
+from rlloss.backends import BACKENDS, backend, choose_backend, triton_backward, triton_forward
 
-triton_forward: Any
-triton_backward: Any
-try:
-    from rlloss.kernels import token_stats as triton_forward
-    from rlloss.kernels import token_stats_backward as triton_backward
-except ImportError:  # Triton is published for Linux only
-    triton_forward = triton_backward = None
+__all__ = ["BACKENDS", "OUTPUTS", "TokenStats", "backend", "choose_backend", "token_stats"]
 
-BACKENDS = ("triton", "interpreter", "torch")
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 _LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-_forced: list[str] = []
 
 
 class TokenStats(NamedTuple):
@@ -43,38 +27,6 @@ class TokenStats(NamedTuple):
     mean_logit: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     is_top1: Tensor | None = None
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force a backend ("triton", "interpreter" or "torch") for the calls inside."""
-    checks.one_of("backend", name, BACKENDS)
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def choose_backend(x: Tensor) -> str:
-    """The backend for a tensor: what is forced, else Triton where it runs, else torch."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if x.device.type in ("cuda", "xpu"):
-        possible = ["triton", "torch"] if triton_forward is not None and not interpreted else ["torch"]
-    else:
-        possible = ["interpreter", "torch"] if triton_forward is not None and interpreted else ["torch"]
-    if x.dtype == torch.float64:
-        possible = ["torch"]
-    forced = _forced[-1] if _forced else os.environ.get("RLLOSS_BACKEND")
-    if not forced:
-        return possible[0]
-    checks.one_of("RLLOSS_BACKEND", forced, BACKENDS)
-    if forced not in possible:
-        raise RuntimeError(
-            f"backend: {forced!r} was forced, but a {x.dtype} tensor on {x.device} with TRITON_INTERPRET="
-            f"{os.environ.get('TRITON_INTERPRET', 'unset')} can use {' or '.join(possible)}"
-        )
-    return forced
 
 
 def _stats_dtype(logits: Tensor) -> torch.dtype:

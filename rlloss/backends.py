@@ -1,0 +1,60 @@
+"""Who computes, and the only import of the kernels.
+
+Backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under TRITON_INTERPRET=1), "torch"
+(tiled torch, anywhere). The choice is made per call from the tensor; RLLOSS_BACKEND or `backend(...)` forces one, and
+a forced backend that is missing raises.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+
+triton_forward: Any
+triton_backward: Any
+try:
+    from rlloss.kernels import token_stats as triton_forward
+    from rlloss.kernels import token_stats_backward as triton_backward
+except ImportError:  # Triton is published for Linux only
+    triton_forward = triton_backward = None
+
+BACKENDS = ("triton", "interpreter", "torch")
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend ("triton", "interpreter" or "torch") for the calls inside."""
+    checks.one_of("backend", name, BACKENDS)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose_backend(x: Tensor) -> str:
+    """The backend for a tensor: what is forced, else Triton where it runs, else torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type in ("cuda", "xpu"):
+        possible = ["triton", "torch"] if triton_forward is not None and not interpreted else ["torch"]
+    else:
+        possible = ["interpreter", "torch"] if triton_forward is not None and interpreted else ["torch"]
+    if x.dtype == torch.float64:
+        possible = ["torch"]
+    forced = _forced[-1] if _forced else os.environ.get("RLLOSS_BACKEND")
+    if not forced:
+        return possible[0]
+    checks.one_of("RLLOSS_BACKEND", forced, BACKENDS)
+    if forced not in possible:
+        raise RuntimeError(
+            f"backend: {forced!r} was forced, but a {x.dtype} tensor on {x.device} with TRITON_INTERPRET="
+            f"{os.environ.get('TRITON_INTERPRET', 'unset')} can use {' or '.join(possible)}"
+        )
+    return forced
