@@ -2,6 +2,8 @@
 
 from rlloss.advantages import group_advantage as group_advantage
 from rlloss.config import LossConfig as LossConfig
+from rlloss.config import SapoConfig as SapoConfig
+from rlloss.config import VespoConfig as VespoConfig
 from rlloss.losses import PolicyLoss as PolicyLoss
 from rlloss.losses import means as means
 from rlloss.losses import policy_loss as policy_loss
@@ -9,5 +11,6 @@ from rlloss.masks import entropy_cutoff as entropy_cutoff
 from rlloss.modules import GRPOLoss as GRPOLoss
 from rlloss.ops import TokenStats as TokenStats
 from rlloss.ops import token_stats as token_stats
+from rlloss.ratios import sampler_ratio as sampler_ratio
 
 __version__ = "0.1.0"

@@ -1,8 +1,4 @@
-"""The losses as a table: name = (surrogate, aggregation). Everything here is [B, T] floats; no vocabulary.
-
-A token that is masked, not selected or clipped, or whose advantage is 0, gets a gradient of exactly 0 whatever its
-log-ratio: its log-ratio is replaced before the exponential, because 0 * inf is NaN.
-"""
+"""The losses as a table: name = (ratio level, surrogate, aggregation). All on [B, T] floats; no vocabulary."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,83 +6,70 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import checks
+from rlloss import checks, ratios
 from rlloss.config import LossConfig
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask
+from rlloss.surrogates import Inputs, Surrogate, cispo, clip, sapo, vespo
 
 
 class PolicyLoss(NamedTuple):
     """loss: 0-d, differentiable. metrics: name -> detached fp32 tensor on the device, a sum over what it counts.
 
     Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a nonzero gradient), `ratios` (importance
-    ratios: tokens, or sequences at ratio level "sequence"). Sums over tokens: `surrogate`, `kl`, `entropy`,
-    `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`, `clip_low`, `clip_high`, `clip_region`. The one
-    exception are `clip_low_min` and `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
+    ratios: tokens, or sequences where the loss has one ratio and one advantage per sequence). Sums over tokens:
+    `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`; for the losses that
+    clip `clip_low`, `clip_high`, `clip_region`; for "vespo" `weight`. The exceptions are `clip_low_min` and
+    `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
-class Surrogate(NamedTuple):
-    """loss and live, shaped [B, T] or [B, 1]; clip_low and clip_high as the metrics count them."""
-
-    loss: Tensor
-    live: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
-
-
-def clip(log_ratio: Tensor, advantage: Tensor, selected: Tensor, config: LossConfig) -> Surrogate:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r <= delta in the first term, as one clamp per sign of A:
-
-    A > 0: r <= min(delta, 1 + high);    A < 0: 1 - low <= r <= max(delta, 1 + high), or no upper bound without delta.
-    On a bound the gradient flows, as that of torch.clamp.
-    """
-    low, high, delta = 1.0 - config.epsilon_low, 1.0 + config.epsilon_high, config.delta
-    ratio = log_ratio.detach().exp()
-    upper_gain = high if delta is None else min(delta, high)
-    upper_loss = torch.inf if delta is None else max(delta, high)
-    # masked_fill and not where, which would round the bounds of fp64 ratios to fp32.
-    upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
-    lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
-    # Written so that a NaN ratio or advantage is live.
-    live = selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & ~_bounded(log_ratio, config)
-    frozen = torch.where(advantage == 0, 1.0, torch.minimum(torch.maximum(ratio, lower), upper))
-    loss = -advantage * torch.where(live, torch.where(live, log_ratio, 0.0).exp(), frozen)
-    capped = ratio if delta is None else ratio.clamp(max=delta)
-    return Surrogate(loss, live, (capped < low) & (advantage < 0), (capped > high) & (advantage > 0))
-
-
-def sequence_mean(loss: Tensor, counted: Tensor, denominator: Tensor | float | None, config: LossConfig) -> Tensor:
-    """Mean over the counted tokens of each sequence, summed over sequences / their number."""
-    per_sequence = loss.sum(-1) / counted.sum(-1).clamp(min=1)
-    return per_sequence.sum() / (max(loss.shape[0], 1) if denominator is None else denominator)
-
-
-def token_mean(loss: Tensor, counted: Tensor, denominator: Tensor | float | None, config: LossConfig) -> Tensor:
-    """Sum over tokens / the number of counted tokens."""
-    return loss.sum() / (counted.sum().clamp(min=1) if denominator is None else denominator)
-
-
-def constant_length(loss: Tensor, counted: Tensor, denominator: Tensor | float | None, config: LossConfig) -> Tensor:
-    """Sum over tokens / (B * max_completion_length)."""
-    assert config.max_completion_length is not None
-    default = max(loss.shape[0], 1) * config.max_completion_length
-    return loss.sum() / (default if denominator is None else denominator)
-
-
 class LossType(NamedTuple):
-    surrogate: Callable[[Tensor, Tensor, Tensor, LossConfig], Surrogate]
-    aggregate: Callable[[Tensor, Tensor, Tensor | float | None, LossConfig], Tensor]
+    """level: of the ratio ("token", "sequence", "product"); None: `config.ratio_level`.
+
+    mean_of_sequence: token losses are averaged over their sequence first. divided_by: what the sum is then divided
+    by. row_local: a token's coefficient depends on no other token, as long as the ratio is per token and no selection
+    looks at others.
+    """
+
+    surrogate: Callable[[Inputs, LossConfig], Surrogate]
+    level: str | None
+    mean_of_sequence: bool
+    divided_by: str
+    row_local: bool
 
 
 LOSSES = {
-    "grpo": LossType(clip, sequence_mean),  # 2402.03300
-    "bnpo": LossType(clip, token_mean),
-    "dr_grpo": LossType(clip, constant_length),  # 2503.20783
-    "dapo": LossType(clip, token_mean),  # 2503.14476
+    #                   surrogate, level, mean_of_sequence, divided_by, row_local
+    "grpo": LossType(clip, None, True, "sequences", True),
+    "bnpo": LossType(clip, None, False, "tokens", True),
+    "dr_grpo": LossType(clip, None, False, "length", True),
+    "dapo": LossType(clip, None, False, "tokens", True),
+    "cispo": LossType(cispo, None, False, "tokens", True),
+    "sapo": LossType(sapo, None, True, "sequences", True),
+    "gspo": LossType(clip, "sequence", True, "sequences", False),
+    "luspo": LossType(clip, None, False, "sequences", True),
+    "vespo": LossType(vespo, "product", False, "tokens", False),
 }
+
+
+def default_denominator(counted: Tensor, loss_type: LossType, config: LossConfig) -> Tensor | float:
+    """What this call's own tokens give: see the `denominator` of `policy_loss`."""
+    B = max(counted.shape[0], 1)
+    if loss_type.divided_by == "tokens":
+        return counted.sum().clamp(min=1)
+    return B if loss_type.divided_by == "sequences" else B * (config.max_completion_length or 1)
+
+
+def aggregate(
+    loss: Tensor, counted: Tensor, loss_type: LossType, denominator: Tensor | float | None, config: LossConfig
+) -> Tensor:
+    """One number from token losses [B, T] that are 0 where they do not count."""
+    if loss_type.mean_of_sequence:
+        loss = loss / counted.sum(-1, keepdim=True).clamp(min=1)
+    return loss.sum() / (default_denominator(counted, loss_type, config) if denominator is None else denominator)
 
 
 def policy_loss(
@@ -98,6 +81,7 @@ def policy_loss(
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     sampler_ratio: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     entropy: Tensor | None = None,
     cutoff: Tensor | float | None = None,
     denominator: Tensor | float | None = None,
@@ -112,13 +96,17 @@ def policy_loss(
         old_logp: `[B, T]` log-probability under the policy that the batch was made with. None: the batch is
             on-policy, every ratio is exactly 1, and its gradient flows.
         ref_logp: `[B, T]` log-probability under the reference; needed if and only if `config.beta` is not 0.
-        sampler_ratio: `[B, T]` or `[B, 1]` finite weight of the surrogate, e.g. pi_old / pi_sampler truncated or
-            masked. A 0 removes the surrogate of the token, whatever its log-ratio.
+        sampler_ratio: `[B, T]` or `[B, 1]` finite weight of the surrogate, as `sampler_ratio(...)` makes it or given.
+            A 0 removes the surrogate of the token, whatever its log-ratio. "vespo" takes it into the weight of the
+            sequence instead, where it is at least 1e-8.
+        sampler_logp: `[B, T]` log-probability under the engine that sampled, for `off_policy_threshold`, which takes
+            old_logp without it. A NaN (a token it could not score) is no evidence.
         entropy: `[B, T]` in nats. Needed for `top_entropy_quantile` < 1, and with gradient for `entropy_coef`.
         cutoff: keep tokens with entropy >= cutoff; None: the quantile of this call's tokens.
-        denominator: what the sum over tokens ("grpo": over sequences) is divided by; whoever splits a batch over
-            micro-batches or ranks passes the count of the whole. None: this call's own: mask tokens (the kept ones
-            with entropy_denominator="kept"), B for "grpo", B * max_completion_length for "dr_grpo".
+        denominator: what the sum over tokens ("grpo", "gspo", "sapo", "luspo": over sequences) is divided by; whoever
+            splits a batch over micro-batches or ranks passes the count of the whole. None: this call's own: mask
+            tokens (the kept ones with entropy_denominator="kept"), B for the losses over sequences,
+            B * max_completion_length for "dr_grpo".
 
     Returns:
         `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0.
@@ -129,42 +117,41 @@ def policy_loss(
     Source: the formulas are in `rlloss.reference`, their papers in `LossConfig`.
     """
     config = LossConfig() if config is None else config
-    logp, advantage, old_logp, ref_logp, sampler_ratio, entropy = _checked(
-        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff, denominator
+    logp, advantage, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy = _checked(
+        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator
     )
     loss_type = LOSSES[config.loss_type]
-
-    log_ratio = torch.where(mask, logp - (logp.detach() if old_logp is None else old_logp), 0.0)
-    if config.ratio_level == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    if config.max_log_ratio is not None:
-        log_ratio = log_ratio.clamp(-config.max_log_ratio, config.max_log_ratio)
+    level = loss_type.level or config.ratio_level
+    log_ratio = ratios.log_ratio(logp, old_logp, mask, level, sampler_ratio, config.max_log_ratio)
 
     kept, cutoff = _kept(entropy, mask, cutoff, config)
     acts = kept
     if config.off_policy_threshold is not None:
-        behavior_logp = logp.detach() if old_logp is None else old_logp
+        behavior_logp = sampler_logp if sampler_logp is not None else logp.detach() if old_logp is None else old_logp
         acts = acts & off_policy_mask(advantage, logp, behavior_logp, mask, config.off_policy_threshold)
-    if sampler_ratio is not None:
-        acts = acts & (sampler_ratio != 0)
+    weight = None if level == "product" else sampler_ratio
+    if weight is not None:
+        acts = acts & (weight != 0)
 
-    one_per_sequence = log_ratio.shape[1] == 1 and advantage.shape[1] == 1
-    per_ratio = acts.any(-1, keepdim=True) if one_per_sequence else acts
-    surrogate = loss_type.surrogate(log_ratio, advantage, per_ratio, config)
+    per_sequence = log_ratio.shape[1] == 1 and advantage.shape[1] == 1
+    selected = acts.any(-1, keepdim=True) if per_sequence else acts
+    surrogate = loss_type.surrogate(Inputs(logp, log_ratio, advantage, selected), config)
     token_loss = torch.where(acts, surrogate.loss.expand_as(mask), 0.0)
-    if sampler_ratio is not None:
-        token_loss = token_loss * torch.where(acts, sampler_ratio, 0.0)
+    if weight is not None:
+        token_loss = token_loss * torch.where(acts, weight, 0.0)
     surrogate_sum = token_loss.detach().sum()
 
     kl = kl_live = None
     if ref_logp is not None:
-        kl, kl_live = _kl(torch.where(mask, ref_logp - logp, 0.0), log_ratio, mask, config)
+        kl_level = config.ratio_level if level == "product" else level
+        kl_ratio = ratios.log_ratio(logp, old_logp, mask, kl_level, None, config.max_log_ratio)
+        kl, kl_live = _kl(torch.where(mask, ref_logp - logp, 0.0), kl_ratio, mask, config)
         token_loss = token_loss + config.beta * kl
 
     counted = kept if config.entropy_denominator == "kept" else mask
-    loss = loss_type.aggregate(token_loss, counted, denominator, config)
+    loss = aggregate(token_loss, counted, loss_type, denominator, config)
     live = acts & surrogate.live
-    if config.ratio_level == "sequence":
+    if level == "sequence" and surrogate.through_ratio:
         live = live.any(-1, keepdim=True) & mask  # a sequence's ratio depends on each of its tokens
     if kl_live is not None:
         live = live | kl_live
@@ -173,7 +160,7 @@ def policy_loss(
         live = live | kept
 
     metrics = {"tokens": mask.sum(), "sequences": mask.any(-1).sum(), "kept": kept.sum(), "live": live.sum()}
-    metrics |= {"surrogate": surrogate_sum, **_clip_metrics(surrogate, log_ratio, mask)}
+    metrics |= {"surrogate": surrogate_sum, **_ratio_metrics(surrogate, log_ratio, mask, per_sequence)}
     if kl is not None:
         metrics["kl"] = kl.sum()
     if entropy is not None:
@@ -186,12 +173,17 @@ def policy_loss(
 
 def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each sum divided by its count (reduce the sums over ranks and micro-batches first), and kept and live shares."""
-    ratios = ("ratio", "clip_low", "clip_high", "clip_region")
-    tokens = ("surrogate", "kl", "entropy", "entropy_cutoff")
-    result = {name: metrics[name] / metrics["tokens"].clamp(min=1) for name in tokens if name in metrics}
-    result |= {name: metrics[name] / metrics["ratios"].clamp(min=1) for name in ratios}
-    if "entropy_kept" in metrics:
-        result["entropy_kept"] = metrics["entropy_kept"] / metrics["kept"].clamp(min=1)
+    over = {
+        "tokens": ("surrogate", "kl", "entropy", "entropy_cutoff"),
+        "ratios": ("ratio", "clip_low", "clip_high", "clip_region", "weight"),
+        "kept": ("entropy_kept",),
+    }
+    result = {
+        name: metrics[name] / metrics[count].clamp(min=1)
+        for count, names in over.items()
+        for name in names
+        if name in metrics
+    }
     for share in ("kept", "live"):
         result[f"{share}_share"] = metrics[share] / metrics["tokens"].clamp(min=1)
     return result
@@ -225,34 +217,28 @@ def _kl(difference: Tensor, log_ratio: Tensor, mask: Tensor, config: LossConfig)
     if config.kl_bias_correction:
         kl = torch.where(live, kl * torch.where(live, log_ratio, 0.0).exp(), 0.0)
         if log_ratio.shape != mask.shape:
-            through_ratio = live.any(-1, keepdim=True) & mask & ~_bounded(log_ratio, config)
+            through_ratio = live.any(-1, keepdim=True) & mask & ~ratios.bounded(log_ratio, config.max_log_ratio)
             live = live | through_ratio
     return kl, live
 
 
-def _bounded(log_ratio: Tensor, config: LossConfig) -> Tensor:
-    """Where `max_log_ratio` has made the ratio a constant."""
-    if config.max_log_ratio is None:
-        return torch.zeros_like(log_ratio, dtype=torch.bool)
-    return log_ratio.detach().abs() >= config.max_log_ratio
-
-
-def _clip_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_sequence: bool) -> dict[str, Tensor]:
     """Sums over ratios; one per sequence where neither the ratio nor the advantage differs within it."""
-    low, high = surrogate.clip_low, surrogate.clip_high
-    per_sequence = low.shape[1] == 1 and mask.shape[1] != 1
-    counted = torch.ones_like(low) if per_sequence else mask
-    low, high = low & counted, high & counted
+    counted = mask.new_ones(mask.shape[0], 1) if per_sequence and mask.shape[1] != 1 else mask
     count = counted.sum(-1)
+    result = {"ratios": count.sum(), "ratio": torch.where(counted, log_ratio.detach().exp(), 0.0).sum()}
+    if surrogate.weight is not None:
+        result["weight"] = torch.where(counted, surrogate.weight, 0.0).sum()
+    if surrogate.clip_low is None or surrogate.clip_high is None:
+        return result
+    low, high = surrogate.clip_low & counted, surrogate.clip_high & counted
 
     def share(clipped: Tensor, missing: float) -> Tensor:
         shares = torch.where(count > 0, clipped.sum(-1) / count.clamp(min=1), missing)
         return torch.cat([shares, shares.new_full((1,), missing)])  # the least and the greatest of no sequence
 
     nothing = ~(count > 0).any()
-    return {
-        "ratios": count.sum(),
-        "ratio": torch.where(counted, log_ratio.detach().exp(), 0.0).sum(),
+    return result | {
         "clip_low": low.sum(),
         "clip_high": high.sum(),
         "clip_region": (low | high).sum(),
@@ -262,8 +248,8 @@ def _clip_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor) -> dict
 
 
 def _checked(
-    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, entropy, cutoff, denominator
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
     if not isinstance(config, LossConfig):
         raise TypeError(f"config: found {type(config).__name__}, expected a LossConfig")
@@ -282,7 +268,8 @@ def _checked(
         tuple(advantage.shape) in {(B,), (B, T)}, "advantage", f"shape {tuple(advantage.shape)}",
         f"[B] = ({B},) or [B, T] = ({B}, {T})",
     )  # fmt: skip
-    for name, x in (("old_logp", old_logp), ("ref_logp", ref_logp), ("entropy", entropy)):
+    per_token = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy": entropy}
+    for name, x in per_token.items():
         if x is not None:
             checks.floating(name, x)
             checks.same_shape(name, x, logp.shape, "like logp")
@@ -295,6 +282,10 @@ def _checked(
     checks.require(
         (ref_logp is not None) == (config.beta != 0.0), "ref_logp", "None" if ref_logp is None else "a tensor",
         f"{'a tensor' if config.beta != 0.0 else 'None'} with beta={config.beta}",
+    )  # fmt: skip
+    checks.require(
+        sampler_logp is None or config.off_policy_threshold is not None, "sampler_logp", "a tensor",
+        "None with off_policy_threshold=None, where it has no effect",
     )  # fmt: skip
     needs_entropy = config.top_entropy_quantile < 1.0 or config.entropy_coef != 0.0
     checks.require(
@@ -314,7 +305,7 @@ def _checked(
     if entropy is not None and entropy.dtype != torch.float64:
         entropy = entropy.float()
     advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
-    old_logp, ref_logp, sampler_ratio = (
-        None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio)
+    old_logp, ref_logp, sampler_ratio, sampler_logp = (
+        None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
     )
-    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, entropy
+    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy

@@ -1,0 +1,111 @@
+"""Surrogates: what a token's log-ratio and advantage make of its loss, before weights and means.
+
+A token that is not selected or is clipped, or whose advantage is 0, gets a gradient of exactly 0 whatever its
+log-ratio: its log-ratio is replaced before the exponential, because 0 * inf is NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import ratios
+from rlloss.config import LossConfig
+
+
+class Inputs(NamedTuple):
+    """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together."""
+
+    logp: Tensor  # [B, T], with gradient
+    log_ratio: Tensor  # [B, T] or [B, 1], with the gradient of logp
+    advantage: Tensor  # [B, T] or [B, 1]
+    selected: Tensor
+
+
+class Surrogate(NamedTuple):
+    """loss and live (with a nonzero gradient), [B, T] or [B, 1]; what the metrics count, where the loss has it.
+
+    through_ratio: whether the gradient flows through the ratio (and so through every token that the ratio is made of)
+    or through the token's own logp.
+    """
+
+    loss: Tensor
+    live: Tensor
+    through_ratio: bool
+    clip_low: Tensor | None = None
+    clip_high: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def clip_bounds(config: LossConfig) -> tuple[float, float, float]:
+    """(lower bound of the ratio where A < 0, upper bound where A > 0, upper bound where A < 0)."""
+    high, delta = 1.0 + config.epsilon_high, config.delta
+    gain, loss = (high, torch.inf) if delta is None else (min(delta, high), max(delta, high))
+    return 1.0 - config.epsilon_low, gain, loss
+
+
+def clip(x: Inputs, config: LossConfig) -> Surrogate:
+    """-min(r A, clip(r, 1 - low, 1 + high) A), r <= delta in the first term, as one clamp per sign of A:
+
+    A > 0: r <= min(delta, 1 + high);    A < 0: 1 - low <= r <= max(delta, 1 + high), or no upper bound without delta.
+    On a bound the gradient flows, as that of torch.clamp.
+    """
+    advantage, ratio = x.advantage, x.log_ratio.detach().exp()
+    low, upper_gain, upper_loss = clip_bounds(config)
+    # masked_fill and not where, which would round the bounds of fp64 ratios to fp32.
+    upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
+    lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
+    # Written so that a NaN ratio or advantage is live.
+    live = x.selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & (ratio != 0)
+    live = live & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
+    frozen = torch.where(advantage == 0, 1.0, torch.minimum(torch.maximum(ratio, lower), upper))
+    loss = -advantage * torch.where(live, torch.where(live, x.log_ratio, 0.0).exp(), frozen)
+    capped = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    clipped_low, clipped_high = capped < low, capped > 1.0 + config.epsilon_high
+    return Surrogate(loss, live, True, clipped_low & (advantage < 0), clipped_high & (advantage > 0))
+
+
+def sapo(x: Inputs, config: LossConfig) -> Surrogate:
+    """-A sigmoid(t (r - 1)) 4 / t, t by the sign of A (2511.20347 Eq. 5 and 6): the slope at r = 1 is that of -A r."""
+    advantage = x.advantage
+    t = torch.full_like(advantage, config.sapo.temperature_neg).masked_fill(advantage > 0, config.sapo.temperature_pos)
+
+    def gate(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """(sigmoid(g), the smaller of sigmoid(g) and sigmoid(-g), from which the slope is formed without loss)."""
+        g = t * log_ratio.expm1()
+        small = torch.where(g > 0, -g, g).sigmoid()
+        return torch.where(g > 0, 1.0 - small, small), small
+
+    value, small = gate(x.log_ratio.detach())
+    flat = (x.log_ratio.detach().exp() == 0) | (small == 0)  # the slope is r * sigmoid(g) * sigmoid(-g)
+    live = x.selected & (advantage != 0) & ~flat & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
+    moving, _ = gate(torch.where(live, x.log_ratio, 0.0))
+    loss = -advantage * torch.where(live, moving, torch.where(advantage == 0, 1.0, value)) * (4.0 / t)
+    return Surrogate(loss, live, True)
+
+
+def cispo(x: Inputs, config: LossConfig) -> Surrogate:
+    """-min(r, cap) A log pi, the capped ratio without gradient (2506.13585 Eq. 4 and 5)."""
+    ratio = x.log_ratio.detach().exp()
+    loss, live = _weighted_logp(ratio.clamp(max=config.epsilon_high), x)
+    clipped_high = (ratio > config.epsilon_high) & (x.advantage > 0)
+    return Surrogate(loss, live, False, torch.zeros_like(clipped_high), clipped_high)
+
+
+def vespo(x: Inputs, config: LossConfig) -> Surrogate:
+    """-phi(w) A log pi, phi(w) = e^l w^k e^(-l w) without gradient, w the ratio of the sequence (2602.10693).
+
+    k and l by the sign of A; phi(1) = 1.
+    """
+    gain, c = x.advantage >= 0, config.vespo
+    k = torch.full_like(x.advantage, c.k_neg).masked_fill(gain, c.k_pos)
+    decay = torch.full_like(x.advantage, c.lambda_neg).masked_fill(gain, c.lambda_pos)
+    log_w = x.log_ratio.detach()
+    weight = (decay + k * log_w - decay * log_w.exp()).exp()
+    loss, live = _weighted_logp(weight, x)
+    return Surrogate(loss, live, False, weight=weight)
+
+
+def _weighted_logp(weight: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
+    live = x.selected & (x.advantage != 0) & (weight != 0)
+    return torch.where(live, -(weight * x.advantage) * torch.where(live, x.logp, 0.0), 0.0), live
