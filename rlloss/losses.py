@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rlloss import checks, ratios
 from rlloss.config import LossConfig
-from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask
+from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask, top_entropy_selection
 from rlloss.surrogates import Inputs, Surrogate, cispo, clip, sapo, vespo
+from rlloss.token_pass import fits, token_pass
 
 
 class PolicyLoss(NamedTuple):
@@ -122,6 +123,15 @@ def policy_loss(
     )
     loss_type = LOSSES[config.loss_type]
     level = loss_type.level or config.ratio_level
+    if denominator is None and loss_type.divided_by != "tokens":
+        denominator = default_denominator(mask, loss_type, config)
+    if fits(loss_type.surrogate, logp):
+        loss, metrics = token_pass(
+            logp, entropy, advantage, mask, old_logp, ref_logp, sampler_ratio,
+            old_logp if sampler_logp is None else sampler_logp, _selection(entropy, mask, cutoff, config), denominator,
+            surrogate=loss_type.surrogate, level=level, mean_of_sequence=loss_type.mean_of_sequence, config=config,
+        )  # fmt: skip
+        return PolicyLoss(loss, metrics)
     log_ratio = ratios.log_ratio(logp, old_logp, mask, level, sampler_ratio, config.max_log_ratio)
 
     kept, cutoff = _kept(entropy, mask, cutoff, config)
@@ -187,6 +197,18 @@ def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     for share in ("kept", "live"):
         result[f"{share}_share"] = metrics[share] / metrics["tokens"].clamp(min=1)
     return result
+
+
+def _selection(
+    entropy: Tensor | None, mask: Tensor, cutoff: Tensor | float | None, config: LossConfig
+) -> tuple[Tensor, Tensor | None] | None:
+    """(cutoff, flat index of the last tie to keep or None) of the tokens that the surrogate acts on; None: all."""
+    rho = config.top_entropy_quantile
+    if entropy is None or rho == 1.0:
+        return None
+    if cutoff is None:
+        return top_entropy_selection(entropy, mask, rho, exact_k=config.exact_k)
+    return torch.as_tensor(cutoff, dtype=entropy.dtype, device=entropy.device).reshape(()), None
 
 
 def _kept(

@@ -1,11 +1,13 @@
 """Which tokens count: selections as bool [B, T], True = counts."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rlloss import checks
-
-_EXACT_IN_FP32 = 1 << 24  # whole numbers up to here are exact in fp32
+from rlloss import checks, radix
+from rlloss.backends import choose_backend, triton_quantile
 
 
 def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
@@ -19,6 +21,38 @@ def not_truncated(completion_ids: Tensor, eos_token_id: int) -> Tensor:
     return (completion_ids == eos_token_id).any(-1)
 
 
+@torch.library.custom_op("rlloss::entropy_quantile", mutates_args=())
+def _entropy_quantile_op(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho)
+
+
+@_entropy_quantile_op.register_fake
+def _(entropy, mask, rho):
+    return entropy.new_empty(())
+
+
+@torch.library.custom_op("rlloss::entropy_top_k", mutates_args=())
+def _entropy_top_k_op(entropy: Tensor, mask: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    return _launchers(entropy).entropy_top_k(*_rows(entropy, mask), rho)
+
+
+@_entropy_top_k_op.register_fake
+def _(entropy, mask, rho):
+    return entropy.new_empty(()), entropy.new_empty((), dtype=torch.int64)
+
+
+def _launchers(entropy: Tensor) -> Any:
+    return radix if choose_backend(entropy) == "torch" else triton_quantile
+
+
+def _rows(entropy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return entropy.reshape(-1).contiguous(), mask.reshape(-1).contiguous()
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=None) -> Tensor:
     """The entropy at or above which a token is among the top rho: the (1 - rho) quantile, linearly interpolated.
 
@@ -26,54 +60,42 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
         entropy: `[...]` floating point, in nats.
         mask: `[...]` bool; only these tokens count. NaN entropies do not.
         rho: in [0, 1]; 1 gives the smallest entropy, 0 the largest.
-        process_group: ranks whose tokens count together (one gather of the entropies). None: this process alone.
+        process_group: ranks whose tokens count together (a few sums of 32 KiB; no entropy travels). None: this
+            process alone.
 
     Returns:
         0-d fp32 tensor (fp64 for fp64 entropies) without gradient; +inf if no token counts. The number of tokens is
         not limited (torch.quantile's is, to 2^24). Source: 2506.01939, Eq. 6.
     """
+    entropy = _checked(entropy, mask, rho)
+    if process_group is None:
+        return _entropy_quantile_op(entropy, mask, rho)
+    total = functools.partial(torch.distributed.all_reduce, group=process_group)
+    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, reduce=total)
+
+
+def top_entropy_selection(
+    entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What decides for a token alone whether it is among the top rho: (cutoff, last).
+
+    entropy and mask as for `entropy_cutoff`; both results are 0-d, the cutoff fp32 (fp64 for fp64 entropies), `last`
+    int64. Of the tokens that count, those are kept with an entropy that is NaN, above the cutoff, or equal to it: all of
+    these where `last` is None (without `exact_k`), else those whose flat index is at most `last`. The cutoff is +inf
+    and `last` -1 if no token counts.
+    """
+    if not exact_k:
+        return entropy_cutoff(entropy, mask, rho), None
+    return _entropy_top_k_op(_checked(entropy, mask, rho), mask, rho)
+
+
+def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+    """The entropies without gradient, in full precision."""
     checks.floating("entropy", entropy)
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, entropy.shape, "like entropy")
     checks.require(0.0 <= rho <= 1.0, "rho", rho, "a number in [0, 1]")
-    entropy = _full_precision(entropy.detach())
-    counted = mask & ~entropy.isnan()
-    values = torch.where(counted, entropy, torch.inf).flatten()
-    if process_group is not None:
-        values = _gathered(values, process_group)
-    ordered = values.sort().values
-    # An infinite entropy cannot be: it marks what does not count.
-    n = (ordered < torch.inf).sum()
-    position = _quantile_position(n, rho, ordered.numel(), ordered.dtype)
-    below = position.floor()
-    padded = torch.cat([ordered, ordered.new_full((1,), torch.inf)])
-    low = padded[below.long()]
-    high = padded[position.ceil().long()]
-    return torch.where(n > 0, torch.lerp(low, high, (position - below).to(low.dtype)), torch.inf)
-
-
-def _quantile_position(n: Tensor, rho: float, at_most: int, dtype: torch.dtype) -> Tensor:
-    """Where the (1 - rho) quantile of n ordered values lies, as torch.quantile computes it: in the values' dtype, while
-    fp32 can count `at_most` values."""
-    if at_most > _EXACT_IN_FP32:
-        dtype = torch.float64
-    return torch.full((), 1.0 - rho, dtype=dtype, device=n.device) * (n - 1).clamp(min=0).to(dtype)
-
-
-def _full_precision(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _gathered(values: Tensor, process_group) -> Tensor:
-    """All ranks' values; a shorter rank is filled up with +inf."""
-    distributed = torch.distributed
-    sizes = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(process_group.size())]
-    distributed.all_gather(sizes, torch.tensor([values.numel()], device=values.device), group=process_group)
-    longest = int(torch.cat(sizes).max())
-    padded = torch.nn.functional.pad(values, (0, longest - values.numel()), value=torch.inf)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(parts, padded, group=process_group)
-    return torch.cat(parts)
+    return _full_precision(entropy.detach())
 
 
 def top_entropy_mask(
@@ -85,20 +107,17 @@ def top_entropy_mask(
     with `exact_k` as many as without ties, floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN
     entropy is kept: it must show.
     """
-    if not exact_k:
-        cutoff = entropy_cutoff(entropy, mask, rho) if cutoff is None else cutoff
-        entropy = _full_precision(entropy.detach())  # a bf16 entropy would round the cutoff it is compared with
-        return mask & ((entropy >= cutoff) | entropy.isnan())
-    checks.require(cutoff is None, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
-    checks.require(0.0 <= rho <= 1.0, "rho", rho, "a number in [0, 1]")
-    entropy = _full_precision(entropy.detach())
-    counted = mask & ~entropy.isnan()
-    order = torch.where(counted, entropy, -torch.inf).flatten().sort(descending=True, stable=True).indices
-    n = counted.sum()
-    k = n - _quantile_position(n, rho, order.numel(), entropy.dtype).ceil().long()
-    kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
-    kept[order] = torch.arange(order.numel(), device=order.device) < k
-    return (kept.view(mask.shape) & counted) | (mask & entropy.isnan())
+    last = None
+    if exact_k:
+        checks.require(cutoff is None, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
+    if cutoff is None:
+        cutoff, last = top_entropy_selection(entropy, mask, rho, exact_k=exact_k)
+    entropy = _full_precision(entropy.detach())  # a bf16 entropy would round the cutoff it is compared with
+    kept = (entropy >= cutoff) | entropy.isnan()
+    if last is not None:
+        index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+        kept = kept & ~((entropy == cutoff) & (index > last))
+    return mask & kept
 
 
 def off_policy_mask(advantage: Tensor, logp: Tensor, behavior_logp: Tensor, mask: Tensor, threshold: float) -> Tensor:

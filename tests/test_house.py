@@ -17,6 +17,7 @@ FLOORS = {
     "rlloss.reference": 0,
     "rlloss.config": 0,
     "rlloss.tiled": 0,
+    "rlloss.radix": 0,
     "rlloss.backends": 0.5,  # above the kernels, below whoever launches them
     "rlloss.ops": 1,
     "rlloss.masks": 1,

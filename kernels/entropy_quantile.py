@@ -1,0 +1,294 @@
+"""The exact order statistic of the token entropies, by radix select.
+
+The bits of an fp32 value become an int32 key whose unsigned order is the order of the values; both zeros have one key.
+A wanted rank's key is found from its top in three passes, of 11, 11 and 10 new bits. In each, many programs count the
+next digit of the values that share the bits known so far, and then one program finds the bin that holds the rank. Two
+ranks are followed at once: those next below and above the position that a linear interpolation asks for. Between
+the two kernels, the histograms of several shards may be added up: then all find what one would in all the values.
+
+Nothing is sorted, counts are int64, and the host learns nothing. Bytes read for N values: 15 N with a mask, 12 N
+without; where single tokens are chosen, one more pass and one tile.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.rows import device_of, processors
+
+BINS = 2048
+BLOCK = 2048
+# (shift of the digit, which bits of a key are known by then). The last digit begins with a bit that is known already.
+PASSES = ((21, 0), (10, -(1 << 21)), (0, -(1 << 10)))
+# A state: both keys as far as they are known, both ranks among the values that share those bits, how many values
+# count, and how many of the values that equal the upper one are at or above its rank.
+STATE = 6
+SIGN: tl.constexpr = tl.constexpr(-(1 << 31))
+EXACT_IN_FP32: tl.constexpr = tl.constexpr(1 << 24)  # whole numbers up to here are exact in fp32
+
+
+@triton.jit
+def _keys(entropy_ptr, mask_ptr, offsets, N, HAS_MASK: tl.constexpr):
+    """(keys, which of them count)."""
+    inside = offsets < N
+    bits = tl.load(entropy_ptr + offsets, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    counted = inside & (magnitude <= 0x7F800000)  # above infinity lies NaN
+    if HAS_MASK:
+        counted = counted & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
+    bits = tl.where(magnitude == 0, 0, bits)
+    return bits ^ ((bits >> 31) | SIGN), counted
+
+
+@triton.jit
+def _value(key):
+    """The value of a key (an int64 that holds it)."""
+    key = key.to(tl.int32)
+    return (key ^ ((~(key >> 31)) | SIGN)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _position(n, fraction):
+    """fraction (n - 1) in fp64, rounded as torch.quantile does: to fp32, as long as fp32 can count the values."""
+    last = tl.maximum(n - 1, 0).to(tl.float64)
+    exact = last * fraction
+    rounded = ((last * 0.0 + fraction).to(tl.float32) * last.to(tl.float32)).to(tl.float64)
+    return tl.where(n <= EXACT_IN_FP32, rounded, exact)
+
+
+@triton.jit
+def _interpolate(low, high, weight):
+    """torch.lerp(low, high, weight) in fp32, which ends in one fused multiply and add.
+
+    fp64 holds the product exactly. Rounding its sum to an odd last bit first makes the rounding to fp32 that of the
+    exact sum, where two roundings to nearest might not.
+    """
+    near_low = weight < 0.5
+    start = tl.where(near_low, low, high).to(tl.float64)
+    move = (high - low).to(tl.float64) * tl.where(near_low, weight, weight - 1.0).to(tl.float64)
+    total = start + move
+    moved = total - start
+    rest = (start - (total - moved)) + (move - moved)
+    bits = total.to(tl.int64, bitcast=True)
+    odd = bits + tl.where((rest > 0.0) == (total > 0.0), 1, -1)
+    bits = tl.where(((rest > 0.0) | (rest < 0.0)) & ((bits & 1) == 0), odd, bits)
+    return bits.to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _find(counts, rank, BINS: tl.constexpr):
+    """(bin that holds the rank, rank within that bin, values in that bin); ranks begin at 0."""
+    passed = tl.cumsum(counts, axis=0) <= rank
+    found = tl.minimum(tl.sum(passed.to(tl.int32), axis=0), BINS - 1)
+    rank -= tl.sum(tl.where(passed, counts, 0), axis=0)
+    return found, rank, tl.sum(tl.where(tl.arange(0, BINS) == found, counts, 0), axis=0)
+
+
+@triton.jit(do_not_specialize=["N", "shift", "known"])
+def entropy_histogram_kernel(
+    entropy_ptr,
+    mask_ptr,
+    state_ptr,
+    histogram_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    shift: "i32",  # type: ignore  # noqa: F821
+    known: "i32",  # type: ignore  # noqa: F821
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Any grid: add the digits of the values that share each rank's known bits to histogram [2, BINS].
+
+    As long as both ranks share them, the second histogram stays zero.
+    """
+    key_low = tl.load(state_ptr).to(tl.int32)
+    key_high = tl.load(state_ptr + 1).to(tl.int32)
+    apart = key_low != key_high
+    low = tl.zeros((BINS,), tl.int32)
+    high = tl.zeros((BINS,), tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, N, tl.num_programs(0).to(tl.int64) * BLOCK):
+        key, counted = _keys(entropy_ptr, mask_ptr, start + tl.arange(0, BLOCK), N, HAS_MASK)
+        digit = (key >> shift) & (BINS - 1)
+        low += tl.histogram(digit, BINS, mask=counted & ((key & known) == key_low))
+        if apart:
+            high += tl.histogram(digit, BINS, mask=counted & ((key & known) == key_high))
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram_ptr + bins, low.to(tl.int64), mask=low > 0, sem="relaxed")
+    if apart:
+        tl.atomic_add(histogram_ptr + BINS + bins, high.to(tl.int64), mask=high > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["shift", "fraction"])
+def entropy_narrow_kernel(
+    histogram_ptr,
+    state_ptr,
+    next_state_ptr,
+    cutoff_ptr,
+    shift: "i32",  # type: ignore  # noqa: F821
+    fraction: "fp64",  # type: ignore  # noqa: F821
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    INTERPOLATE: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Grid (1,): the bin of each rank. The first pass counts the values, the last writes the cutoff."""
+    bins = tl.arange(0, BINS)
+    key_low = tl.load(state_ptr)
+    key_high = tl.load(state_ptr + 1)
+    counts_low = tl.load(histogram_ptr + bins)
+    counts_high = tl.load(histogram_ptr + tl.where(key_low == key_high, 0, BINS) + bins)
+    if FIRST:
+        n = tl.sum(counts_low, axis=0)
+        position = _position(n, fraction)
+        rank_low = tl.floor(position).to(tl.int64)
+        rank_high = tl.ceil(position).to(tl.int64)
+    else:
+        rank_low = tl.load(state_ptr + 2)
+        rank_high = tl.load(state_ptr + 3)
+        n = tl.load(state_ptr + 4)
+    bin_low, rank_low, _ = _find(counts_low, rank_low, BINS)
+    bin_high, rank_high, equal = _find(counts_high, rank_high, BINS)
+    key_low = key_low | (bin_low << shift).to(tl.int64)
+    key_high = key_high | (bin_high << shift).to(tl.int64)
+    tl.store(next_state_ptr, key_low)
+    tl.store(next_state_ptr + 1, key_high)
+    tl.store(next_state_ptr + 2, rank_low)
+    tl.store(next_state_ptr + 3, rank_high)
+    tl.store(next_state_ptr + 4, n)
+    tl.store(next_state_ptr + 5, equal - rank_high)
+    if LAST:
+        cutoff = _value(key_high)
+        if INTERPOLATE:
+            position = _position(n, fraction)
+            cutoff = _interpolate(_value(key_low), cutoff, (position - tl.floor(position)).to(tl.float32))
+        tl.store(cutoff_ptr, tl.where(n > 0, cutoff, float("inf")))
+
+
+@triton.jit(do_not_specialize=["N"])
+def entropy_ties_kernel(
+    entropy_ptr,
+    mask_ptr,
+    state_ptr,
+    ties_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (tiles,): how many values of each tile equal the upper one."""
+    tile = tl.program_id(0).to(tl.int64)
+    key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + tl.arange(0, BLOCK), N, HAS_MASK)
+    equal = counted & (key == tl.load(state_ptr + 1).to(tl.int32))
+    tl.store(ties_ptr + tile, tl.sum(equal.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=["N", "tiles"])
+def entropy_last_tie_kernel(
+    entropy_ptr,
+    mask_ptr,
+    state_ptr,
+    ties_ptr,
+    last_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    tiles: "i64",  # type: ignore  # noqa: F821
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (1,): the tile of the last tie to keep, and its place there."""
+    lanes = tl.arange(0, BLOCK)
+    wanted = tl.load(state_ptr + 5)
+    tile = tl.zeros((), tl.int64)
+    before = tl.zeros((), tl.int64)
+    running = tl.zeros((), tl.int64)
+    for start in range(tl.zeros((), tl.int64), tiles, BLOCK):
+        inside = start + lanes < tiles
+        ties = tl.load(ties_ptr + start + lanes, mask=inside, other=0).to(tl.int64)
+        passed = inside & (running + tl.cumsum(ties, axis=0) < wanted)
+        tile += tl.sum(passed.to(tl.int64), axis=0)
+        before += tl.sum(tl.where(passed, ties, 0), axis=0)
+        running += tl.sum(ties, axis=0)
+    key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + lanes, N, HAS_MASK)
+    equal = counted & (key == tl.load(state_ptr + 1).to(tl.int32))
+    passed = before + tl.cumsum(equal.to(tl.int64), axis=0) < wanted
+    last = tile * BLOCK + tl.sum(passed.to(tl.int64), axis=0)
+    tl.store(last_ptr, tl.where(tl.load(state_ptr + 4) > 0, last, -1))
+
+
+def entropy_quantile(
+    entropy: torch.Tensor,
+    mask: torch.Tensor | None,
+    rho: float,
+    *,
+    reduce: Callable[[torch.Tensor], object] | None = None,
+) -> torch.Tensor:
+    """The linearly interpolated (1 - rho) quantile as a 0-d fp32 tensor; +inf if nothing counts.
+
+    entropy [N] contiguous fp32; mask [N] contiguous bool or None, True = counts; NaN does not count. `reduce` is
+    called once a pass with the histograms, int64 [2, BINS], to change them in place: their sum over shards gives
+    every shard the quantile of all. Bit for bit torch.quantile of the values that count, but for the sign of a zero.
+    """
+    with device_of(entropy):
+        return _select(entropy, mask, rho, reduce, interpolate=True)[0]
+
+
+def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cutoff, last): the k-th largest value, 0-d fp32, and the index of the last one equal to it among the top k,
+    0-d int64, the first of equal ones being taken. k = n - ceil((1 - rho) (n - 1)) of n that count.
+
+    The top k are those that count with entropy > cutoff, or entropy == cutoff and index <= last. If nothing counts,
+    (+inf, -1).
+    """
+    N = entropy.numel()
+    tiles = max(triton.cdiv(N, BLOCK), 1)
+    ties = torch.empty(tiles, dtype=torch.int32, device=entropy.device)
+    last = torch.empty((), dtype=torch.int64, device=entropy.device)
+    flags = {"HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": 8}
+    with device_of(entropy):
+        cutoff, state = _select(entropy, mask, rho, None, interpolate=False)
+        arguments = (entropy, entropy if mask is None else mask, state, ties)
+        entropy_ties_kernel[(tiles,)](*arguments, N, **flags)
+        entropy_last_tie_kernel[(1,)](*arguments, last, N, tiles, **flags)
+    return cutoff, last
+
+
+def _select(entropy, mask, rho, reduce, interpolate) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cutoff, last state)."""
+    states = torch.zeros((len(PASSES) + 1, STATE), dtype=torch.int64, device=entropy.device)
+    histograms = torch.zeros((len(PASSES), 2, BINS), dtype=torch.int64, device=entropy.device)
+    cutoff = torch.empty((), dtype=torch.float32, device=entropy.device)
+    N = entropy.numel()
+    programs = 2 * processors(entropy.device) if entropy.is_cuda else 64
+    programs = max(min(triton.cdiv(N, BLOCK), programs), 1)
+    for i, (shift, known) in enumerate(PASSES):
+        entropy_histogram_kernel[(programs,)](
+            entropy,
+            entropy if mask is None else mask,
+            states[i],
+            histograms[i],
+            N,
+            shift,
+            known,
+            HAS_MASK=mask is not None,
+            BLOCK=BLOCK,
+            BINS=BINS,
+            num_warps=8,
+        )
+        if reduce is not None:
+            reduce(histograms[i])
+        entropy_narrow_kernel[(1,)](
+            histograms[i],
+            states[i],
+            states[i + 1],
+            cutoff,
+            shift,
+            1.0 - rho,
+            FIRST=i == 0,
+            LAST=i == len(PASSES) - 1,
+            INTERPOLATE=interpolate,
+            BINS=BINS,
+            num_warps=8,
+            enable_fp_fusion=False,  # position - floor(position) is meant of the rounded position
+        )
+    return cutoff, states[-1]
