@@ -1,9 +1,9 @@
 """The token pass: log-probabilities and advantages of [B, T] tokens -> loss, metrics, and one coefficient per token.
 
-The one kernel that knows reinforcement learning. A program takes a sequence: its ratios, clips, selections, KL, loss
-and metrics. It leaves each token's d loss / d logp, up to the common factor `scale`, for the backward of the vocabulary. The
-program that finishes last adds up what the others left, in the order of the sequences: one launch, no float atomics, the
-same bits every time.
+The kernel that knows reinforcement learning. A program takes a sequence: its ratios, clips, selections, KL, loss and
+metrics. It leaves each token's d loss / d logp, up to the common factor `scale`, for the backward of the vocabulary.
+The program that finishes last adds up what the others left, in the order of the sequences: one launch, no float
+atomics, the same bits every time.
 
 Bytes a token: 4 for each of logp, old_logp, ref_logp, sampler_logp, entropy and per-token advantage or sampler ratio
 that is given, 1 for the mask, 4 written; twice what is read where ratio, mean or selection is that of a sequence.

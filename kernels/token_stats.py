@@ -16,7 +16,7 @@ from rlloss.kernels.rows import Rows, device_of, launch_shape, processors, row_o
 
 
 @triton.jit
-def _chunk_stats(
+def chunk_stats(
     row_ptr,
     start,
     stop,
@@ -172,7 +172,7 @@ def token_stats_forward_kernel(
 
     if SPLIT:
         chunk = (pid - row * chunks).to(tl.int32)
-        m, s, w, q, total, before = _chunk_stats(
+        m, s, w, q, total, before = chunk_stats(
             row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
             logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, BLOCK_V,
         )  # fmt: skip
@@ -191,7 +191,7 @@ def token_stats_forward_kernel(
         total = 0.0
         before = -float("inf")
         for chunk in range(chunks):
-            m_c, s_c, w_c, q_c, total_c, before_c = _chunk_stats(
+            m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
                 row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
                 logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, BLOCK_V,
             )  # fmt: skip

@@ -51,6 +51,48 @@ def _gradient(
     return grad
 
 
+@triton.jit
+def write_gradient(
+    row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap,
+    logit_scale, HAS_SOFTCAP: tl.constexpr, ENTROPY_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The gradient of entries [start, min(stop, V)) of a row: each logit is read once, each gradient written once."""
+    lanes = tl.arange(0, BLOCK_V)
+    full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
+    for first in range(start, full, BLOCK_V):
+        offsets = first + lanes
+        logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
+        u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+        grad = _gradient(
+            u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
+            HAS_SOFTCAP, ENTROPY_GRAD,
+        )  # fmt: skip
+        tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(out_ptr.dtype.element_ty))
+    if stop > full:
+        offsets = tl.maximum(start, full) + lanes
+        inside = offsets < V
+        logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+        u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+        grad = _gradient(
+            u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
+            HAS_SOFTCAP, ENTROPY_GRAD,
+        )  # fmt: skip
+        tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V: tl.constexpr):
+    """Entries [start, min(stop, V)) of a dead row."""
+    lanes = tl.arange(0, BLOCK_V)
+    full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
+    zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
+    for first in range(start, full, BLOCK_V):
+        tl.store(out_ptr + (first + lanes).to(tl.int64) * out_v, zeros)
+    if stop > full:
+        offsets = tl.maximum(start, full) + lanes
+        tl.store(out_ptr + offsets.to(tl.int64) * out_v, zeros, mask=offsets < V)
+
+
 @triton.jit(
     do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"]
 )
@@ -113,15 +155,8 @@ def token_stats_backward_kernel(
     if HAS_MASK:
         dead = dead | (tl.load(mask_ptr + row) == 0)
 
-    lanes = tl.arange(0, BLOCK_V)
-    full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     if dead:
-        zeros = tl.zeros((BLOCK_V,), grad_ptr.dtype.element_ty)
-        for first in range(start, full, BLOCK_V):
-            tl.store(out_ptr + (first + lanes).to(tl.int64) * out_v, zeros)
-        if stop > full:
-            offsets = tl.maximum(start, full) + lanes
-            tl.store(out_ptr + offsets.to(tl.int64) * out_v, zeros, mask=offsets < V)
+        write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V)
     else:
         target = tl.load(target_ptr + row)
         scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
@@ -133,25 +168,10 @@ def token_stats_backward_kernel(
             common = tl.where((target >= 0) & (target < V), common, float("nan"))
         if ENTROPY_GRAD:
             common = common - g_entropy * tl.load(entropy_ptr + row)
-        for first in range(start, full, BLOCK_V):
-            offsets = first + lanes
-            logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
-            u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
-            grad = _gradient(
-                u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
-                HAS_SOFTCAP, ENTROPY_GRAD,
-            )  # fmt: skip
-            tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(grad_ptr.dtype.element_ty))
-        if stop > full:
-            offsets = tl.maximum(start, full) + lanes
-            inside = offsets < V
-            logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
-            u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
-            grad = _gradient(
-                u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
-                HAS_SOFTCAP, ENTROPY_GRAD,
-            )  # fmt: skip
-            tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        write_gradient(
+            row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k,
+            softcap, logit_scale, HAS_SOFTCAP, ENTROPY_GRAD, BLOCK_V,
+        )  # fmt: skip
 
 
 def token_stats_backward(

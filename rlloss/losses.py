@@ -73,6 +73,19 @@ def aggregate(
     return loss.sum() / (default_denominator(counted, loss_type, config) if denominator is None else denominator)
 
 
+def row_local(config: LossConfig, cutoff: object, denominator: object) -> bool:
+    """Whether a token's coefficient follows from its own row, the mask and what is given."""
+    loss_type = LOSSES[config.loss_type]
+    selects = config.top_entropy_quantile < 1.0
+    counts_kept = config.entropy_denominator == "kept" and (denominator is None or loss_type.mean_of_sequence)
+    return (
+        loss_type.row_local
+        and config.ratio_level == "token"
+        and config.off_policy_threshold is None
+        and not (selects and (cutoff is None or config.entropy_coef != 0.0 or counts_kept))
+    )
+
+
 def policy_loss(
     logp: Tensor,
     advantage: Tensor,
@@ -118,7 +131,7 @@ def policy_loss(
     Source: the formulas are in `rlloss.reference`, their papers in `LossConfig`.
     """
     config = LossConfig() if config is None else config
-    logp, advantage, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy = _checked(
+    logp, advantage, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy = checked(
         logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator
     )
     loss_type = LOSSES[config.loss_type]
@@ -269,7 +282,7 @@ def _ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_se
     }
 
 
-def _checked(
+def checked(
     logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""

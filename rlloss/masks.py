@@ -80,8 +80,8 @@ def top_entropy_selection(
     """What decides for a token alone whether it is among the top rho: (cutoff, last).
 
     entropy and mask as for `entropy_cutoff`; both results are 0-d, the cutoff fp32 (fp64 for fp64 entropies), `last`
-    int64. Of the tokens that count, those are kept with an entropy that is NaN, above the cutoff, or equal to it: all of
-    these where `last` is None (without `exact_k`), else those whose flat index is at most `last`. The cutoff is +inf
+    int64. Of the tokens that count, those are kept with an entropy that is NaN, above the cutoff, or equal to it: all
+    of these where `last` is None (without `exact_k`), else those whose flat index is at most `last`. The cutoff is +inf
     and `last` -1 if no token counts.
     """
     if not exact_k:

@@ -2,20 +2,39 @@
 
 from torch import Tensor, nn
 
+from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.losses import PolicyLoss, policy_loss
 from rlloss.ops import token_stats
+from rlloss.single_launch import single_launch_loss, why_two_launches
 
 
 class GRPOLoss(nn.Module):
     """The loss of `config` from logits: `token_stats` and `policy_loss`, which have the full description.
 
-    Rows that carry no gradient (masked, clipped, of low entropy, advantage 0) are not read in the backward.
+    Rows that carry no gradient (masked, clipped, of low entropy, advantage 0) are not read in the backward. Where the
+    Triton kernels run, the losses that clip and "cispo" take one launch between the two passes over the logits.
+
+    Args:
+        config: `LossConfig()` if None.
+        inplace_grad: write the gradient over the logits in the backward, as `token_stats` does, with its conditions.
+        single_launch: let the forward write the gradient too, while a row is in the cache; the loss and the gradient
+            are the same. It takes settings by which a token's coefficient depends on no other token: a ratio per
+            token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`; eager Triton; bf16 or fp32 logits. The
+            gradient is held until the backward. None: where that is so. True: an error where it is not.
     """
 
-    def __init__(self, config: LossConfig | None = None):
+    def __init__(
+        self, config: LossConfig | None = None, *, inplace_grad: bool = False, single_launch: bool | None = None
+    ):
         super().__init__()
         self.config = LossConfig() if config is None else config
+        self.inplace_grad = inplace_grad
+        self.single_launch = single_launch
+        checks.require(
+            not (inplace_grad and single_launch), "single_launch", True,
+            "None or False with inplace_grad=True, which writes in the backward",
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return repr(self.config)
@@ -38,27 +57,31 @@ class GRPOLoss(nn.Module):
         denominator: Tensor | float | None = None,
     ) -> PolicyLoss:
         """logits `[B, T, V]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` -> `PolicyLoss`."""
-        stats = token_stats(
-            logits,
-            target,
-            mask=mask,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=("logp", "entropy"),
-            entropy_grad=self.config.entropy_coef != 0.0,
-        )
-        assert stats.logp is not None
-        return policy_loss(
-            stats.logp,
-            advantage,
-            mask,
-            config=self.config,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            sampler_ratio=sampler_ratio,
-            sampler_logp=sampler_logp,
-            entropy=stats.entropy,
-            cutoff=cutoff,
-            denominator=denominator,
+        config = self.config
+        given = {
+            "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
+            "cutoff": cutoff, "denominator": denominator,
+        }  # fmt: skip
+        scaling = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+
+        def two_launches(logits: Tensor) -> PolicyLoss:
+            stats = token_stats(
+                logits,
+                target,
+                mask=mask,
+                **scaling,
+                outputs=("logp", "entropy"),
+                entropy_grad=config.entropy_coef != 0.0,
+                inplace_grad=self.inplace_grad,
+            )
+            assert stats.logp is not None
+            return policy_loss(stats.logp, advantage, mask, config=config, entropy=stats.entropy, **given)
+
+        if self.single_launch is False or self.inplace_grad:
+            return two_launches(logits)
+        if (reason := why_two_launches(logits, config, cutoff, denominator)) is not None:
+            checks.require(not self.single_launch, "single_launch", True, f"None or False with {reason}")
+            return two_launches(logits)
+        return single_launch_loss(
+            logits, target, advantage, mask, config=config, **scaling, given=given, two_launches=two_launches
         )

@@ -214,7 +214,7 @@ def token_stats(
         ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
             with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
     """
-    V = _check_arguments(logits, target, mask, temperature, softcap, logit_scale)
+    check_call(logits, target, mask, temperature, softcap, logit_scale)
     unknown = [o for o in outputs if o not in OUTPUTS]
     checks.require(not unknown and len(outputs) > 0, "outputs", outputs, f"some of {', '.join(OUTPUTS)}")
     checks.require(
@@ -227,12 +227,7 @@ def token_stats(
             "inplace_grad", "logits that are a leaf, a view of one, or need no gradient", "logits the model computed",
         )  # fmt: skip
         checks.require(logits.is_contiguous(), "inplace_grad", f"strides {logits.stride()}", "contiguous logits")
-    if values_needed := checks.values_checked(logits):
-        checks.target_in_range(target, mask, V)
     per_token = isinstance(temperature, Tensor)
-    if per_token and values_needed:
-        bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
-        checks.require(not bool(bad.any()), "temperature", "an entry that is 0, negative or NaN", "all above 0")
     run: Any = _InplaceTokenStats.apply if inplace_grad else _token_stats_op
     logp, entropy, lse, _, extra = run(
         logits,
@@ -258,7 +253,8 @@ def token_stats(
     )
 
 
-def _check_arguments(logits, target, mask, temperature, softcap, logit_scale) -> int:
+def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
+    """Raise, naming the argument, where one does not fit: shapes and types always, values where looking is free."""
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"logits: found dtype {logits.dtype}, expected bf16, fp16, fp32 or fp64")
     checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
@@ -283,4 +279,8 @@ def _check_arguments(logits, target, mask, temperature, softcap, logit_scale) ->
     if softcap is not None:
         checks.positive("softcap", softcap)
     checks.positive("logit_scale", logit_scale)
-    return logits.shape[-1]
+    if checks.values_checked(logits):
+        checks.target_in_range(target, mask, logits.shape[-1])
+        if isinstance(temperature, Tensor):
+            bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
+            checks.require(not bool(bad.any()), "temperature", "an entry that is 0, negative or NaN", "all above 0")

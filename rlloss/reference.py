@@ -3,6 +3,8 @@
 Run it in fp64; its gradients are autograd's own.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,49 @@ def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str = "token") ->
     return log_ratio.exp()
 
 
+def sampler_ratio(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, mode: str, low: float, high: float) -> Tensor:
+    """pi_old / pi_sampler per token [B, T] or per sequence [B, 1]: within [low, high] ("truncate"), or else 0."""
+    log_ratio = torch.where(mask, old_logp - sampler_logp, 0.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(-1, keepdim=True)
+    ratio = log_ratio.exp()
+    if mode.endswith("truncate"):
+        return ratio.clamp(low, high)
+    return torch.where((low <= ratio) & (ratio <= high), ratio, 0.0)
+
+
 def clip_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, delta: float | None = None) -> Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A), with r <= delta in the first term (2505.07291)."""
     clipped = ratio.clamp(1 - low, 1 + high)
     if delta is not None:
         ratio = ratio.clamp(max=delta)
     return -torch.min(ratio * advantage, clipped * advantage)
+
+
+def cispo(ratio: Tensor, advantage: Tensor, logp: Tensor, cap: float) -> Tensor:
+    """-min(r, cap) A log pi, the capped ratio a constant (2506.13585 Eq. 4 and 5)."""
+    return -ratio.clamp(max=cap).detach() * advantage * logp
+
+
+def sapo(ratio: Tensor, advantage: Tensor, temperature_pos: float, temperature_neg: float) -> Tensor:
+    """-A sigmoid(t (r - 1)) 4 / t, t by the sign of A (2511.20347 Eq. 5 and 6)."""
+    gain, loss = ((t * (ratio - 1)).sigmoid() * 4 / t for t in (temperature_pos, temperature_neg))
+    return -advantage * torch.where(advantage > 0, gain, loss)
+
+
+def vespo_log_w(logp: Tensor, old_logp: Tensor, mask: Tensor, sampler_ratio: Tensor | None = None) -> Tensor:
+    """Log of the product of a sequence's ratios, [B, 1] (2602.10693, bounds of its code), sampler's included."""
+    least, most = math.log(1e-8), 20.0
+    log_w = torch.where(mask, (logp - old_logp).clamp(-20.0, 20.0), 0.0).sum(-1, keepdim=True)
+    if sampler_ratio is not None:
+        log_w = log_w + sampler_ratio.log().clamp(least, most).sum(-1, keepdim=True)
+    return log_w.clamp(least, most)
+
+
+def vespo(log_w: Tensor, advantage: Tensor, logp: Tensor, gain: tuple, loss: tuple) -> Tensor:
+    """-phi A log pi with the constant phi = e^l w^k e^(-l w); (k, l) is gain where A >= 0, else loss (2602.10693)."""
+    phi_gain, phi_loss = ((decay + k * log_w - decay * log_w.exp()).exp() for k, decay in (gain, loss))
+    return -torch.where(advantage >= 0, phi_gain, phi_loss).detach() * advantage * logp
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
@@ -52,10 +91,12 @@ def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
 def aggregate(loss: Tensor, mask: Tensor, loss_type: str, max_completion_length: int | None = None) -> Tensor:
     """One number from the losses [B, T] of the tokens that count."""
     total = torch.where(mask, loss, 0.0).sum(-1)
-    if loss_type == "grpo":  # 2402.03300: mean over each sequence, then over sequences
+    if loss_type in ("grpo", "sapo", "gspo"):  # 2402.03300: mean over each sequence, then over sequences
         return (total / mask.sum(-1).clamp(min=1)).mean()
-    if loss_type in ("bnpo", "dapo"):  # 2503.14476: mean over all tokens
+    if loss_type in ("bnpo", "dapo", "cispo", "vespo"):  # 2503.14476: mean over all tokens
         return total.sum() / mask.sum().clamp(min=1)
+    if loss_type == "luspo":  # 2602.05261: sum over each sequence, then mean over sequences
+        return total.mean()
     if loss_type == "dr_grpo":  # 2503.20783: a constant
         assert max_completion_length is not None
         return total.sum() / (mask.shape[0] * max_completion_length)

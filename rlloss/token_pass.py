@@ -10,8 +10,6 @@ from rlloss.backends import choose_backend, triton_token_pass
 from rlloss.config import KL_ESTIMATORS, LossConfig
 
 _CISPO = {surrogates.clip: False, surrogates.cispo: True}
-# What the kernel sums up, and for whom it counts.
-_CLIP_METRICS = ("clip_low", "clip_high", "clip_region", "clip_low_min", "clip_high_max")
 
 
 def fits(surrogate: Any, logp: Tensor) -> bool:
@@ -115,6 +113,14 @@ def _backward(ctx, g_loss, *_):
 torch.library.register_autograd("rlloss::clip_surrogate", _backward, setup_context=_setup_context)
 
 
+def kernel_bounds(surrogate: Any, config: LossConfig) -> tuple[bool, list[float]]:
+    """(whether it is CISPO, [low, high, gain, loss_bound]) as kernels/surrogates.py takes them."""
+    if _CISPO[surrogate]:
+        return True, [0.0, config.epsilon_high, config.epsilon_high, config.epsilon_high]
+    low, gain, loss_bound = surrogates.clip_bounds(config)
+    return False, [low, 1.0 + config.epsilon_high, gain, loss_bound]
+
+
 def token_pass(
     logp: Tensor,
     entropy: Tensor | None,
@@ -133,11 +139,7 @@ def token_pass(
     config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of `policy_loss`, whose arguments these are after its checks; selection: (cutoff, last tie)."""
-    cispo = _CISPO[surrogate]
-    low, gain, loss_bound = surrogates.clip_bounds(config)
-    bounds = [low, 1.0 + config.epsilon_high, gain, loss_bound]
-    if cispo:
-        bounds = [0.0, config.epsilon_high, config.epsilon_high, config.epsilon_high]
+    cispo, bounds = kernel_bounds(surrogate, config)
     cutoff, last = (None, None) if selection is None else selection
     as_tensor = isinstance(denominator, Tensor)
     bonus = config.entropy_coef if entropy is not None else 0.0

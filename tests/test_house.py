@@ -27,6 +27,7 @@ FLOORS = {
     "rlloss.advantages": 1,
     "rlloss.sampling": 1,
     "rlloss.losses": 2,
+    "rlloss.single_launch": 2.5,
     "rlloss.diagnostics": 2,
     "rlloss.modules": 3,
     "rlloss": 3.5,  # rlloss/__init__.py: above what it exports, below what uses it

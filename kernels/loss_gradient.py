@@ -1,0 +1,254 @@
+"""Logits rows -> log-probability, entropy and, in the same launch, the gradient of the loss.
+
+For losses whose coefficients are row-local: what a row's gradient is follows from that row alone, so that the program
+which has just reduced it writes the gradient while the row is still in the cache. The gradient is that for an incoming
+gradient of 1; `scale_rows` multiplies it by another one, in place, and does nothing where it is 1.
+
+Bytes from and to memory for V entries of b bytes, if the second read of a row hits the cache: 2 b V a live row, 2 b V a
+dead one that counts, b V a masked one; then nothing in the backward, or 2 b V a live row if the incoming gradient is
+not 1. The two-launch way: 3 b V a live row, 2 b V a dead one, b V a masked one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.online import LN_2, merge, softcapped
+from rlloss.kernels.rows import Rows, device_of, launch_shape, row_offset, scales
+from rlloss.kernels.surrogates import clamped, divergence, selected, surrogate
+from rlloss.kernels.token_stats import chunk_stats
+from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
+
+
+@triton.jit(
+    do_not_specialize=["V", "T", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"]
+)
+def loss_gradient_kernel(
+    logits_ptr, target_ptr, mask_ptr, temperature_ptr, advantage_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, cutoff_ptr,
+    weight_ptr, logp_ptr, entropy_ptr, grad_ptr, live_ptr,
+    V: "i32",  # type: ignore  # noqa: F821
+    T: "i64",  # type: ignore  # noqa: F821
+    rows_inner: "i64",  # type: ignore  # noqa: F821
+    stride_outer: "i64",  # type: ignore  # noqa: F821
+    stride_inner: "i64",  # type: ignore  # noqa: F821
+    stride_v,
+    out_outer: "i64",  # type: ignore  # noqa: F821
+    out_inner: "i64",  # type: ignore  # noqa: F821
+    out_v,
+    chunks: "i32",  # type: ignore  # noqa: F821
+    temperature: "fp32",  # type: ignore  # noqa: F821
+    softcap: "fp32",  # type: ignore  # noqa: F821
+    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    low: "fp32",  # type: ignore  # noqa: F821
+    gain: "fp32",  # type: ignore  # noqa: F821
+    loss_bound: "fp32",  # type: ignore  # noqa: F821
+    max_log_ratio: "fp32",  # type: ignore  # noqa: F821
+    beta: "fp32",  # type: ignore  # noqa: F821
+    PER_ROW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    CISPO: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    PER_TOKEN_ADVANTAGE: tl.constexpr,
+    HAS_SAMPLER_RATIO: tl.constexpr,
+    PER_TOKEN_RATIO: tl.constexpr,
+    KL: tl.constexpr,
+    KL_BIAS_CORRECTION: tl.constexpr,
+    SELECT: tl.constexpr,
+    BONUS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):  # fmt: skip
+    """Grid (N,). weight [2, B]: what the coefficients of logp and of entropy in a sequence are multiplied by."""
+    row = tl.program_id(0).to(tl.int64)
+    sequence = row // T
+    row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
+    out_ptr = grad_ptr + row_offset(row, rows_inner, out_outer, out_inner)
+    if ALIGNED:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+    logp = 0.0
+    entropy = 0.0
+    coef = 0.0
+    g_entropy = 0.0
+    if tl.load(mask_ptr + row) == 0:
+        write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
+    else:
+        target = tl.load(target_ptr + row)
+        scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+        m = -float("inf")
+        s = 0.0
+        w = 0.0
+        q = 0.0
+        for chunk in range(chunks):
+            m_c, s_c, w_c, q_c, _, _ = chunk_stats(
+                row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
+                logit_scale, HAS_SOFTCAP, True, False, False, False, BLOCK_V,
+            )  # fmt: skip
+            m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, True, False)
+        inside = (target >= 0) & (target < V)
+        logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
+        log_s = tl.log2(s)
+        logp = (softcapped(logit, softcap, logit_scale, HAS_SOFTCAP) - m) * scale - log_s * LN_2
+        logp = tl.where(inside, logp, float("nan"))
+        entropy = (log_s - w / s) * LN_2
+
+        if PER_TOKEN_ADVANTAGE:
+            advantage = tl.load(advantage_ptr + row)
+        else:
+            advantage = tl.load(advantage_ptr + sequence)
+        log_ratio = logp - logp
+        if HAS_OLD:
+            log_ratio = clamped(logp - tl.load(old_ptr + row), -max_log_ratio, max_log_ratio)
+        acts = log_ratio == log_ratio
+        acts = acts | (acts == 0)
+        if SELECT:
+            acts = selected(entropy, row, tl.load(cutoff_ptr), row, False)
+        kept = acts
+        sampler = 1.0
+        if HAS_SAMPLER_RATIO:
+            if PER_TOKEN_RATIO:
+                sampler = tl.load(sampler_ratio_ptr + row)
+            else:
+                sampler = tl.load(sampler_ratio_ptr + sequence)
+            acts = acts & (sampler != 0.0)
+        _, coef, live, ratio = surrogate(log_ratio, logp, advantage, acts, low, gain, loss_bound, max_log_ratio, CISPO)
+        if HAS_SAMPLER_RATIO:
+            coef = tl.where(live, coef * tl.where(live, sampler, 0.0), 0.0)
+        if KL > 0:
+            counts = acts | (acts == 0)
+            kl, kl_slope, kl_live = divergence(tl.load(ref_ptr + row) - logp, counts, KL)
+            if KL_BIAS_CORRECTION:
+                weigh = tl.where(kl_live, ratio, 0.0)
+                kl_slope = kl_slope * weigh
+                kl = tl.where(kl_live, kl * weigh, 0.0)
+                kl_slope = tl.where((tl.abs(log_ratio) >= max_log_ratio) == 0, kl_slope + kl, kl_slope)
+            coef += tl.where(kl_live, beta * kl_slope, 0.0)
+        weight = tl.load(weight_ptr + sequence)
+        coef = tl.where(coef == 0.0, 0.0, coef * weight)
+        if BONUS:
+            g_entropy = tl.where(kept, tl.load(weight_ptr + tl.num_programs(0) // T + sequence), 0.0)
+        if (coef == 0.0) & (g_entropy == 0.0):
+            write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
+        else:
+            common = tl.where(inside, -coef - g_entropy * entropy, float("nan"))
+            write_gradient(
+                row_ptr, out_ptr, 0, V, V, stride_v, out_v, target, coef, common, g_entropy, m, log_s, scale, k,
+                softcap, logit_scale, HAS_SOFTCAP, BONUS, BLOCK_V,
+            )  # fmt: skip
+    tl.store(logp_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(live_ptr + row, ((coef == 0.0) & (g_entropy == 0.0)) == 0)
+
+
+@triton.jit(do_not_specialize=["V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
+def scale_rows_kernel(
+    grad_ptr, live_ptr, factor_ptr,
+    V: "i32",  # type: ignore  # noqa: F821
+    rows_inner: "i64",  # type: ignore  # noqa: F821
+    stride_outer: "i64",  # type: ignore  # noqa: F821
+    stride_inner: "i64",  # type: ignore  # noqa: F821
+    chunks: "i32",  # type: ignore  # noqa: F821
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):  # fmt: skip
+    """Grid (N * chunks,)."""
+    factor = tl.load(factor_ptr)
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // chunks
+    if (factor != 1.0) & (tl.load(live_ptr + row) != 0):
+        start = (pid - row * chunks).to(tl.int32) * CHUNK_V
+        row_ptr = grad_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
+        if ALIGNED:
+            row_ptr = tl.multiple_of(row_ptr, 16)
+        lanes = tl.arange(0, BLOCK_V)
+        full = tl.minimum(tl.minimum(V, start + CHUNK_V), V // BLOCK_V * BLOCK_V)
+        for first in range(start, full, BLOCK_V):
+            entry_ptr = row_ptr + first + lanes
+            grad = tl.load(entry_ptr).to(tl.float32) * factor
+            tl.store(entry_ptr, grad.to(grad_ptr.dtype.element_ty))
+        if tl.minimum(V, start + CHUNK_V) > full:
+            offsets = tl.maximum(start, full) + lanes
+            grad = tl.load(row_ptr + offsets, mask=offsets < V, other=0.0).to(tl.float32) * factor
+            tl.store(row_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=offsets < V)
+
+
+def loss_gradient(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: torch.Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    advantage: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    ref_logp: torch.Tensor | None,
+    sampler_ratio: torch.Tensor | None,
+    cutoff: torch.Tensor | None,
+    weight: torch.Tensor,
+    *,
+    cispo: bool,
+    low: float,
+    gain: float,
+    loss_bound: float,
+    max_log_ratio: float | None,
+    beta: float,
+    kl_estimator: int,
+    kl_bias_correction: bool,
+    bonus: bool,
+    block_v: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp [B, T], entropy [B, T], grad like logits, live [B, T] int8) of logits [B, T, V] with B, T >= 1.
+
+    target, mask, old_logp, ref_logp, a temperature tensor [B, T] and advantage, sampler_ratio [B, T] or [B, 1] are
+    contiguous, fp32 where they are floats; cutoff 0-d. weight [2, B]: d loss / d (sum over the sequence) of the token
+    losses and, with `bonus`, of the entropies. What the others are: `clip_surrogate`.
+    """
+    B, T = mask.shape
+    rows = Rows(logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = Rows(grad)
+    logp, entropy = (torch.empty((B, T), dtype=torch.float32, device=logits.device) for _ in range(2))
+    live = torch.empty((B, T), dtype=torch.int8, device=logits.device)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
+    per_row = isinstance(temperature, torch.Tensor)
+    given = (temperature if per_row else None, advantage, old_logp, ref_logp, sampler_ratio, cutoff)
+    with device_of(logits):
+        loss_gradient_kernel[(B * T,)](
+            rows.tensor, target, mask, *(weight if x is None else x for x in given), weight, logp, entropy, out.tensor,
+            live, rows.V, T, rows.inner, rows.stride_outer, rows.stride_inner, rows.stride_v, out.stride_outer,
+            out.stride_inner, out.stride_v, chunks,
+            1.0 if per_row else float(temperature),
+            0.0 if softcap is None else float(softcap),
+            float(logit_scale), low, gain, loss_bound,
+            float("nan") if max_log_ratio is None else float(max_log_ratio),
+            beta,
+            PER_ROW=per_row,
+            HAS_SOFTCAP=softcap is not None,
+            CISPO=cispo,
+            HAS_OLD=old_logp is not None,
+            PER_TOKEN_ADVANTAGE=advantage.shape[1] == T,
+            HAS_SAMPLER_RATIO=sampler_ratio is not None,
+            PER_TOKEN_RATIO=sampler_ratio is not None and sampler_ratio.shape[1] == T,
+            KL=kl_estimator if ref_logp is not None else 0,
+            KL_BIAS_CORRECTION=kl_bias_correction,
+            SELECT=cutoff is not None,
+            BONUS=bonus,
+            ALIGNED=rows.aligned() and out.aligned(),
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+        )  # fmt: skip
+    return logp, entropy, grad, live
+
+
+def scale_rows(grad: torch.Tensor, live: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply the live rows of a contiguous grad [..., V] by a 0-d fp32 factor, in place; nothing if it is 1."""
+    rows = Rows(grad)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V)
+    with device_of(grad):
+        scale_rows_kernel[(rows.N * chunks,)](
+            rows.tensor, live, factor, rows.V, rows.inner, rows.stride_outer, rows.stride_inner, chunks,
+            ALIGNED=rows.aligned(), BLOCK_V=BLOCK_V, CHUNK_V=CHUNK_V, num_warps=num_warps,
+        )  # fmt: skip
