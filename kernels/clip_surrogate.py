@@ -160,7 +160,9 @@ def clip_surrogate_kernel(
         weight = 1.0 / tl.maximum(n, 1).to(tl.float32)
         if KEPT_COUNTS:
             weight = 1.0 / tl.maximum(n_kept, 1).to(tl.float32)
+    share = weight / tl.maximum(n, 1).to(tl.float32)  # the geometric mean gives each token 1 / n of a slope
 
+    s_loss = tl.zeros((BLOCK_T,), tl.float32)
     s_surrogate = tl.zeros((BLOCK_T,), tl.float32)
     s_kl = tl.zeros((BLOCK_T,), tl.float32)
     s_entropy = tl.zeros((BLOCK_T,), tl.float32)
@@ -225,7 +227,7 @@ def clip_surrogate_kernel(
         coef = slope
         own_live = live
         if SEQUENCE and not CISPO:  # each token of the sequence gets the mean of the slopes, below
-            s_slope += slope
+            s_slope += slope * share
             c_moves += live.to(tl.int32)
             coef = tl.zeros((BLOCK_T,), tl.float32)
             own_live = counts & (counts == 0)
@@ -238,16 +240,18 @@ def clip_surrogate_kernel(
                 kl_slope = kl_slope * weigh
                 through = kl_live & ((tl.abs(log_ratio) >= max_log_ratio) == 0)
                 if SEQUENCE:
-                    s_slope += tl.where(through, beta * kl, 0.0)
+                    s_slope += tl.where(through, beta * kl, 0.0) * share
                     c_moves += through.to(tl.int32)
                 else:
                     kl_slope = tl.where(through, kl_slope + kl, kl_slope)
             s_kl += tl.where(counts, kl, 0.0)
+            loss += tl.where(counts, beta * kl, 0.0)
             coef += tl.where(kl_live, beta * kl_slope, 0.0)
             own_live = own_live | kl_live
         if BONUS:
             own_live = own_live | kept
             tl.store(kept_ptr + base + t, kept.to(tl.int8), mask=t < T)
+        s_loss += loss * weight
         c_live += own_live.to(tl.int32)
         tl.store(coef_ptr + base + t, coef * weight, mask=t < T)
 
@@ -265,8 +269,7 @@ def clip_surrogate_kernel(
             low_count = below.to(tl.int32)
             high_count = above.to(tl.int32)
     if SEQUENCE:
-        # The geometric mean gives each token of the sequence 1 / n of the slope.
-        slope = tl.sum(s_slope, axis=0) * weight / tl.maximum(tokens, 1).to(tl.float32)
+        slope = tl.sum(s_slope, axis=0)
         if tl.sum(c_moves, axis=0) > 0:
             live_count = tokens
             tl.debug_barrier()
@@ -276,13 +279,11 @@ def clip_surrogate_kernel(
                 coef = tl.load(coef_ptr + base + t, mask=counts, other=0.0)
                 tl.store(coef_ptr + base + t, coef + slope, mask=counts)
 
-    surrogate_sum = tl.sum(s_surrogate, axis=0)
-    kl_sum = tl.sum(s_kl, axis=0)
     field_ptr = partial_ptr + row * FIELDS
     counted = tl.maximum(ratio_count, 1).to(tl.float32)
-    tl.store(field_ptr, (surrogate_sum + beta * kl_sum) * weight)
-    tl.store(field_ptr + 1, surrogate_sum)
-    tl.store(field_ptr + 2, kl_sum)
+    tl.store(field_ptr, tl.sum(s_loss, axis=0))
+    tl.store(field_ptr + 1, tl.sum(s_surrogate, axis=0))
+    tl.store(field_ptr + 2, tl.sum(s_kl, axis=0))
     tl.store(field_ptr + 3, tokens.to(tl.float32))
     tl.store(field_ptr + 4, (tokens > 0).to(tl.float32))
     tl.store(field_ptr + 5, tl.sum(c_kept, axis=0).to(tl.float32))

@@ -11,6 +11,8 @@ from rlloss.backends import BACKENDS, backend, choose_backend, triton_backward, 
 __all__ = ["BACKENDS", "OUTPUTS", "TokenStats", "backend", "choose_backend", "token_stats"]
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
+# The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
+_SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
 _LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -227,6 +229,11 @@ def token_stats(
             "inplace_grad", "logits that are a leaf, a view of one, or need no gradient", "logits the model computed",
         )  # fmt: skip
         checks.require(logits.is_contiguous(), "inplace_grad", f"strides {logits.stride()}", "contiguous logits")
+        for maker in (logits.grad_fn, owner.grad_fn):
+            checks.require(
+                not _SAVED_OUTPUT & set(dir(maker)), "inplace_grad", f"the output of {type(maker).__name__}",
+                "logits whose values autograd does not need again: that function computes its gradient from them",
+            )  # fmt: skip
     per_token = isinstance(temperature, Tensor)
     run: Any = _InplaceTokenStats.apply if inplace_grad else _token_stats_op
     logp, entropy, lse, _, extra = run(

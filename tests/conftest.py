@@ -30,8 +30,32 @@ def _round_bf16_as_the_hardware_does() -> None:
     interpreter._convert_float = rounded
 
 
+def _patch_the_language_once_a_launch() -> None:
+    """The interpreter patches triton.language again at every call of a jit helper: most of its time, to no effect."""
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def patch_once(fn):
+        seen = tuple(
+            name for name, value in fn.__globals__.items() if value is interpreter.tl or value is interpreter.tl.core
+        )
+        if seen in patched:
+            return interpreter._LangPatchScope()
+        patched.add(seen)
+        return patch(fn)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_as_the_hardware_does()
+    _patch_the_language_once_a_launch()
 
 # Workers that each take every core slow one another down.
 if "PYTEST_XDIST_WORKER" in os.environ:
