@@ -1,12 +1,12 @@
 """Logits rows -> log-probability, entropy and, in the same launch, the gradient of the loss.
 
 For losses whose coefficients are row-local: what a row's gradient is follows from that row alone, so that the program
-which has just reduced it writes the gradient while the row is still in the cache. The gradient is that for an incoming
-gradient of 1; `scale_rows` multiplies it by another one, in place, and does nothing where it is 1.
+which has just reduced it writes the gradient while the row is still in the cache. It is the gradient for an incoming
+gradient of 1; where another one comes in, the backward of `token_stats` writes the live rows anew.
 
-Bytes from and to memory for V entries of b bytes, if the second read of a row hits the cache: 2 b V a live row, 2 b V a
-dead one that counts, b V a masked one; then nothing in the backward, or 2 b V a live row if the incoming gradient is
-not 1. The two-launch way: 3 b V a live row, 2 b V a dead one, b V a masked one.
+Bytes from and to memory for V entries of b bytes, if the second read of a row hits the cache: 2 b V a row that counts,
+b V a masked one; then nothing in the backward, or 2 b V a live row if the incoming gradient is not 1. In two launches:
+3 b V a live row, 2 b V a dead one that counts, b V a masked one.
 """
 
 import torch
@@ -25,7 +25,7 @@ from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
 )
 def loss_gradient_kernel(
     logits_ptr, target_ptr, mask_ptr, temperature_ptr, advantage_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, cutoff_ptr,
-    weight_ptr, logp_ptr, entropy_ptr, grad_ptr, live_ptr,
+    weight_ptr, logp_ptr, entropy_ptr, saved_ptr, coef_ptr, g_entropy_ptr, grad_ptr,
     V: "i32",  # type: ignore  # noqa: F821
     T: "i64",  # type: ignore  # noqa: F821
     rows_inner: "i64",  # type: ignore  # noqa: F821
@@ -71,12 +71,13 @@ def loss_gradient_kernel(
     entropy = 0.0
     coef = 0.0
     g_entropy = 0.0
+    m = -float("inf")
+    log_s = 0.0
     if tl.load(mask_ptr + row) == 0:
         write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
     else:
         target = tl.load(target_ptr + row)
         scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
-        m = -float("inf")
         s = 0.0
         w = 0.0
         q = 0.0
@@ -138,40 +139,11 @@ def loss_gradient_kernel(
             )  # fmt: skip
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
-    tl.store(live_ptr + row, ((coef == 0.0) & (g_entropy == 0.0)) == 0)
-
-
-@triton.jit(do_not_specialize=["V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
-def scale_rows_kernel(
-    grad_ptr, live_ptr, factor_ptr,
-    V: "i32",  # type: ignore  # noqa: F821
-    rows_inner: "i64",  # type: ignore  # noqa: F821
-    stride_outer: "i64",  # type: ignore  # noqa: F821
-    stride_inner: "i64",  # type: ignore  # noqa: F821
-    chunks: "i32",  # type: ignore  # noqa: F821
-    ALIGNED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK_V: tl.constexpr,
-):  # fmt: skip
-    """Grid (N * chunks,)."""
-    factor = tl.load(factor_ptr)
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // chunks
-    if (factor != 1.0) & (tl.load(live_ptr + row) != 0):
-        start = (pid - row * chunks).to(tl.int32) * CHUNK_V
-        row_ptr = grad_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
-        if ALIGNED:
-            row_ptr = tl.multiple_of(row_ptr, 16)
-        lanes = tl.arange(0, BLOCK_V)
-        full = tl.minimum(tl.minimum(V, start + CHUNK_V), V // BLOCK_V * BLOCK_V)
-        for first in range(start, full, BLOCK_V):
-            entry_ptr = row_ptr + first + lanes
-            grad = tl.load(entry_ptr).to(tl.float32) * factor
-            tl.store(entry_ptr, grad.to(grad_ptr.dtype.element_ty))
-        if tl.minimum(V, start + CHUNK_V) > full:
-            offsets = tl.maximum(start, full) + lanes
-            grad = tl.load(row_ptr + offsets, mask=offsets < V, other=0.0).to(tl.float32) * factor
-            tl.store(row_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=offsets < V)
+    tl.store(saved_ptr + row, m)
+    tl.store(saved_ptr + tl.num_programs(0) + row, log_s)
+    tl.store(coef_ptr + row, coef)
+    if BONUS:
+        tl.store(g_entropy_ptr + row, g_entropy)
 
 
 def loss_gradient(
@@ -198,8 +170,10 @@ def loss_gradient(
     kl_bias_correction: bool,
     bonus: bool,
     block_v: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logp [B, T], entropy [B, T], grad like logits, live [B, T] int8) of logits [B, T, V] with B, T >= 1.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
+
+    logits [B, T, V] with N = B T >= 1. From saved on they are what `token_stats_backward` takes.
 
     target, mask, old_logp, ref_logp, a temperature tensor [B, T] and advantage, sampler_ratio [B, T] or [B, 1] are
     contiguous, fp32 where they are floats; cutoff 0-d. weight [2, B]: d loss / d (sum over the sequence) of the token
@@ -210,15 +184,17 @@ def loss_gradient(
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     out = Rows(grad)
     logp, entropy = (torch.empty((B, T), dtype=torch.float32, device=logits.device) for _ in range(2))
-    live = torch.empty((B, T), dtype=torch.int8, device=logits.device)
+    saved = torch.empty((2, B * T), dtype=torch.float32, device=logits.device)
+    coef = torch.empty(B * T, dtype=torch.float32, device=logits.device)
+    g_entropy = torch.empty_like(coef) if bonus else None
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
     per_row = isinstance(temperature, torch.Tensor)
     given = (temperature if per_row else None, advantage, old_logp, ref_logp, sampler_ratio, cutoff)
     with device_of(logits):
         loss_gradient_kernel[(B * T,)](
-            rows.tensor, target, mask, *(weight if x is None else x for x in given), weight, logp, entropy, out.tensor,
-            live, rows.V, T, rows.inner, rows.stride_outer, rows.stride_inner, rows.stride_v, out.stride_outer,
-            out.stride_inner, out.stride_v, chunks,
+            rows.tensor, target, mask, *(weight if x is None else x for x in given), weight, logp, entropy, saved,
+            coef, coef if g_entropy is None else g_entropy, out.tensor, rows.V, T, rows.inner, rows.stride_outer,
+            rows.stride_inner, rows.stride_v, out.stride_outer, out.stride_inner, out.stride_v, chunks,
             1.0 if per_row else float(temperature),
             0.0 if softcap is None else float(softcap),
             float(logit_scale), low, gain, loss_bound,
@@ -240,15 +216,4 @@ def loss_gradient(
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
         )  # fmt: skip
-    return logp, entropy, grad, live
-
-
-def scale_rows(grad: torch.Tensor, live: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply the live rows of a contiguous grad [..., V] by a 0-d fp32 factor, in place; nothing if it is 1."""
-    rows = Rows(grad)
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V)
-    with device_of(grad):
-        scale_rows_kernel[(rows.N * chunks,)](
-            rows.tensor, live, factor, rows.V, rows.inner, rows.stride_outer, rows.stride_inner, chunks,
-            ALIGNED=rows.aligned(), BLOCK_V=BLOCK_V, CHUNK_V=CHUNK_V, num_warps=num_warps,
-        )  # fmt: skip
+    return grad, logp, entropy, saved, coef, g_entropy

@@ -106,6 +106,7 @@ def token_stats_backward_kernel(
     g_logp_ptr,
     g_entropy_ptr,
     g_lse_ptr,
+    factor_ptr,
     grad_ptr,
     N: "i64",  # type: ignore  # noqa: F821
     V: "i32",  # type: ignore  # noqa: F821
@@ -126,11 +127,19 @@ def token_stats_backward_kernel(
     LOGP_GRAD: tl.constexpr,
     ENTROPY_GRAD: tl.constexpr,
     LSE_GRAD: tl.constexpr,
+    HELD: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (N * chunks,). saved and entropy are the forward's; grad may be the logits themselves."""
+    """Grid (N * chunks,). saved and entropy are the forward's; grad may be the logits themselves.
+
+    With HELD, grad holds the gradient for a factor of 1 already: nothing is left to do for that factor, and nothing
+    ever for dead rows.
+    """
+    if HELD:
+        if tl.load(factor_ptr) == 1.0:
+            return
     pid = tl.program_id(0).to(tl.int64)
     row = pid // chunks
     start = (pid - row * chunks).to(tl.int32) * CHUNK_V
@@ -156,7 +165,8 @@ def token_stats_backward_kernel(
         dead = dead | (tl.load(mask_ptr + row) == 0)
 
     if dead:
-        write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V)
+        if not HELD:
+            write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V)
     else:
         target = tl.load(target_ptr + row)
         scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
@@ -188,14 +198,21 @@ def token_stats_backward(
     g_lse: torch.Tensor | None,
     *,
     inplace: bool = False,
+    held: tuple[torch.Tensor, torch.Tensor] | None = None,
     block_v: int | None = None,
 ) -> torch.Tensor:
     """The gradient of logits, shaped and typed like them: contiguous, or with `inplace` the (contiguous) logits'.
 
+    held: (the gradient for a factor of 1, by which everything incoming has been multiplied, 0-d fp32): it is corrected
+    in place, where the factor is not 1, and returned.
+
     g_* are contiguous fp32 with N entries or None; saved and entropy are what `token_stats_forward` returned.
     """
     rows = Rows(logits)
-    grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if held is not None:
+        grad = held[0]
+    else:
+        grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows.N == 0:
         return grad
     out = Rows(grad)
@@ -212,6 +229,7 @@ def token_stats_backward(
             saved if g_logp is None else g_logp,
             saved if g_entropy is None else g_entropy,
             saved if g_lse is None else g_lse,
+            saved if held is None else held[1],
             out.tensor,
             rows.N,
             rows.V,
@@ -232,6 +250,7 @@ def token_stats_backward(
             LOGP_GRAD=g_logp is not None,
             ENTROPY_GRAD=g_entropy is not None,
             LSE_GRAD=g_lse is not None,
+            HELD=held is not None,
             ALIGNED=rows.aligned() and out.aligned(),
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,

@@ -74,9 +74,7 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
     return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, reduce=total)
 
 
-def top_entropy_selection(
-    entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool
-) -> tuple[Tensor, Tensor | None]:
+def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool) -> tuple[Tensor, Tensor | None]:
     """What decides for a token alone whether it is among the top rho: (cutoff, last).
 
     entropy and mask as for `entropy_cutoff`; both results are 0-d, the cutoff fp32 (fp64 for fp64 entropies), `last`

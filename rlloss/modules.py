@@ -20,8 +20,8 @@ class GRPOLoss(nn.Module):
         inplace_grad: write the gradient over the logits in the backward, as `token_stats` does, with its conditions.
         single_launch: let the forward write the gradient too, while a row is in the cache; the loss and the gradient
             are the same. It takes settings by which a token's coefficient depends on no other token: a ratio per
-            token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`; eager Triton; bf16 or fp32 logits. The
-            gradient is held until the backward. None: where that is so. True: an error where it is not.
+            token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`; eager Triton. The gradient is held until
+            the backward. None: where that is so. True: an error where it is not.
     """
 
     def __init__(
@@ -64,24 +64,21 @@ class GRPOLoss(nn.Module):
         }  # fmt: skip
         scaling = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
 
-        def two_launches(logits: Tensor) -> PolicyLoss:
-            stats = token_stats(
-                logits,
-                target,
-                mask=mask,
-                **scaling,
-                outputs=("logp", "entropy"),
-                entropy_grad=config.entropy_coef != 0.0,
-                inplace_grad=self.inplace_grad,
-            )
-            assert stats.logp is not None
-            return policy_loss(stats.logp, advantage, mask, config=config, entropy=stats.entropy, **given)
-
-        if self.single_launch is False or self.inplace_grad:
-            return two_launches(logits)
-        if (reason := why_two_launches(logits, config, cutoff, denominator)) is not None:
-            checks.require(not self.single_launch, "single_launch", True, f"None or False with {reason}")
-            return two_launches(logits)
-        return single_launch_loss(
-            logits, target, advantage, mask, config=config, **scaling, given=given, two_launches=two_launches
+        reason = "single_launch=False" if self.single_launch is False else None
+        if self.inplace_grad:
+            reason = "inplace_grad=True"
+        reason = reason or why_two_launches(logits, config, cutoff, denominator)
+        if reason is None:
+            return single_launch_loss(logits, target, advantage, mask, config=config, **scaling, given=given)
+        checks.require(not self.single_launch, "single_launch", True, f"None or False with {reason}")
+        stats = token_stats(
+            logits,
+            target,
+            mask=mask,
+            **scaling,
+            outputs=("logp", "entropy"),
+            entropy_grad=config.entropy_coef != 0.0,
+            inplace_grad=self.inplace_grad,
         )
+        assert stats.logp is not None
+        return policy_loss(stats.logp, advantage, mask, config=config, entropy=stats.entropy, **given)
