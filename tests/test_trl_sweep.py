@@ -1,0 +1,143 @@
+"""The TRL plugin against TRL itself on random settings: one trainer object, TRL's `_compute_loss` and ours."""
+
+import contextlib
+import itertools
+import os
+import socket
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl")
+pytest.importorskip("trl.trainer.utils")
+
+from trl_harness import (  # noqa: E402
+    TRL_LOSS_TYPES,
+    VALUES,
+    Rivals,
+    apply_setting,
+    build_trainers,
+    compare_setting,
+    draw_setting,
+    end_step,
+    loss_gradients_metrics,
+    setting_inputs,
+)
+
+from rlloss.backends import backend  # noqa: E402
+from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+
+SETTINGS = 320
+RANKS_SETTINGS = 24
+
+
+def forbidden(*_):
+    raise AssertionError("TRL's own loss was entered")
+
+
+@pytest.fixture(autouse=True)
+def trls_own_loss_is_forbidden(monkeypatch):
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", forbidden)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    return build_trainers(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"))
+
+
+def backend_of(seed: int):
+    """Three settings of four in torch, which is faster than the interpreter."""
+    return contextlib.nullcontext() if seed // len(TRL_LOSS_TYPES) % 4 == 0 else backend("torch")
+
+
+@pytest.mark.parametrize("seed", range(SETTINGS))
+def test_loss_gradients_metrics_and_controller_equal_trl(trainers, seed):
+    with backend_of(seed):
+        compare_setting(trainers, GRPOTrainer._compute_loss, seed)
+
+
+def test_sweep_reaches_every_value_of_every_option_with_every_loss_type():
+    drawn = [draw_setting(seed) for seed in range(SETTINGS)]
+    for name, values in VALUES.items():
+        reached = {(setting["loss_type"], setting[name]) for setting in drawn}
+        assert reached == set(itertools.product(TRL_LOSS_TYPES, values)), name
+    together = ("entropy", "rho", "train")
+    reached = {tuple(setting[name] for name in together) for setting in drawn}
+    assert reached == set(itertools.product(*(VALUES[name] for name in together)))
+
+
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
+def test_the_entropy_controller_equals_trls_over_steps(trainers, loss_type):
+    """Three windows of two micro-batches and an evaluation; the target lies within what the entropies reach."""
+    trainer = trainers[False]
+    setting = draw_setting(1) | {"loss_type": loss_type, "entropy": "adaptive", "entropy_coef": 0.29, "rho": 1.0}
+    setting |= {"entropy_target": 2.0, "train": True, "accumulation": 2, "on_policy": False, "aux_coef": None}
+    apply_setting(trainer, setting, 0)
+    trainer._last_world_entropy = float("inf")
+    rivals, coefficients = Rivals(trainer, GRPOTrainer._compute_loss), []
+    for i in range(7):
+        trainer.model.train(i != 4)
+        end_step(trainer, i in (1, 3, 4, 6))
+        with backend("torch"):
+            rivals.compare(setting_inputs(trainer, setting, i), (loss_type, i))
+        coefficients.append(rivals.ours["entropy_coef"])
+        assert (rivals.ours["_entropy_window_stats"] is None) == (i in (1, 3, 6)) or i == 4
+        trainer.args.entropy_target = 10.0 if i < 3 else 0.0
+    assert coefficients[0] == 0.29 and coefficients[1] != 0.29 and coefficients[3] == coefficients[4]
+    assert coefficients[6] < coefficients[4]
+
+
+def test_the_bonus_alone_is_the_mean_entropy_of_the_kept_tokens(trainers):
+    trainer = trainers[False]
+    setting = draw_setting(3) | {"loss_type": "dapo", "entropy": "static", "entropy_coef": 0.3, "rho": 0.5}
+    setting |= {"beta": 0.0, "aux_coef": None, "accumulation": 4, "train": True, "tool_mask": False}
+    inputs = apply_setting(trainer, setting, 3)
+    inputs["advantages"] = torch.zeros_like(inputs["advantages"])
+    loss, gradient, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    trainer.model.zero_grad()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    entropy = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 7, compute_entropy=True)[1]
+    counted = entropy[inputs["completion_mask"].bool()]
+    kept = counted[counted >= counted.detach().quantile(0.5)]
+    (-0.3 * kept.mean() / 4).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(loss, -0.3 * kept.mean().detach() / 4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert gradient.norm() > 0.01 and abs(metrics["policy_loss"]) < 1e-6
+    assert metrics["live_share"] == pytest.approx(metrics["entropy/kept_share"])
+
+
+def test_the_auxiliary_loss_of_experts_reaches_loss_and_router(trainers):
+    trainer, setting = trainers[True], draw_setting(3) | {"aux_coef": 1.0, "train": True, "accumulation": 2}
+    inputs = apply_setting(trainer, setting, 3)
+    with_aux = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    trainer.aux_loss_enabled = False
+    without = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    assert set(with_aux[2]) - set(without[2]) == {"aux_loss"} and with_aux[2]["aux_loss"] > 0.5
+    torch.testing.assert_close(with_aux[0] - without[0], torch.tensor(with_aux[2]["aux_loss"] / 2))
+    assert (with_aux[1] - without[1]).norm() > 1e-3
+
+
+def _compare_on_a_rank(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    torch.set_num_threads(1)
+    trl.GRPOTrainer._compute_loss = forbidden
+    trainers = build_trainers(GRPOTrainer, GRPOConfig, f"{folder}/{rank}")
+    assert trainers[False].accelerator.num_processes == 2
+    for seed in range(RANKS_SETTINGS):
+        with backend_of(seed):
+            compare_setting(trainers, GRPOTrainer._compute_loss, seed, inputs_seed=seed * 2 + rank)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_trl(tmp_path):
+    kinds = {(s["loss_type"], s["entropy"]) for s in map(draw_setting, range(RANKS_SETTINGS))}
+    assert {loss_type for loss_type, _ in kinds} == set(TRL_LOSS_TYPES) and {"static", "adaptive"} < {
+        k for _, k in kinds
+    }
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_compare_on_a_rank, (port, str(tmp_path)), nprocs=2)
