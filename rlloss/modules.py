@@ -6,7 +6,7 @@ from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.losses import PolicyLoss, policy_loss
 from rlloss.ops import token_stats
-from rlloss.single_launch import single_launch_loss, why_two_launches
+from rlloss.single_launch import single_launch_loss, why_two_launches, worthwhile
 
 
 class GRPOLoss(nn.Module):
@@ -21,7 +21,9 @@ class GRPOLoss(nn.Module):
         single_launch: let the forward write the gradient too, while a row is in the cache; the loss and the gradient
             are the same. It takes settings by which a token's coefficient depends on no other token: a ratio per
             token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`; eager Triton. The gradient is held until
-            the backward. None: where that is so. True: an error where it is not.
+            the backward. It pays where the incoming gradient is 1, and costs where it is not: rather than dividing
+            the loss by a number of micro-batches, put that into the `denominator`. None: where the settings allow it
+            and the rows in flight fit the GPU's cache. True: an error where the settings forbid it.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class GRPOLoss(nn.Module):
         if self.inplace_grad:
             reason = "inplace_grad=True"
         reason = reason or why_two_launches(logits, config, cutoff, denominator)
-        if reason is None:
+        if reason is None and (self.single_launch or worthwhile(logits)):
             return single_launch_loss(logits, target, advantage, mask, config=config, **scaling, given=given)
         checks.require(not self.single_launch, "single_launch", True, f"None or False with {reason}")
         stats = token_stats(

@@ -51,14 +51,13 @@ def _select(keys: Tensor, counted: Tensor, rho: float, dtype: torch.dtype, reduc
     the upper one are at or above its rank)."""
     found = keys.new_zeros(2)
     n = rank = counts = digit = keys.new_zeros((), dtype=torch.int64)
-    one = keys.new_ones((), dtype=torch.int64).expand(keys.shape)
     for shift, known in _passes(keys.dtype.itemsize * 8):
         # Bins of the lower rank, of the upper one where the two are apart, and one that nobody reads.
         digits = ((keys >> shift) & (BINS - 1)).long()
         prefix = keys & known
         upper = torch.where(prefix == found[1], digits + BINS, 2 * BINS)
         slot = torch.where(counted, torch.where(prefix == found[0], digits, upper), 2 * BINS)
-        histogram = slot.new_zeros(2 * BINS + 1).scatter_add_(0, slot, one)[:-1].view(2, BINS)
+        histogram = _histogram(slot)
         if reduce is not None:
             reduce(histogram)
         if known == 0:
@@ -70,7 +69,18 @@ def _select(keys: Tensor, counted: Tensor, rho: float, dtype: torch.dtype, reduc
         digit = passed.sum(1).clamp(max=BINS - 1)
         rank = rank - torch.where(passed, counts, 0).sum(1)
         found = found | (digit << shift).to(found.dtype)
+        if keys.device.type == "cpu":  # where the host need not wait, what can no longer be found is left behind
+            candidates = slot < 2 * BINS
+            keys, counted = keys[candidates], counted[candidates]
     return found, n, counts[1].gather(0, digit[1:]).squeeze(0) - rank[1]
+
+
+def _histogram(slot: Tensor) -> Tensor:
+    """int64 [2, BINS]; the last bin, which nobody reads, is left out. bincount is faster, but waits for a GPU."""
+    if slot.device.type == "cpu":
+        return slot.bincount(minlength=2 * BINS + 1)[:-1].view(2, BINS)
+    one = slot.new_ones(()).expand(slot.shape)
+    return slot.new_zeros(2 * BINS + 1).scatter_add_(0, slot, one)[:-1].view(2, BINS)
 
 
 def _passes(width: int) -> list[tuple[int, int]]:
@@ -80,7 +90,7 @@ def _passes(width: int) -> list[tuple[int, int]]:
 
 
 def _position(n: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
-    """(1 - rho) (n - 1) in fp64, rounded as torch.quantile does: to the values' dtype, as long as that can count them."""
+    """(1 - rho) (n - 1) in fp64, rounded as torch.quantile does: to the values' dtype while fp32 can count them."""
     last = (n - 1).clamp(min=0)
     rounded = (torch.full((), 1.0 - rho, dtype=dtype, device=n.device) * last.to(dtype)).double()
     return torch.where(n <= _EXACT_IN_FP32, rounded, last.double() * (1.0 - rho))

@@ -16,6 +16,8 @@ from rlloss.config import KL_ESTIMATORS, LossConfig
 from rlloss.losses import LOSSES, PolicyLoss, checked, default_denominator, policy_loss, row_local
 from rlloss.token_pass import fits, kernel_bounds
 
+_THREADS_A_ROW = 256
+
 
 def why_two_launches(
     logits: Tensor, config: LossConfig, cutoff: Tensor | float | None, denominator: Tensor | float | None
@@ -30,6 +32,18 @@ def why_two_launches(
     if not row_local(config, cutoff, denominator):
         return "settings by which a token's coefficient depends on other tokens"
     return None
+
+
+def worthwhile(logits: Tensor) -> bool:
+    """Whether the rows that a GPU works on at once fit its L2 cache, so that the second read of a row is a hit."""
+    if not logits.is_cuda:
+        return True
+    device = torch.cuda.get_device_properties(logits.device)
+    rows = logits[..., 0].numel()
+    if rows < 2 * device.multi_processor_count:  # the forward of two launches would split them
+        return False
+    at_once = device.multi_processor_count * (device.max_threads_per_multi_processor // _THREADS_A_ROW)
+    return min(rows, at_once) * logits.shape[-1] * logits.element_size() <= device.L2_cache_size
 
 
 class _SingleLaunch(torch.autograd.Function):

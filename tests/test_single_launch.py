@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import types
 
 import pytest
 import torch
 from test_token_pass import DEVICE, FUSED
 
 from rlloss import GRPOLoss, LossConfig, backends, reference, token_stats
-from rlloss.single_launch import why_two_launches
+from rlloss.single_launch import why_two_launches, worthwhile
 
 pytestmark = pytest.mark.skipif(not backends.triton_gradient, reason="needs Triton")
 
@@ -281,3 +282,29 @@ def test_every_pair_of_switches_gives_one_gradient():
         results.append(torch.autograd.grad(loss, leaf)[0])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape, pays", [
+    ((8, 512, 16384), True),
+    ((8, 512, 151936), False),  # 1056 rows in flight of 304 KB each
+    ((4, 50, 16384), False),  # fewer rows than would fill the device: the forward of two launches splits them
+    ((2, 200, 64000), True),
+    ((2, 400, 64000), False),
+])  # fmt: skip
+def test_it_is_chosen_where_the_rows_in_flight_fit_the_cache(monkeypatch, shape, pays):
+    class Logits:  # bf16 logits on a GPU that is not here
+        is_cuda, device = True, "cuda"
+
+        def __getitem__(self, _):
+            return torch.empty(shape[:-1], device="meta")
+
+        def element_size(self):
+            return 2
+
+    Logits.shape = shape
+    hopper = types.SimpleNamespace(
+        multi_processor_count=132, max_threads_per_multi_processor=2048, L2_cache_size=50 * 2**20
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
+    assert worthwhile(Logits()) is pays
+    assert worthwhile(torch.zeros(1, 1, 4))
