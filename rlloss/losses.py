@@ -123,7 +123,8 @@ def policy_loss(
             B * max_completion_length for "dr_grpo".
 
     Returns:
-        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0.
+        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. Where the Triton kernels run, the losses
+        that clip and "cispo" are one launch, which has no second derivative; `rlloss.ops.backend("torch")` has one.
 
     Raises:
         ValueError, TypeError: an argument does not fit, is missing, or would have no effect; it is named.
