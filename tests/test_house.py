@@ -23,7 +23,7 @@ FLOORS = {
     "rlloss.masks": 1,
     "rlloss.ratios": 1,
     "rlloss.surrogates": 1.5,
-    "rlloss.token_pass": 1.5,
+    "rlloss.token_pass": 1.7,
     "rlloss.advantages": 1,
     "rlloss.sampling": 1,
     "rlloss.losses": 2,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlloss import entropy_cutoff
+from rlloss.backends import backend
 from rlloss.masks import completion_mask, not_truncated, top_entropy_mask
 
 
@@ -59,7 +60,8 @@ def test_more_tokens_than_torchs_quantile_takes():
         entropy.flatten().quantile(0.5)
     for rho in (0.25, 0.9999999):
         expected = np.quantile(np.arange(n) // 2, 1 - rho)
-        assert abs(entropy_cutoff(entropy, mask, rho).item() - expected) <= 0.5  # fp32 spacing up there
+        with backend("torch"):  # the interpreter would take minutes
+            assert abs(entropy_cutoff(entropy, mask, rho).item() - expected) <= 0.5  # fp32 spacing up there
 
 
 def test_the_cutoff_carries_no_gradient():
