@@ -10,10 +10,10 @@ TEST_ARGS ?= -n 2 --dist loadgroup
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-peers bench lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-6s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 	@echo "Settings: PYTHON=$(PYTHON), DEMO_ARGS, TEST_ARGS=$(TEST_ARGS), BENCH_ARGS"
 
 demo: $(READY) ## train a small model with GRPO, plain and with the remedies; write report.html
@@ -22,6 +22,12 @@ demo: $(READY) ## train a small model with GRPO, plain and with the remedies; wr
 # pytest-benchmark switches itself off under xdist and warns, so it is not loaded here.
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS)
+
+test-peers: $(PEERS) ## compare with Liger and verl
+	$(BIN)/python -m pytest -p no:benchmark tests/test_peers.py
+
+test-peers: $(PEERS) ## run the tests against Liger's and verl's own functions
+	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/test_peers.py
 
 bench: $(PEERS) ## time the kernels against their peers
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
@@ -44,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[trl,dev]"
 	@touch $@
 
-# --no-deps: a peer must not move the versions under test. Without it the benchmarks run and leave its rows out.
+# --no-deps: a peer must not move the versions under test. What compares with a peer that is missing is left out.
 $(PEERS): $(READY)
-	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel \
-		&& touch $@ || echo "liger-kernel could not be installed: the benchmarks run without it"
+	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel verl==0.9.1 \
+		&& touch $@ || echo "liger-kernel and verl could not be installed: what compares with them is left out"

@@ -159,7 +159,9 @@ def policy_loss(
 
     per_sequence = log_ratio.shape[1] == 1 and advantage.shape[1] == 1
     selected = acts.any(-1, keepdim=True) if per_sequence else acts
-    surrogate = loss_type.surrogate(Inputs(logp, log_ratio, advantage, selected), config)
+    # Where the weight of a sequence is NaN, a token that does not act would otherwise get 0 * NaN back.
+    own_logp = torch.where(acts, logp, 0.0)
+    surrogate = loss_type.surrogate(Inputs(own_logp, log_ratio, advantage, selected), config)
     token_loss = torch.where(acts, surrogate.loss.expand_as(mask), 0.0)
     if weight is not None:
         token_loss = token_loss * torch.where(acts, weight, 0.0)

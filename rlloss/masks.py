@@ -60,8 +60,8 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
         entropy: `[...]` floating point, in nats.
         mask: `[...]` bool; only these tokens count. NaN entropies do not.
         rho: in [0, 1]; 1 gives the smallest entropy, 0 the largest.
-        process_group: ranks whose tokens count together (a few sums of 32 KiB; no entropy travels). None: this
-            process alone.
+        process_group: ranks whose tokens count together, on one backend and in one dtype (a few sums of at most
+            32 KiB; no entropy travels). None: this process alone.
 
     Returns:
         0-d fp32 tensor (fp64 for fp64 entropies) without gradient; +inf if no token counts. The number of tokens is

@@ -93,7 +93,9 @@ def log_ratio(
     """log(pi / pi_old) [B, T] or [B, 1], 0 where masked, with the gradient of logp; within +-bound if there is one."""
     per_token = torch.where(mask, logp - (logp.detach() if old_logp is None else old_logp), 0.0)
     result = LEVELS[level](per_token, mask, sampler_ratio)
-    return result if bound is None else result.clamp(-bound, bound)
+    if bound is None:
+        return result
+    return torch.where(result.isnan(), result, result.clamp(-bound, bound))  # clamp gives a NaN a gradient of 0
 
 
 def bounded(log_ratio: Tensor, bound: float | None) -> Tensor:

@@ -73,7 +73,8 @@ def vespo_log_w(logp: Tensor, old_logp: Tensor, mask: Tensor, sampler_ratio: Ten
     least, most = math.log(1e-8), 20.0
     log_w = torch.where(mask, (logp - old_logp).clamp(-20.0, 20.0), 0.0).sum(-1, keepdim=True)
     if sampler_ratio is not None:
-        log_w = log_w + sampler_ratio.log().clamp(least, most).sum(-1, keepdim=True)
+        counted = mask if sampler_ratio.shape == mask.shape else torch.ones_like(sampler_ratio, dtype=torch.bool)
+        log_w = log_w + torch.where(counted, sampler_ratio.log().clamp(least, most), 0.0).sum(-1, keepdim=True)
     return log_w.clamp(least, most)
 
 

@@ -16,7 +16,7 @@ from rlloss.config import LossConfig
 class Inputs(NamedTuple):
     """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together."""
 
-    logp: Tensor  # [B, T], with gradient
+    logp: Tensor  # [B, T], with gradient, 0 where not selected
     log_ratio: Tensor  # [B, T] or [B, 1], with the gradient of logp
     advantage: Tensor  # [B, T] or [B, 1]
     selected: Tensor
@@ -72,7 +72,7 @@ def sapo(x: Inputs, config: LossConfig) -> Surrogate:
 
     def gate(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         """(sigmoid(g), the smaller of sigmoid(g) and sigmoid(-g), from which the slope is formed without loss)."""
-        g = t * log_ratio.expm1()
+        g = t * (log_ratio.exp() - 1.0)  # not expm1, whose derivative torch forms as its value + 1: 0 for small r
         small = torch.where(g > 0, -g, g).sigmoid()
         return torch.where(g > 0, 1.0 - small, small), small
 

@@ -24,13 +24,61 @@ from trl_harness import (  # noqa: E402
     random_inputs,
 )
 
-from rlloss.integrations.trl_grpo import MULTIMODAL, GRPOConfig, GRPOTrainer  # noqa: E402
+from rlloss.config import READ_BY, READ_BY_SOME  # noqa: E402
+from rlloss.integrations import trl_grpo  # noqa: E402
+from rlloss.integrations.trl_grpo import MULTIMODAL, OPTIONS, GRPOConfig, GRPOTrainer  # noqa: E402
+
+PLAIN = {
+    "level": "token", "beta": 0.0, "delta": None, "rho": 1.0, "sampler": None, "sampler_logp": None,
+    "off_policy": None, "entropy": None, "aux_coef": None, "train": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     # beta is set so that TRL builds what a KL needs; the sweep varies it.
     return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
+
+
+def test_every_setting_that_only_some_losses_read_has_its_option():
+    assert set(OPTIONS) == READ_BY_SOME - {"max_log_ratio"}  # which TRL has not
+
+
+@pytest.mark.parametrize("loss_type", READ_BY)
+def test_what_a_loss_does_not_read_is_not_passed(trainer, loss_type):
+    setting = draw_setting(0) | PLAIN | {"loss_type": loss_type, "delta": 3.0, "level": "sequence"}
+    setting |= {"sapo": (0.5, 2.0), "vespo": (2.0, 3.0, 1.5, 2.0), "epsilon": (0.1, 2.0), "cispo_cap": 2.0}
+    apply_setting(trainer, setting, 0)
+    config, read = trainer._make_loss_config(), READ_BY[loss_type]
+    assert config.delta == (3.0 if "delta" in read else None)
+    assert config.epsilon_low == (0.1 if "epsilon_low" in read else 0.2)
+    assert config.epsilon_high == (2.0 if "epsilon_high" in read else 0.28)
+    assert config.ratio_level == ("sequence" if "ratio_level" in read else "token")
+    assert (config.sapo.temperature_pos, config.sapo.temperature_neg) == ((0.5, 2.0) if "sapo" in read else (1.0, 1.05))
+    assert config.vespo.k_neg == (1.5 if "vespo" in read else 3.0)
+    assert config.max_completion_length == (8 if "max_completion_length" in read else None)
+
+
+def test_gspo_is_trls_grpo_with_one_ratio_per_sequence(trainer):
+    setting = draw_setting(2) | PLAIN | {"loss_type": "grpo", "level": "sequence", "beta": 0.04, "rho": 0.5}
+    inputs = apply_setting(trainer, setting, 2)
+    expected = loss_gradients_metrics(trainer, trl.GRPOTrainer._compute_loss, inputs)
+    trainer.loss_type, trainer.importance_sampling_level = "gspo", "token"
+    found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
+    assert {name: found[2][name] for name in expected[2]} == pytest.approx(expected[2], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "cispo", "vespo"])
+def test_the_kept_denominator_of_the_other_means_over_tokens(trainer, monkeypatch, loss_type):
+    setting = draw_setting(1) | PLAIN | {"loss_type": loss_type, "rho": 0.3, "steps_per_generation": 4}
+    inputs = apply_setting(trainer, setting, 1)
+    everything, _, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    monkeypatch.setattr(trainer.args, "entropy_denominator", "kept")
+    kept, _, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    assert 0 < metrics["entropy/kept_share"] < 0.5
+    torch.testing.assert_close(kept * metrics["entropy/kept_share"], everything)
 
 
 def test_the_kept_denominator_is_that_of_the_paper(trainer):
@@ -119,6 +167,26 @@ def test_settings_that_do_not_fit_raise_when_the_trainer_is_made(tmp_path, optio
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **options)
 
 
+def test_a_run_with_the_entropy_controller_is_trls(tmp_path):
+    options = {"loss_type": "cispo", "epsilon_high": 5.0, "use_adaptive_entropy": True, "entropy_coef": 0.02}
+    options |= {"entropy_target": 10.0, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_steps": 3}
+    logged = []
+    for which in ((trl.GRPOTrainer, trl.GRPOConfig), (GRPOTrainer, GRPOConfig)):
+        trainer = build_trainer(*which, tmp_path / str(len(logged)), num_iterations=2, **options)
+        trainer.train()
+        logged.append([entry for entry in trainer.state.log_history if "entropy" in entry])
+    names = ("loss", "grad_norm", "entropy", "policy_loss", "entropy_coef", "cispo_clip_ratio")
+    assert len(logged[0]) == 3 and logged[1][-1]["entropy_coef"] == pytest.approx(0.035)
+    for theirs, ours in zip(*logged, strict=True):
+        for name in (*names, "reward"):
+            if name in names or name in theirs:  # there is no reward where a generation is used again
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+def test_settings_of_other_losses_do_not_matter(tmp_path):
+    build_trainer(GRPOTrainer, GRPOConfig, tmp_path, loss_type="grpo", sapo_temperature_pos=-1.0, vespo_k_neg=-1.0)
+
+
 def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
     common = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
     assert GRPOConfig(**common, epsilon_low=0.1).epsilon == 0.1
@@ -154,6 +222,43 @@ def test_an_overridden_selection_of_trl_is_obeyed(tmp_path):
     trainer = build_trainer(Nothing, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
     loss, gradient, _ = loss_gradients_metrics(trainer, Nothing._compute_loss, random_inputs(trainer, seed=0))
     assert loss == 0 and (gradient == 0).all()
+
+
+HOOKS = {
+    "get_high_entropy_mask": {"rho": 0.5},
+    "get_off_policy_mask": {"off_policy": 0.05},
+    "get_gamma_weights": {"loss_type": "vespo"},
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_overridden_hook_is_obeyed_where_trl_calls_it(trainer, monkeypatch, hook):
+    def nothing(self, *args, **kwargs):
+        return torch.zeros_like(kwargs["mask"] if "mask" in kwargs else args[1])
+
+    made = type("Nothing", (GRPOTrainer,), {hook: nothing})
+    monkeypatch.setattr(trainer, "__class__", made)
+    inputs = apply_setting(trainer, draw_setting(0) | PLAIN | HOOKS[hook], 0)
+    loss, gradient, _ = loss_gradients_metrics(trainer, made._compute_loss, inputs)
+    assert loss == 0 and (gradient == 0).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.args, "entropy_denominator", "kept")
+        with pytest.raises(ValueError, match=f"expected 'all' with {hook} overridden, where the loss is TRL's own"):
+            trainer._make_loss_config()
+    apply_setting(trainer, draw_setting(0) | PLAIN, 0)
+    assert trainer._make_loss_config() is not None
+
+
+def test_a_loss_type_that_only_a_newer_trl_knows_is_that_trls(trainer, monkeypatch):
+    inputs = apply_setting(trainer, draw_setting(0) | PLAIN | {"loss_type": "gmpo"}, 0)
+    with pytest.raises(ValueError, match="loss_type: found 'gmpo'"):
+        trainer._compute_loss(trainer.model, inputs)
+    monkeypatch.setattr(trl_grpo, "IN_TESTED_RANGE", False)
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda *_: "theirs")
+    assert trainer._compute_loss(trainer.model, inputs) == "theirs"
+    monkeypatch.setattr(trainer.args, "entropy_denominator", "kept")
+    with pytest.raises(ValueError, match="entropy_denominator: found 'kept', expected 'all' with loss_type='gmpo'"):
+        trainer._make_loss_config()
 
 
 def test_what_a_multimodal_model_needs_reaches_an_override(tmp_path):

@@ -1,0 +1,165 @@
+"""Batches of completions, settings of every loss type, and the loss written down from `rlloss.reference`."""
+
+import math
+
+import torch
+
+from rlloss import LossConfig, policy_loss, reference
+from rlloss.backends import backend, triton_token_pass
+from rlloss.config import LOSS_TYPES, SapoConfig, VespoConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUSED = "triton" if DEVICE == "cuda" else "interpreter"  # the backend of the kernel for the losses that clip
+LENGTH = 9  # max_completion_length of dr_grpo
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo")
+BACKENDS = ("torch", FUSED) if triton_token_pass else ("torch",)
+# Which ratios a loss type can be asked for; gspo and vespo have their own.
+LEVELS = {name: {"gspo": ("sequence",), "vespo": (None,)}.get(name, ("token", "sequence")) for name in LOSS_TYPES}
+TYPES_AND_LEVELS = [(name, level) for name, levels in LEVELS.items() for level in levels]
+FLOATS = ("advantage", "old_logp", "ref_logp", "sampler_ratio", "sampler_logp", "entropy")
+
+
+def make_config(loss_type="dapo", level=None, **settings) -> LossConfig:
+    """A LossConfig with what the loss type cannot do without."""
+    if level is not None:
+        settings["ratio_level"] = level
+    if loss_type == "dr_grpo":
+        settings["max_completion_length"] = LENGTH
+    if loss_type == "cispo":
+        settings.setdefault("epsilon_high", 1.3)
+    return LossConfig(loss_type, **settings)
+
+
+def batch(seed: int, B=4, T=7, *, per_token=False, spread=0.4, level="token") -> dict[str, torch.Tensor]:
+    """Everything that `policy_loss` can take, fp64; the first sequence is empty. level: of the sampler's ratio."""
+    g = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    logp = -3 * torch.rand(B, T, generator=g, dtype=torch.float64)
+    lengths = torch.randint(1, T + 1, (B,), generator=g)
+    lengths[0] = 0
+    advantage = noise(B, T) if per_token else noise(B)
+    advantage[1] = 0.0 if seed % 3 == 2 else advantage[1]
+    x = {
+        "logp": logp,
+        "advantage": advantage,
+        "mask": torch.arange(T) < lengths[:, None],
+        "old_logp": logp + spread * noise(B, T),
+        "ref_logp": logp + spread * noise(B, T),
+        "entropy": torch.rand(B, T, generator=g, dtype=torch.float64),
+        "sampler_logp": logp + spread * noise(B, T),
+        "sampler_ratio": (spread * noise(B, T if level == "token" else 1)).exp(),
+    }
+    x["sampler_ratio"].view(-1)[-1] = 0.0
+    return x
+
+
+def arguments(x: dict, config: LossConfig, sampled=False) -> dict:
+    """What `policy_loss` takes of a batch under `config`; sampled: with what the sampler gave."""
+    names = ["logp", "advantage", "mask", "old_logp", "entropy"]
+    names += ["ref_logp"] if config.beta else []
+    names += ["sampler_ratio"] if sampled else []
+    names += ["sampler_logp"] if sampled and config.off_policy_threshold is not None else []
+    return {name: x[name] for name in names}
+
+
+def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
+    """The loss written down from `rlloss.reference`, one formula after the other."""
+    mask, logp, old_logp = x["mask"], x["logp"], x["old_logp"]
+    advantage = x["advantage"] if x["advantage"].dim() == 2 else x["advantage"][:, None]
+    sampler_ratio = x["sampler_ratio"] if sampled else None
+    ratio = reference.ratio(logp, old_logp, mask, "sequence" if config.loss_type == "gspo" else config.ratio_level)
+    if config.max_log_ratio is not None:
+        ratio = ratio.clamp(math.exp(-config.max_log_ratio), math.exp(config.max_log_ratio))
+    if config.loss_type == "cispo":
+        loss = reference.cispo(ratio, advantage, logp, config.epsilon_high)
+    elif config.loss_type == "sapo":
+        loss = reference.sapo(ratio, advantage, config.sapo.temperature_pos, config.sapo.temperature_neg)
+    elif config.loss_type == "vespo":
+        if sampler_ratio is not None and sampler_ratio.shape == mask.shape:
+            sampler_ratio = torch.where(mask, sampler_ratio, 1.0)
+        log_w = reference.vespo_log_w(logp, old_logp, mask, sampler_ratio)
+        c = config.vespo
+        loss = reference.vespo(log_w, advantage, logp, (c.k_pos, c.lambda_pos), (c.k_neg, c.lambda_neg))
+        sampler_ratio = None
+    else:
+        loss = reference.clip_surrogate(ratio, advantage, config.epsilon_low, config.epsilon_high, config.delta)
+
+    acts = kept = mask
+    if config.top_entropy_quantile < 1:
+        acts = kept = reference.top_entropy(x["entropy"].detach(), mask, config.top_entropy_quantile)
+    if config.off_policy_threshold is not None:
+        behavior_logp = x["sampler_logp"] if sampled else old_logp
+        drift = torch.where(mask, behavior_logp - logp, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        acts = acts & ((advantage >= 0) | (drift <= config.off_policy_threshold))
+    if sampler_ratio is not None:
+        loss = loss * sampler_ratio
+    loss = torch.where(acts, loss, 0.0)
+    if config.beta:
+        kl = reference.kl(logp, x["ref_logp"], config.kl_estimator)
+        loss = loss + config.beta * (kl * ratio if config.kl_bias_correction else kl)
+    counted = kept if config.entropy_denominator == "kept" else mask
+    loss = reference.aggregate(loss, counted, config.loss_type, LENGTH)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * x["entropy"][kept].mean()
+    return loss
+
+
+def ours(config: LossConfig, sampled=False):
+    return lambda x: policy_loss(**arguments(x, config, sampled), config=config).loss
+
+
+def converted(x: dict, dtype: torch.dtype, on: str = "torch") -> dict:
+    """A copy of a batch, its floats at `dtype`, where the backend `on` runs."""
+    device = "cpu" if on == "torch" else DEVICE
+    return {k: v.detach().to(device, v.dtype if v.dtype == torch.bool else dtype, copy=True) for k, v in x.items()}
+
+
+def value_and_gradients(
+    compute, x: dict, dtype: torch.dtype, on: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, d loss / d logp, d loss / d entropy) at `dtype` by the backend `on`, all returned in fp64."""
+    x = converted(x, dtype, on)
+    x["logp"].requires_grad_()
+    x["entropy"].requires_grad_()
+    with backend(on):
+        loss = compute(x)
+        gradients = torch.autograd.grad(loss, (x["logp"], x["entropy"]), materialize_grads=True)
+    loss, g_logp, g_entropy = (value.detach().double().cpu() for value in (loss, *gradients))
+    return loss, g_logp, g_entropy
+
+
+_BOTH = [
+    {},
+    {"beta": 0.1},
+    {"beta": 0.1, "kl_estimator": "k1"},
+    {"beta": 0.1, "kl_estimator": "k2", "kl_bias_correction": True},
+    {"beta": 0.1, "kl_bias_correction": True},
+    {"top_entropy_quantile": 0.3},
+    {"top_entropy_quantile": 0.0, "beta": 0.1},
+    {"top_entropy_quantile": 0.5, "entropy_coef": 0.2},
+    {"off_policy_threshold": 0.05},
+]
+_BOUNDED = [{"max_log_ratio": 0.3}]
+_KEPT = [{"top_entropy_quantile": 0.5, "entropy_denominator": "kept"}]
+_CLIP = [
+    {"epsilon_low": 0.1, "epsilon_high": 0.5},
+    {"delta": 1.5},
+    {"delta": 1.1},
+    {"beta": 0.1, "kl_bias_correction": True, "delta": 3.0},
+]
+
+
+def settings_of(loss_type: str) -> list[dict]:
+    """The settings that the loss type reads, each at some value of interest."""
+    kept = [] if loss_type in ("dr_grpo", "luspo") else _KEPT
+    if loss_type == "vespo":
+        sequence = {"beta": 0.1, "kl_bias_correction": True, "ratio_level": "sequence"}
+        return _BOTH + kept + [sequence, {"vespo": VespoConfig(1.5, 0.7, 1.0, 2.5)}]
+    own = {
+        "cispo": [{"epsilon_high": 1.0}, {"epsilon_high": 5.0}],
+        "sapo": [{"sapo": SapoConfig(0.3, 4.0)}],
+    }
+    return _BOTH + _BOUNDED + kept + own.get(loss_type, _CLIP)

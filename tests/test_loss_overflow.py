@@ -1,0 +1,180 @@
+"""Log-ratios that overflow, underflow or are NaN: zeros stay exact, and a bad token touches no other."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from loss_cases import (
+    BACKENDS,
+    CLIPPED,
+    LEVELS,
+    TYPES_AND_LEVELS,
+    arguments,
+    batch,
+    converted,
+    make_config,
+    ours,
+    textbook,
+    value_and_gradients,
+)
+
+from rlloss import LossConfig, policy_loss
+from rlloss.backends import backend
+from rlloss.config import LOSS_TYPES
+
+LOG_RATIOS = [20.0, -20.0, 88.0, -88.0, 100.0, -100.0, math.inf, -math.inf, math.nan]
+BAD = (0, 1)  # the sequence and the token whose log-ratio is bad
+IN_FP64 = 2400.0  # stands for infinity there: e^600, in the mean over 4 tokens too, is finite in fp64 and not in fp32
+
+
+@pytest.fixture(autouse=True)
+def general_path():
+    """tests/test_token_pass.py does the same sweep for the kernel against this path."""
+    with backend("torch"):
+        yield
+
+
+def swept(log_ratio: float, sign: float, per_token: bool) -> dict:
+    """Three full sequences of ratios near 1, and one token of the first with this log-ratio; fp32 values in fp64."""
+    g = torch.Generator().manual_seed(0)
+    logp = (-2 * torch.rand(3, 4, generator=g)).double()
+    old_logp = logp + (0.05 * torch.randn(3, 4, generator=g)).double()
+    old_logp[BAD] = logp[BAD] - log_ratio
+    advantage = torch.tensor([1.5 * sign, 1.0, -0.75], dtype=torch.float64)
+    return {
+        "logp": logp.float().double(),
+        "old_logp": old_logp.float().double(),
+        "advantage": advantage[:, None].repeat(1, 4) if per_token else advantage,
+        "mask": torch.ones(3, 4, dtype=torch.bool),
+        "entropy": torch.zeros(3, 4, dtype=torch.float64),
+    }
+
+
+def settings_of(loss_type: str) -> list[dict]:
+    bounded = [] if loss_type == "vespo" else [{"max_log_ratio": 30.0}]
+    return [{}, *bounded, *([{"delta": 4.0}] if loss_type in CLIPPED else [])]
+
+
+@pytest.mark.parametrize("log_ratio", LOG_RATIOS)
+@pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
+def test_a_bad_token(loss_type, level, log_ratio):
+    for settings, sign, per_token in itertools.product(settings_of(loss_type), (1.0, -1.0, 0.0), (False, True)):
+        config = make_config(loss_type, level, **settings)
+        case = (settings, sign, per_token)
+        loss, gradient, _ = value_and_gradients(ours(config), swept(log_ratio, sign, per_token), torch.float32)
+        _, healthy, _ = value_and_gradients(ours(config), swept(0.0, sign, per_token), torch.float32)
+        own = torch.zeros(3, 4, dtype=torch.bool)
+        own[BAD if level == "token" else 0] = True  # a ratio of the sequence concerns all of it
+        assert gradient[~own].isfinite().all() and torch.equal(gradient[~own], healthy[~own]), case
+
+        if math.isnan(log_ratio):
+            assert gradient[own].isnan().all() if sign else (gradient[own] == 0).all(), case
+            assert loss.isnan() if sign else loss.isfinite(), case
+            continue
+        finite = max(-IN_FP64, min(IN_FP64, log_ratio)) if level != "token" else max(-600.0, min(600.0, log_ratio))
+        x = swept(finite, sign, per_token)
+        exact_loss, exact, _ = value_and_gradients(partial(textbook, config=config), x, torch.float64)
+        assert (gradient[exact == 0] == 0).all(), case
+        # What is beyond fp32 is infinite in it, and what is below it is 0.
+        torch.testing.assert_close(gradient.float(), exact.float(), rtol=2e-5, atol=1e-38)
+        torch.testing.assert_close(loss.float(), exact_loss.float(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
+def test_the_sweep_reaches_zeros_and_live_tokens(loss_type, level):
+    """By the formula: of the bad tokens of every loss some are dead and some are not, but none of cispo's are."""
+    compute = partial(textbook, config=make_config(loss_type, level))
+    cases = [swept(log_ratio, sign, False) for log_ratio in (20.0, -20.0) for sign in (1.0, -1.0)]
+    dead = {value_and_gradients(compute, x, torch.float64)[1][BAD].item() == 0 for x in cases}
+    assert dead == ({False} if loss_type == "cispo" else {True, False})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
+def test_what_stands_in_masked_columns_does_not_matter(loss_type, level, bad):
+    everything = {"beta": 0.1, "kl_bias_correction": True, "top_entropy_quantile": 0.5, "off_policy_threshold": 0.3}
+    for settings, per_token in itertools.product(({}, everything), (False, True)):
+        config = make_config(loss_type, level, **settings)
+        x = batch(3, per_token=per_token)
+        expected = value_and_gradients(ours(config, sampled=True), x, torch.float32)
+        names = ["logp", "old_logp", "ref_logp", "entropy", "sampler_ratio", "sampler_logp"]
+        for name in [*names, *(["advantage"] if per_token else [])]:
+            x[name] = torch.where(x["mask"], x[name], bad)
+        found = value_and_gradients(ours(config, sampled=True), x, torch.float32)
+        assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True)), (settings, per_token)
+        assert expected[0].isfinite() and (found[1][~x["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["logp", "ref_logp", "advantage", "sampler_ratio"])
+@pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
+def test_a_nan_stays_in_its_own_token_or_sequence(loss_type, level, name):
+    config = make_config(loss_type, level, beta=0.1, kl_bias_correction=True, top_entropy_quantile=0.5)
+    x = batch(4, per_token=True)
+    x["mask"][:] = True
+    x["entropy"][1, 2] = 5.0
+    healthy = value_and_gradients(ours(config, sampled=True), x, torch.float32)[1]
+    x[name][1, 2] = math.nan
+    found = value_and_gradients(ours(config, sampled=True), x, torch.float32)[1]
+    own = torch.zeros(4, 7, dtype=torch.bool)
+    own[1] = True
+    if level == "token":
+        own[1] = torch.arange(7) == 2
+    assert torch.equal(found[~own], healthy[~own])
+    assert found[1, 2].isnan()
+
+
+@pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
+def test_an_entropy_of_nan_is_kept_and_reaches_no_gradient_of_logp(loss_type, level):
+    config = make_config(loss_type, level, top_entropy_quantile=0.5, entropy_coef=0.1)
+    x = converted(batch(5), torch.float32)
+    x["mask"][:] = True
+
+    def compute(x):
+        return policy_loss(**arguments(x, config), config=config, cutoff=0.5).loss
+
+    gradients = []
+    for entropy in (5.0, math.nan):
+        x["entropy"][1, 2] = entropy
+        loss, *found = value_and_gradients(compute, x, torch.float32)
+        gradients.append(found)
+    assert loss.isnan()
+    assert torch.equal(gradients[0][0], gradients[1][0]) and torch.equal(gradients[0][1], gradients[1][1])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_ratio_that_overflows_where_the_token_is_not_kept(loss_type):
+    for level in LEVELS[loss_type]:
+        if level == "sequence":
+            continue  # one ratio for all: the kept tokens overflow too
+        logp = torch.zeros(1, 3, requires_grad=True)
+        old_logp, entropy = torch.tensor([[-200.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 1.0]])
+        config = make_config(loss_type, level, top_entropy_quantile=0.5)
+        loss = policy_loss(
+            logp, torch.tensor([-1.0]), torch.ones(1, 3, dtype=torch.bool), config=config, old_logp=old_logp,
+            entropy=entropy,
+        ).loss  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert loss.isfinite() and gradient[0, 0] == 0 and gradient.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of numpy, in the interpreter
+@pytest.mark.parametrize("on", BACKENDS)
+def test_an_unclipped_overflow_stays_infinite_unless_bounded(on):
+    x = {
+        "logp": torch.zeros(1, 2), "advantage": torch.tensor([-1.0]), "mask": torch.ones(1, 2, dtype=torch.bool),
+        "old_logp": torch.tensor([[-100.0, 0.0]]), "entropy": torch.zeros(1, 2),
+    }  # fmt: skip
+    assert value_and_gradients(ours(LossConfig()), x, torch.float32, on)[0] == math.inf
+    for bounded in (LossConfig(delta=4.0), LossConfig(max_log_ratio=20.0)):
+        loss, gradient, _ = value_and_gradients(ours(bounded), x, torch.float32, on)
+        assert loss.isfinite() and gradient.tolist() == [[0.0, 0.5]]
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_an_infinite_ratio_in_a_metric_does_not_reach_the_loss(on):
+    x = converted(swept(math.inf, 1.0, False), torch.float32, on)
+    with backend(on):
+        loss, metrics = policy_loss(**x)
+    assert loss.isfinite() and metrics["ratio"] == math.inf and metrics["clip_high"] == 1
