@@ -23,9 +23,6 @@ demo: $(READY) ## train a small model with GRPO, plain and with the remedies; wr
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS)
 
-test-peers: $(PEERS) ## compare with Liger and verl
-	$(BIN)/python -m pytest -p no:benchmark tests/test_peers.py
-
 test-peers: $(PEERS) ## run the tests against Liger's and verl's own functions
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/test_peers.py
 

@@ -34,7 +34,7 @@ LIGER_CASES = [
     ]
     for settings in [
         {},
-        *([{"delta": 1.5}] if loss_type not in ("cispo", "sapo", "vespo") else []),
+        *([{"delta": 1.5}, {"delta": 1.1}] if loss_type not in ("cispo", "sapo", "vespo") else []),
         *([{"beta": 0.1}, {"beta": 0.1, "kl_bias_correction": True}] if loss_type != "luspo" else []),
         *([{"sapo": SapoConfig(0.5, 3.0)}] if loss_type == "sapo" else []),
         *([{"vespo": VespoConfig(1.5, 0.7, 1.0, 2.5)}] if loss_type == "vespo" else []),
