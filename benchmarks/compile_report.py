@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that need not be present, and read registers, spills and instructions off the result.
 
-    python benchmarks/compile_report.py [--json] [TARGET or KERNEL ...]
+    python benchmarks/compile_report.py [--json] [TARGET, KERNEL or FLAGS ...]
 
 Not under TRITON_INTERPRET=1: kernels imported under it cannot be compiled. What a GPU would do with them is not
 measured here.
@@ -18,41 +18,91 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlloss.kernels import entropy_quantile, token_stats, token_stats_backward
+from rlloss.kernels import clip_surrogate, entropy_quantile, loss_gradient, token_stats, token_stats_backward
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-FLAGS = {
-    "HAS_MASK": True, "PER_ROW": False, "HAS_SOFTCAP": False, "ENTROPY": True, "SQUARES": False, "MEAN": False,
-    "TOP1": False, "SPLIT": False, "ALIGNED": True, "BLOCK_V": 2048, "CHUNK_V": 16384, "LOGP_GRAD": True,
-    "ENTROPY_GRAD": False, "LSE_GRAD": False, "FIRST": False, "LAST": False, "INTERPOLATE": False,
-    "HELD": False, "BLOCK": entropy_quantile.BLOCK, "BINS": entropy_quantile.BINS,
+# What a flag is unless a variant says otherwise. The names mean the same in every kernel.
+FLAGS = dict.fromkeys((
+    "PER_ROW", "HAS_SOFTCAP", "SQUARES", "MEAN", "TOP1", "SPLIT", "ENTROPY_GRAD", "LSE_GRAD", "HELD", "FIRST", "LAST",
+    "INTERPOLATE", "CISPO", "SEQUENCE", "MEAN_OF_SEQUENCE", "HAS_DENOMINATOR", "KEPT_COUNTS", "PER_TOKEN_ADVANTAGE",
+    "HAS_SAMPLER_RATIO", "PER_TOKEN_RATIO", "KL_BIAS_CORRECTION", "OFF_POLICY", "HAS_BEHAVIOR", "SELECT", "EXACT_K",
+    "BONUS",
+), False) | dict.fromkeys(("HAS_MASK", "ENTROPY", "ALIGNED", "LOGP_GRAD", "TOKENS", "HAS_OLD", "HAS_ENTROPY"), True) | {
+    "KL": 0, "BLOCK_V": 2048, "CHUNK_V": 16384, "BLOCK": entropy_quantile.BLOCK, "BINS": entropy_quantile.BINS,
+    "BLOCK_T": clip_surrogate.BLOCK_T, "BLOCK_B": 64, "FIELDS": clip_surrogate.FIELDS,
 }  # fmt: skip
-EVERYTHING = {
-    "PER_ROW": True, "HAS_SOFTCAP": True, "SQUARES": True, "MEAN": True, "TOP1": True, "ENTROPY_GRAD": True,
-    "LSE_GRAD": True,
-}  # fmt: skip
-KERNELS = {
-    "forward": token_stats.token_stats_forward_kernel,
-    "merge": token_stats.token_stats_merge_kernel,
-    "backward": token_stats_backward.token_stats_backward_kernel,
-}
-# Kernels that read no logits: name -> (kernel, warps, flags, launch options).
-_QUANTILE = entropy_quantile
-_NARROW = (_QUANTILE.entropy_narrow_kernel, _QUANTILE.NARROW_WARPS)
-TOKEN_KERNELS = {
-    "histogram": (_QUANTILE.entropy_histogram_kernel, _QUANTILE.HISTOGRAM_WARPS, {}, {}),
-    "narrow first": (*_NARROW, {"FIRST": True}, {"enable_fp_fusion": False}),
-    "narrow": (*_NARROW, {}, {"enable_fp_fusion": False}),
-    "narrow to quantile": (*_NARROW, {"LAST": True, "INTERPOLATE": True}, {"enable_fp_fusion": False}),
-    "narrow to top k": (*_NARROW, {"LAST": True}, {"enable_fp_fusion": False}),
-    "ties": (_QUANTILE.entropy_ties_kernel, _QUANTILE.TIES_WARPS, {}, {}),
-    "last tie": (_QUANTILE.entropy_last_tie_kernel, _QUANTILE.TIES_WARPS, {}, {}),
-}
+OF_LOGITS = dict.fromkeys(
+    ("PER_ROW", "HAS_SOFTCAP", "SQUARES", "MEAN", "TOP1", "ENTROPY_GRAD", "LSE_GRAD"), True
+)  # fmt: skip
+OF_LOSS = dict.fromkeys((
+    "PER_TOKEN_ADVANTAGE", "HAS_SAMPLER_RATIO", "PER_TOKEN_RATIO", "KL_BIAS_CORRECTION", "SELECT", "BONUS",
+), True) | {"KL": 3}  # fmt: skip
+OF_BATCH = dict.fromkeys((
+    "MEAN_OF_SEQUENCE", "HAS_DENOMINATOR", "KEPT_COUNTS", "OFF_POLICY", "HAS_BEHAVIOR", "EXACT_K",
+), True) | {"TOKENS": False}  # fmt: skip
 DTYPES = {
-    "logits_ptr": None, "grad_ptr": None, "target_ptr": "*i64", "mask_ptr": "*u1", "state_ptr": "*i64",
-    "next_state_ptr": "*i64", "histogram_ptr": "*i64", "ties_ptr": "*i32", "last_ptr": "*i64",
+    "logits_ptr": None, "grad_ptr": None, "target_ptr": "*i64", "mask_ptr": "*i1", "kept_ptr": "*i8",
+    "ticket_ptr": "*i32", "state_ptr": "*i64", "next_state_ptr": "*i64", "histogram_ptr": "*i64", "ties_ptr": "*i32",
+    "last_ptr": "*i64",
 }  # fmt: skip
+
+
+def of_logits(everything: dict, *more: tuple[str, str, dict]) -> list[tuple[str, str, dict]]:
+    """Variants (dtype of the logits, name, flags) of a kernel that reads a vocabulary."""
+    plain = [(dtype, "plain", {}) for dtype in ("bf16", "fp16", "fp32")]
+    return [*plain, ("bf16", "all", everything), ("fp32", "all", everything), *more]
+
+
+PLAIN = [("fp32", "plain", {})]
+EXACT = {"enable_fp_fusion": False}
+_quantile, _narrow = entropy_quantile, (entropy_quantile.entropy_narrow_kernel, entropy_quantile.NARROW_WARPS)
+# name -> (kernel, warps, variants, launch options)
+KERNELS = {
+    "forward": (token_stats.token_stats_forward_kernel, 8, of_logits(OF_LOGITS), {}),
+    "merge": (
+        token_stats.token_stats_merge_kernel,
+        1,
+        [("bf16", "plain", {}), ("fp32", "plain", {}), ("bf16", "all", OF_LOGITS)],
+        {},
+    ),
+    "backward": (
+        token_stats_backward.token_stats_backward_kernel,
+        8,
+        of_logits(OF_LOGITS, *((dtype, "held", {"HELD": True}) for dtype in ("bf16", "fp16", "fp32"))),
+        {},
+    ),
+    "loss gradient": (
+        loss_gradient.loss_gradient_kernel,
+        8,
+        of_logits(OF_LOGITS | OF_LOSS, ("fp16", "all", OF_LOGITS | OF_LOSS), ("bf16", "cispo", {"CISPO": True})),
+        {},
+    ),
+    "token pass": (
+        clip_surrogate.clip_surrogate_kernel,
+        clip_surrogate.NUM_WARPS,
+        [
+            *PLAIN,
+            ("fp32", "all, by token", OF_LOSS | OF_BATCH),
+            ("fp32", "all, by sequence", OF_LOSS | OF_BATCH | {"SEQUENCE": True}),
+            ("fp32", "cispo", {"CISPO": True}),
+        ],
+        {},
+    ),
+    "histogram": (_quantile.entropy_histogram_kernel, _quantile.HISTOGRAM_WARPS, PLAIN, {}),
+    "narrow": (
+        *_narrow,
+        [
+            *PLAIN,
+            ("fp32", "first", {"FIRST": True}),
+            ("fp32", "to quantile", {"LAST": True, "INTERPOLATE": True}),
+            ("fp32", "to top k", {"LAST": True}),
+        ],
+        EXACT,
+    ),
+    "ties": (_quantile.entropy_ties_kernel, _quantile.TIES_WARPS, PLAIN, {}),
+    "last tie": (_quantile.entropy_last_tie_kernel, _quantile.TIES_WARPS, PLAIN, {}),
+}
 
 
 def compile_kernel(kernel, dtype: str, flags: dict, target: GPUTarget, num_warps: int, stride_v: int = 1, **options):
@@ -90,34 +140,26 @@ def read_sass(compiled) -> dict:
     return {"registers": registers, "stack": stack, "shared": shared, "local": local, **count}
 
 
-def variants(names):
-    """(name, dtype, flags in a word, arguments of `compile_kernel`) of the kernels that are named."""
-    for name, kernel in KERNELS.items():
-        warps = 1 if name == "merge" else 8
-        for dtype, extra in (("bf16", {}), ("fp16", {}), ("fp32", {}), ("bf16", EVERYTHING), ("fp32", EVERYTHING)):
-            if name in names:
-                yield name, dtype, "all" if extra else "plain", (kernel, warps, extra, {})
-    for name, arguments in TOKEN_KERNELS.items():
-        if name in names:
-            yield name, "fp32", "plain", arguments
-
-
-def rows(targets, names):
+def rows(targets, names, wanted):
     for target in targets:
-        for name, dtype, flags, (kernel, warps, extra, options) in variants(names):
-            compiled = compile_kernel(kernel, dtype, FLAGS | extra, TARGETS[target], warps, **options)
-            row = {"kernel": name, "target": target, "dtype": dtype, "flags": flags}
-            yield row | (read_sass(compiled) if "cubin" in compiled.asm else {})
+        for name in names:
+            kernel, warps, variants, options = KERNELS[name]
+            for dtype, flags, changed in (v for v in variants if v[1] in wanted):
+                compiled = compile_kernel(kernel, dtype, FLAGS | changed, TARGETS[target], warps, **options)
+                row = {"kernel": name, "function": kernel.fn.__name__, "target": target, "dtype": dtype, "flags": flags}
+                yield row | (read_sass(compiled) if "cubin" in compiled.asm else {})
 
 
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1: found set, expected unset; interpreted kernels cannot be compiled")
     asked = [a for a in sys.argv[1:] if a != "--json"]
-    known = [*KERNELS, *TOKEN_KERNELS]
-    if unknown := [a for a in asked if a not in TARGETS and a not in known]:
-        sys.exit(f"found {', '.join(unknown)}, expected some of {', '.join([*TARGETS, *known])}")
-    table = list(rows([a for a in asked if a in TARGETS] or TARGETS, [a for a in asked if a in known] or known))
+    all_flags = {flags for _, _, variants, _ in KERNELS.values() for _, flags, _ in variants}
+    known = (list(TARGETS), list(KERNELS), sorted(all_flags))
+    if unknown := set(asked).difference(*known):
+        sys.exit(f"found {', '.join(sorted(unknown))}, expected some of {known}")
+    # Of each kind those that are asked for; all of a kind none of which is.
+    table = list(rows(*([a for a in kind if a in asked] or kind for kind in known)))
     if "--json" in sys.argv:
         print(json.dumps(table))
         return

@@ -16,7 +16,7 @@ import triton.language as tl
 from rlloss.kernels.rows import device_of
 from rlloss.kernels.surrogates import clamped, clip_flags, divergence, selected, surrogate
 
-BLOCK_T = 1024
+BLOCK_T = 512
 NUM_WARPS = 8
 
 # What a sequence leaves, and what their sums are called.

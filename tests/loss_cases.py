@@ -78,8 +78,6 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
     elif config.loss_type == "sapo":
         loss = reference.sapo(ratio, advantage, config.sapo.temperature_pos, config.sapo.temperature_neg)
     elif config.loss_type == "vespo":
-        if sampler_ratio is not None and sampler_ratio.shape == mask.shape:
-            sampler_ratio = torch.where(mask, sampler_ratio, 1.0)
         log_w = reference.vespo_log_w(logp, old_logp, mask, sampler_ratio)
         c = config.vespo
         loss = reference.vespo(log_w, advantage, logp, (c.k_pos, c.lambda_pos), (c.k_neg, c.lambda_neg))

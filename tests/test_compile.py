@@ -3,6 +3,7 @@
 In processes of their own: kernels imported under TRITON_INTERPRET=1 cannot be compiled.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -12,9 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-VOCABULARY = ("forward", "merge", "backward")
-QUANTILE = ("histogram", "narrow first", "narrow", "narrow to quantile", "narrow to top k", "ties", "last tie")
+VOCABULARY = {"forward": 1, "merge": 0, "backward": 1, "loss gradient": 2}  # how often a row is read by tiles
 
 
 def run_without_interpreter(*arguments: str) -> str:
@@ -32,34 +31,50 @@ def spills(row: dict) -> int:
     return row["local"] + row["stack"] + row.get("LDL", 0) + row.get("STL", 0)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_vocabulary_kernels_compile_without_spills_and_with_16_byte_loads(target):
-    table = compile_report(target, *VOCABULARY)
-    assert {(row["kernel"], row["dtype"], row["flags"]) for row in table} >= {
-        (kernel, dtype, flags)
-        for kernel in VOCABULARY
-        for dtype, flags in (("bf16", "plain"), ("fp32", "plain"), ("bf16", "all"))
+@pytest.fixture(scope="module")
+def sm_90():
+    return compile_report("sm_90")
+
+
+def jitted_kernels() -> set[str]:
+    """The functions under kernels/ that are decorated with triton.jit and called a kernel."""
+    functions = [
+        node
+        for path in sorted((ROOT / "kernels").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    return {f.name for f in functions if "_kernel" in f.name}
+
+
+def test_no_kernel_is_forgotten(sm_90):
+    assert len(jitted_kernels()) >= 9
+    assert {row["function"] for row in sm_90} == jitted_kernels()
+
+
+def test_every_kernel_compiles_for_amd():
+    # The wheel has no disassembler for it: that it compiles is what is shown.
+    table = compile_report("gfx942", "plain", "held", "all, by sequence")
+    assert {row["function"] for row in table} == jitted_kernels()
+
+
+def test_no_kernel_spills_and_registers_leave_room(sm_90):
+    assert {(row["kernel"], row["dtype"]) for row in sm_90} >= {
+        (kernel, dtype) for kernel in ("forward", "backward", "loss gradient") for dtype in ("bf16", "fp16", "fp32")
     }
-    if target.startswith("gfx"):
-        return  # the wheel has no disassembler for it: that it compiles is what is shown
-    for row in table:
+    for row in sm_90:
         assert not spills(row), row
+        # 64: 1024 threads a multiprocessor or more. 128: 16 warps, the most that a program of these has, fit.
+        light = row["kernel"] in VOCABULARY and row["flags"] != "all"
+        assert row["registers"] <= (64 if light else 128), row
+
+
+def test_the_vocabulary_is_read_and_written_by_16_bytes(sm_90):
+    for row in (row for row in sm_90 if row["kernel"] in VOCABULARY):
         assert row["max.NaN"] > 0, row  # the floor of the exponents lets NaN through; the interpreter's always does
-        if row["kernel"] != "merge":
-            # A thread's entries of a tile: 8 in 2-byte types, in one load; 8 in fp32, in two.
-            assert row["LDG.E.128"] == (2 if row["dtype"] == "fp32" else 1), row
-        if row["kernel"] == "backward":
-            assert row["STG.E.128"] > 0, row
-        if row["flags"] == "plain":
-            assert row["registers"] <= 64, row  # 1024 threads a multiprocessor or more
-
-
-def test_the_quantile_kernels_compile_without_spills_for_every_target():
-    table = compile_report(*QUANTILE)
-    assert {(row["kernel"], row["target"]) for row in table} == {(k, t) for k in QUANTILE for t in TARGETS}
-    for row in (r for r in table if not r["target"].startswith("gfx")):
-        assert not spills(row), row
-        assert row["registers"] <= 128, row  # all warps of a program fit a multiprocessor
+        # A thread's entries of a tile: 8 in 2-byte types, in one load; 8 in fp32, in two.
+        assert row.get("LDG.E.128", 0) == VOCABULARY[row["kernel"]] * (2 if row["dtype"] == "fp32" else 1), row
+        assert (row.get("STG.E.128", 0) > 0) == (row["kernel"] in ("backward", "loss gradient")), row
 
 
 COUNT_SPECIALISATIONS = """
@@ -67,7 +82,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from rlloss.kernels.clip_surrogate import clip_surrogate
 from rlloss.kernels.entropy_quantile import entropy_quantile, entropy_top_k
+from rlloss.kernels.loss_gradient import loss_gradient
 from rlloss.kernels.token_stats import token_stats_forward
 from rlloss.kernels.token_stats_backward import token_stats_backward
 
@@ -88,6 +105,18 @@ for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
             logp, entropy, lse, saved, _ = token_stats_forward(
                 logits, target, None, temperature, None, 1, split=split)
         token_stats_backward(logits, target, None, temperature, None, 1, saved, entropy, logp, None, None)
+        x, mask = torch.zeros(B, T), torch.ones(B, T, dtype=torch.bool)
+        settings = {
+            "cispo": False, "low": 0.8 * temperature, "gain": 0.2, "loss_bound": 3.0, "max_log_ratio": None,
+            "beta": 0.0, "kl_estimator": 3, "kl_bias_correction": False,
+        }
+        loss_gradient(
+            logits, target, mask, temperature, None, 1.0, x, x, None, None, None, torch.ones(2, B), bonus=False,
+            **settings)
+        clip_surrogate(
+            x, x[:, :1].contiguous(), mask, x, None, None, None, None, None, None, temperature, sequence=False,
+            mean_of_sequence=False, kept_counts=False, high=1.2, delta=None, off_policy_threshold=None,
+            entropy_coef=0.0, **settings)
 for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
     entropy, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool)
     for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):
@@ -102,6 +131,6 @@ def test_no_recompilation_when_rows_lengths_or_temperature_change():
     # The forward exists for whole and for split rows; narrow for the first, a middle and two kinds of last pass.
     assert counts == {
         "token_stats_forward_kernel": 2, "token_stats_merge_kernel": 1, "token_stats_backward_kernel": 1,
-        "entropy_histogram_kernel": 1, "entropy_narrow_kernel": 4, "entropy_ties_kernel": 1,
-        "entropy_last_tie_kernel": 1,
+        "loss_gradient_kernel": 1, "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
+        "entropy_narrow_kernel": 4, "entropy_ties_kernel": 1, "entropy_last_tie_kernel": 1,
     }  # fmt: skip

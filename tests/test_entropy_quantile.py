@@ -37,7 +37,7 @@ CASES = {
     "ties": torch.tensor([3.0, 1.0, 2.0, 2.0, 2.0, 1.0, 5.0, 2.0]),
     "all equal": torch.full((37,), 0.7),
     "all zero": torch.zeros(9),
-    "more than half zeros": torch.cat([torch.zeros(30), random_values(20, 1)])[torch.randperm(50)],
+    "more than half zeros": torch.cat([torch.zeros(30), random_values(20, 1)])[random_values(50, 2).argsort()],
     "both zeros": torch.tensor([0.0, -0.0, 0.0, -0.0, -1.0, 1.0]),
     "tiny negative values": torch.tensor([-1e-7, -3e-8, 0.0, 2e-9, 0.5, -1e-7, 1.0, 1e-3]),
     "subnormals": torch.tensor([TINY, 3 * TINY, -TINY, 0.0, 1e-39, -1e-39, 2e-38, 7 * TINY]),
@@ -132,7 +132,7 @@ def test_without_a_mask_everything_counts():
 @pytest.mark.parametrize("rho", RHOS)
 def test_fp64_is_torchs_quantile_bit_for_bit(rho):
     for seed, n in enumerate((1, 2, 5, 1000, N_LARGEST)):
-        values = random_values(n, seed, spread=9.0).double() + torch.rand(n, dtype=torch.float64) * 1e-9
+        values = random_values(n, seed, spread=9.0).double() + random_values(n, seed + 9).double() * 1e-9
         cutoff = entropy_cutoff(values.to(DEVICE), torch.ones(n, dtype=torch.bool, device=DEVICE), rho).cpu()
         assert torch.equal(cutoff, values.quantile(1 - rho)) and cutoff.dtype == torch.float64
 
@@ -178,7 +178,7 @@ def assert_exact_k(entropy: torch.Tensor, mask: torch.Tensor, rho: float) -> Non
 @pytest.mark.parametrize("case", CASES)
 def test_exact_k_is_a_stable_descending_sort(case):
     entropy, mask = as_tokens(CASES[case], seed=3)
-    for rho in (0.0, 1 / 3, 0.9):
+    for rho in (0.0, 0.7):
         assert_exact_k(entropy, mask, rho)
     mask = mask | entropy.isnan()  # NaN that counts moves neither cutoff nor k, and is kept
     assert_exact_k(entropy, mask, 0.2)
@@ -201,14 +201,14 @@ def test_more_tiles_than_the_last_tie_takes_in_one_step(monkeypatch):
 
 def in_shards(select, shards, rho):
     """`select` in one thread a shard; the hook adds the histograms up and gives every shard the sum."""
-    waiting = [None] * len(shards)
+    waiting = [torch.empty(0) for _ in shards]
     barrier = threading.Barrier(len(shards), timeout=60)
     found = [None] * len(shards)
 
     def reduce(shard, histogram):
         waiting[shard] = histogram.clone()
         barrier.wait()
-        total = sum(waiting)
+        total = torch.stack(waiting).sum(0)
         barrier.wait()
         histogram.copy_(total)
 

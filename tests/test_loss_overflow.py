@@ -125,6 +125,16 @@ def test_a_nan_stays_in_its_own_token_or_sequence(loss_type, level, name):
     assert found[1, 2].isnan()
 
 
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("loss_type", ["cispo", "vespo", "gspo"])
+def test_a_broken_ratio_of_a_sequence_leaves_its_masked_columns_alone(loss_type, on):
+    config = make_config(loss_type, LEVELS[loss_type][-1])
+    x = swept(math.nan, 1.0, False)
+    x["mask"][0, 2:] = False
+    gradient = value_and_gradients(ours(config), x, torch.float32, on)[1]
+    assert gradient[0, :2].isnan().any() and (gradient[0, 2:] == 0).all() and gradient[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
 def test_an_entropy_of_nan_is_kept_and_reaches_no_gradient_of_logp(loss_type, level):
     config = make_config(loss_type, level, top_entropy_quantile=0.5, entropy_coef=0.1)

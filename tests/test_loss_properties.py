@@ -72,7 +72,7 @@ def draw(seed: int, B: int | None = None, T: int | None = None) -> tuple[LossCon
     return config, {"advantage": advantage, "mask": mask, **x}
 
 
-def step(config: LossConfig, x: dict, on="torch", **more):
+def step(config: LossConfig, x: dict, on="torch", **more) -> tuple:
     """(loss, gradient of logp, gradient of the entropy, metrics)."""
     x = dict(x)
     leaves = [x.pop(name).detach().clone().requires_grad_() for name in ("logp", "entropy")]
@@ -82,7 +82,7 @@ def step(config: LossConfig, x: dict, on="torch", **more):
     return loss.detach(), *gradients, metrics
 
 
-@pytest.mark.parametrize("first", range(0, 3000, 200))
+@pytest.mark.parametrize("first", range(0, 1800, 200))
 def test_live_counts_the_tokens_with_a_gradient(first):
     for seed in range(first, first + 200):
         config, x = draw(seed)
@@ -93,7 +93,7 @@ def test_live_counts_the_tokens_with_a_gradient(first):
 
 
 def test_the_drawn_settings_reach_every_value():
-    drawn = [draw(seed) for seed in range(3000)]
+    drawn = [draw(seed) for seed in range(1800)]
     for loss_type in LOSS_TYPES:
         of_type = [config for config, _ in drawn if config.loss_type == loss_type]
         several = READ_BY[loss_type] - {"max_completion_length"}
@@ -107,7 +107,7 @@ def test_the_drawn_settings_reach_every_value():
 
 @pytest.mark.skipif(not triton_token_pass, reason="needs Triton")
 def test_live_counts_in_the_kernel_too():
-    for seed in range(0, 3000, 83):
+    for seed in range(0, 1800, 131):
         config, x = draw(seed)
         if config.loss_type in ("sapo", "vespo"):
             continue
@@ -120,7 +120,7 @@ def converted_or_none(x: dict) -> dict:
     return converted(given, torch.float32, FUSED)
 
 
-@pytest.mark.parametrize("seed", range(6 * len(LOSS_TYPES)))
+@pytest.mark.parametrize("seed", range(4 * len(LOSS_TYPES)))
 def test_micro_batches_with_the_whole_denominator_sum_to_the_whole(seed):
     """The entropy bonus is a mean over each call's own tokens and the selection needs a common cutoff."""
     config, x = draw(seed, B=8, T=6)
@@ -150,7 +150,7 @@ def test_micro_batches_with_the_whole_denominator_sum_to_the_whole(seed):
     assert all(abs(value) < 1e-4 for value in rest.values()), rest
 
 
-@pytest.mark.parametrize("seed", range(5 * len(LOSS_TYPES)))
+@pytest.mark.parametrize("seed", range(4 * len(LOSS_TYPES)))
 def test_permuting_the_sequences_permutes_the_gradients(seed):
     config, x = draw(seed, B=6, T=5)
     config = LossConfig(**{**vars(config), "exact_k": False})  # of equal entropies it keeps the first
@@ -165,7 +165,7 @@ def test_permuting_the_sequences_permutes_the_gradients(seed):
 @pytest.mark.parametrize(
     "on", ["torch", pytest.param(FUSED, marks=pytest.mark.skipif(not triton_token_pass, reason=""))]
 )
-@pytest.mark.parametrize("seed", range(2 * len(LOSS_TYPES)))
+@pytest.mark.parametrize("seed", range(len(LOSS_TYPES)))
 def test_twice_the_same_bits(seed, on):
     config, x = draw(seed, B=5, T=7)
     x = converted({k: v for k, v in x.items() if v is not None}, torch.float32, on)

@@ -193,12 +193,8 @@ def weights_frozen_at(x: dict, config: LossConfig, sampled):
         weight = -reference.cispo(ratio, one, one, config.epsilon_high)
         sampler_weight = x["sampler_ratio"] if sampled else one
     else:
-        c, sampler_ratio = config.vespo, None
-        if sampled:
-            sampler_ratio = x["sampler_ratio"]
-            if sampled == "token":
-                sampler_ratio = torch.where(x["mask"], sampler_ratio, 1.0)
-        log_w = reference.vespo_log_w(x["logp"], x["old_logp"], x["mask"], sampler_ratio)
+        c = config.vespo
+        log_w = reference.vespo_log_w(x["logp"], x["old_logp"], x["mask"], x["sampler_ratio"] if sampled else None)
         gain, loss = (c.k_pos, c.lambda_pos), (c.k_neg, c.lambda_neg)
         weight = -reference.vespo(log_w, advantage.sign(), one, gain, loss) * advantage.sign()
         sampler_weight = one
