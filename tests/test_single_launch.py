@@ -284,24 +284,23 @@ def test_every_pair_of_switches_gives_one_gradient():
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("shape, pays", [
+@pytest.mark.parametrize("sizes, pays", [
     ((8, 512, 16384), True),
     ((8, 512, 151936), False),  # 1056 rows in flight of 304 KB each
     ((4, 50, 16384), False),  # fewer rows than would fill the device: the forward of two launches splits them
     ((2, 200, 64000), True),
     ((2, 400, 64000), False),
 ])  # fmt: skip
-def test_it_is_chosen_where_the_rows_in_flight_fit_the_cache(monkeypatch, shape, pays):
+def test_it_is_chosen_where_the_rows_in_flight_fit_the_cache(monkeypatch, sizes, pays):
     class Logits:  # bf16 logits on a GPU that is not here
-        is_cuda, device = True, "cuda"
+        is_cuda, device, shape = True, "cuda", sizes
 
         def __getitem__(self, _):
-            return torch.empty(shape[:-1], device="meta")
+            return torch.empty(sizes[:-1], device="meta")
 
         def element_size(self):
             return 2
 
-    Logits.shape = shape
     hopper = types.SimpleNamespace(
         multi_processor_count=132, max_threads_per_multi_processor=2048, L2_cache_size=50 * 2**20
     )
