@@ -335,7 +335,19 @@ def test_the_gradient_in_place_is_refused_where_the_logits_are_still_needed():
         token_stats(leaf.view(3, 8), target, inplace_grad=True)
     with pytest.raises(ValueError, match="inplace_grad: found strides"):
         token_stats((leaf * 2).view(8, 3).T, target, inplace_grad=True)
-    logits = torch.randn(3, 8, requires_grad=True).exp()  # exp keeps its output for its own backward
+
+    class KeepsItsOutput(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            out = x.exp()
+            ctx.save_for_backward(out)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    logits = KeepsItsOutput.apply(torch.randn(3, 8, requires_grad=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         token_stats(logits, target, inplace_grad=True).logp.sum().backward()
 
