@@ -155,6 +155,13 @@ def test_vespo_bounds_each_log_ratio_and_their_sum():
     assert metrics["ratio"].item() == pytest.approx(1e-8)
 
 
+def test_a_weight_that_underflows_is_not_live():
+    _, gradient, metrics = of_ratios([0.0, 1.0], 1.0, LossConfig("cispo", epsilon_high=2.0), logp=-2.0)
+    assert gradient == [0.0, -0.5] and metrics["live"] == 1
+    _, gradient, metrics = of_ratios([math.exp(15), 1.0], 1.0, LossConfig("vespo"), logp=-2.0)  # e^(-3 e^15)
+    assert gradient == [0.0, 0.0] and metrics["live"] == metrics["weight"] == 0
+
+
 @pytest.mark.parametrize("loss_type, level", [pair for pair in TYPES_AND_LEVELS if pair[0] != "vespo"])
 def test_a_bounded_log_ratio_is_a_constant(loss_type, level):
     wide = {} if loss_type in ("cispo", "sapo") else {"epsilon_high": math.inf}
