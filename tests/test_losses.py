@@ -65,7 +65,8 @@ def test_loss_and_gradients_are_as_good_as_torchs(loss_type, level, settings):
 def test_so_are_those_of_the_kernel(loss_type, level, per_token):
     """tests/test_token_pass.py compares it with the general path over many more settings."""
     own = {"max_log_ratio": 0.4} if loss_type == "cispo" else {"delta": 1.5, "epsilon_high": 0.2}
-    config = make_config(loss_type, level, top_entropy_quantile=0.6, beta=0.1, kl_bias_correction=True, **own)
+    own |= {"top_entropy_quantile": 0.6, "beta": 0.1, "kl_bias_correction": True, "entropy_coef": 0.2}
+    config = make_config(loss_type, level, **own)
     assert_as_good_as_torch(config, batch(1, per_token=per_token), "token", torch.float32, FUSED)
 
 
