@@ -23,7 +23,8 @@ except ImportError as error:
 
 from rlloss import checks
 from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig, SapoConfig, VespoConfig
-from rlloss.losses import LOSSES, means, policy_loss
+from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
+from rlloss.losses import LOSSES, default_denominator, means, policy_loss
 from rlloss.masks import entropy_cutoff, top_entropy_mask
 from rlloss.surrogates import cispo, clip, sapo, vespo
 
@@ -87,7 +88,7 @@ if not IN_TESTED_RANGE:
 
 @dataclasses.dataclass
 class GRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig, its defaults unchanged, and two options more."""
+    """TRL's GRPOConfig, its defaults unchanged, and four options more."""
 
     epsilon_low: float | None = dataclasses.field(
         default=None,
@@ -102,6 +103,23 @@ class GRPOConfig(trl.GRPOConfig):
             "help": "What the policy loss is divided by when top_entropy_quantile < 1: 'all' tokens (TRL), or the "
             "'kept' ones (Beyond the 80/20 Rule, 2506.01939 Eq. 6; for 'dapo', 'cispo' and 'vespo' the accumulation "
             "window's token count times the share kept in the micro-batch)."
+        },
+    )
+    zero_advantage: str = dataclasses.field(
+        default="forward_only",
+        metadata={
+            "help": "What becomes of completions whose whole advantage is 0 (their group got one reward), which carry "
+            "no gradient: 'forward_only' runs them without one, for the metrics; 'drop' does not run them, and the "
+            "metrics of the loss (entropy, clip ratios, live_share) then cover the completions that ran; 'keep' runs "
+            "all in one call. Loss and gradient are the same. One call is also made where every completion has a "
+            "gradient (beta, an entropy bonus) or where completions of a call depend on one another (dropout, images)."
+        },
+    )
+    spread_live_rows: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Exchange completions among the micro-batches of an optimizer step so that each has as many with a "
+            "gradient. Loss and gradient of the step are the same; metrics that are means of micro-batches shift."
         },
     )
 
@@ -120,12 +138,13 @@ class GRPOConfig(trl.GRPOConfig):
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
 
-    Logs TRL's metrics under their names, and `live_share` (tokens with a nonzero gradient), with
-    top_entropy_quantile < 1 also `entropy/kept_share` and `entropy/cutoff`.
+    Logs TRL's metrics under their names, and `live_share` (tokens with a nonzero gradient), `zero_advantage_share`
+    (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and `entropy/cutoff`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._zero_advantage = ZeroAdvantage(self, MULTIMODAL)
         if (theirs := self._why_trls_own()) is not None:
             logger.info("The loss with %s is TRL's own.", theirs)
         self._make_loss_config()  # a setting that does not fit raises now and not in the first step
@@ -150,6 +169,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         """The trainer's options as a LossConfig; None where the loss is TRL's own."""
         entropy_denominator = getattr(self.args, "entropy_denominator", "all")
         theirs = self._why_trls_own()
+        self._zero_advantage.check(theirs)
         if theirs is not None:
             checks.require(
                 entropy_denominator == "all", "entropy_denominator", repr(entropy_denominator),
@@ -178,9 +198,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
-        mask = inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
+        whole = inputs
+        model, inputs = self._zero_advantage.apart(model, whole)
+        mask = counted_tokens(inputs)
         logp, entropy, aux_loss = self._token_stats(model, inputs)
 
         cutoff = None
@@ -188,6 +208,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
             cutoff = entropy_cutoff(entropy, mask, config.top_entropy_quantile, process_group=group)
         denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff)
+        if denominator is None and inputs is not whole:
+            denominator = default_denominator(counted_tokens(whole), LOSSES[self.loss_type], config)
         loss, metrics = policy_loss(
             logp,
             inputs["advantages"],
@@ -208,8 +230,26 @@ class GRPOTrainer(trl.GRPOTrainer):
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        dead = dead_completions(whole).float()
+        metrics |= {"dead": dead.sum(), "completions": torch.ones_like(dead).sum()}
         self._log_loss_metrics(mode, metrics)
         return loss
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before and self._why_trls_own() is None:
+            self._zero_advantage.look_ahead(self._buffered_inputs or [])
+        return inputs
+
+    def _why_trls_call(self) -> str | None:
+        """Why the model has to be called by TRL or a subclass itself."""
+        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+            return f"TRL {trl.__version__}, whose model returns logits"
+        for name, owner in (("_get_per_token_logps_and_entropies", trl.GRPOTrainer), ("_token_stats", GRPOTrainer)):
+            if name in vars(self) or getattr(type(self), name) is not getattr(owner, name):
+                return f"{name} overridden"
+        return None
 
     def _token_stats(self, model, inputs):
         """(logp, entropy, aux loss or None) of the completions from TRL's fused lm_head."""
@@ -284,11 +324,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         sums |= self._entropy_window(mode, metrics)
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
         reduced = dict(zip(sums, reduced, strict=True))
-        averages = means(reduced)
+        averages = means(reduced) | {"zero_advantage_share": reduced["dead"] / reduced["completions"].clamp(min=1)}
         if "window_kept" in reduced:
             averages["window_entropy"] = reduced["window_entropy"] / reduced["window_kept"].clamp(min=1)
         averages = dict(zip(averages, torch.stack(list(averages.values())).tolist(), strict=True))
 
+        log["zero_advantage_share"].append(averages["zero_advantage_share"])
         names = {"entropy": "entropy", "live_share": "live_share", **MEANS[surrogate]}
         if self.beta != 0.0:
             names["kl"] = "kl"

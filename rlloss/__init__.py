@@ -4,13 +4,17 @@ from rlloss.advantages import group_advantage as group_advantage
 from rlloss.config import LossConfig as LossConfig
 from rlloss.config import SapoConfig as SapoConfig
 from rlloss.config import VespoConfig as VespoConfig
+from rlloss.explain import explain_plan as explain_plan
+from rlloss.linear import linear_token_stats as linear_token_stats
 from rlloss.losses import PolicyLoss as PolicyLoss
 from rlloss.losses import means as means
 from rlloss.losses import policy_loss as policy_loss
 from rlloss.masks import entropy_cutoff as entropy_cutoff
 from rlloss.modules import GRPOLoss as GRPOLoss
+from rlloss.modules import LinearGRPOLoss as LinearGRPOLoss
 from rlloss.ops import TokenStats as TokenStats
 from rlloss.ops import token_stats as token_stats
+from rlloss.products import count_products as count_products
 from rlloss.ratios import sampler_ratio as sampler_ratio
 
 __version__ = "0.1.0"

@@ -1,11 +1,15 @@
-"""Drop-in loss modules: from logits to the loss."""
+"""Drop-in loss modules: from logits, or from hidden states, to the loss."""
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.config import LossConfig
+from rlloss.linear_loss import gradient_in_forward, prepare_loss
 from rlloss.losses import PolicyLoss, policy_loss
 from rlloss.ops import token_stats
+from rlloss.plans import PLANS
 from rlloss.single_launch import single_launch_loss, why_two_launches, worthwhile
 
 
@@ -84,3 +88,76 @@ class GRPOLoss(nn.Module):
         )
         assert stats.logp is not None
         return policy_loss(stats.logp, advantage, mask, config=config, entropy=stats.entropy, **given)
+
+
+class LinearGRPOLoss(nn.Module):
+    """The loss of `config` from hidden states and the lm_head: `linear_token_stats` and `policy_loss`, which have the
+    full description.
+
+    There are no `[B, T, V]` logits. Matrix products are run for tokens that count, in the forward, and for those that
+    get a gradient (not masked, clipped, of low entropy or of advantage 0), in the backward.
+
+    Args:
+        config: `LossConfig()` if None.
+        plan: "recompute", "keep" (see `linear_token_stats`), or "gradient_in_forward": the gradients of hidden and
+            weight are made in the forward and held, 1 + 2r products, the logits of a chunk of rows at a time; for
+            settings by which a token's coefficient depends on no other token (a ratio per token, no off-policy mask,
+            top_entropy_quantile=1 or a `cutoff`). "auto": the one with the fewest products whose memory fits.
+            `explain_plan` says which.
+        memory_budget: bytes that a plan may take above inputs, gradients and one tile. None: 4 V D.
+        batch_invariant: the bits of a row's logp do not depend on the rows around it.
+        vocab_group: None.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig | None = None,
+        *,
+        plan: str = "auto",
+        memory_budget: int | None = None,
+        batch_invariant: bool = False,
+        vocab_group: Any = None,
+    ):
+        super().__init__()
+        self.config = LossConfig() if config is None else config
+        checks.one_of("plan", plan, ("auto", *PLANS))
+        self.plan, self.memory_budget, self.batch_invariant = plan, memory_budget, batch_invariant
+        self.vocab_group = vocab_group
+
+    def extra_repr(self) -> str:
+        return f"{self.config!r}, plan={self.plan!r}"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        advantage: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor,
+        old_logp: Tensor | None = None,
+        ref_logp: Tensor | None = None,
+        sampler_ratio: Tensor | None = None,
+        sampler_logp: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        cutoff: Tensor | float | None = None,
+        denominator: Tensor | float | None = None,
+    ) -> PolicyLoss:
+        """hidden `[B, T, D]`, weight `[V, D]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` ->
+        `PolicyLoss`."""
+        given = {
+            "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
+            "cutoff": cutoff, "denominator": denominator,
+        }  # fmt: skip
+        call = prepare_loss(
+            hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, self.plan,
+            self.memory_budget, self.batch_invariant, self.vocab_group, self.config, cutoff, denominator,
+        )  # fmt: skip
+        if call.report is not None and call.report.plan == "gradient_in_forward":
+            return gradient_in_forward(call, advantage, mask, self.config, given)
+        stats = call.stats(("logp", "entropy"), self.config.entropy_coef != 0.0)
+        assert stats.logp is not None
+        return policy_loss(stats.logp, advantage, mask, config=self.config, entropy=stats.entropy, **given)

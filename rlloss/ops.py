@@ -7,8 +7,9 @@ from torch import Tensor
 
 from rlloss import checks, tiled
 from rlloss.backends import BACKENDS, backend, choose_backend, triton_backward, triton_forward
+from rlloss.products import count_products
 
-__all__ = ["BACKENDS", "OUTPUTS", "TokenStats", "backend", "choose_backend", "token_stats"]
+__all__ = ["BACKENDS", "OUTPUTS", "TokenStats", "backend", "choose_backend", "count_products", "token_stats"]
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 # The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
@@ -265,19 +266,27 @@ def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"logits: found dtype {logits.dtype}, expected bf16, fp16, fp32 or fp64")
     checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
-    rows = logits.shape[:-1]
+    check_rows(
+        logits, "logits without the vocabulary", target, mask, temperature, softcap, logit_scale, logits.shape[-1]
+    )
+
+
+def check_rows(x, name, target, mask, temperature, softcap, logit_scale, V: int) -> None:
+    """The part of `check_call` that does not depend on whether x [..., V or D] are logits or hidden states."""
+    rows = x.shape[:-1]
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: found dtype {target.dtype}, expected int64 or int32 token ids")
-    checks.same_shape("target", target, rows, "logits without the vocabulary")
-    checks.same_device("target", target, logits, "logits")
+    of = name.partition(" ")[0]
+    checks.same_shape("target", target, rows, name)
+    checks.same_device("target", target, x, of)
     if mask is not None:
         checks.boolean("mask", mask)
         checks.same_shape("mask", mask, rows, "like target")
-        checks.same_device("mask", mask, logits, "logits")
+        checks.same_device("mask", mask, x, of)
     if isinstance(temperature, Tensor):
         checks.floating("temperature", temperature)
         checks.same_shape("temperature", temperature, rows, "like target")
-        checks.same_device("temperature", temperature, logits, "logits")
+        checks.same_device("temperature", temperature, x, of)
         checks.require(
             not temperature.requires_grad, "temperature", "a tensor that requires a gradient", "one that does not"
         )
@@ -286,8 +295,8 @@ def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
     if softcap is not None:
         checks.positive("softcap", softcap)
     checks.positive("logit_scale", logit_scale)
-    if checks.values_checked(logits):
-        checks.target_in_range(target, mask, logits.shape[-1])
+    if checks.values_checked(x):
+        checks.target_in_range(target, mask, V)
         if isinstance(temperature, Tensor):
             bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
             checks.require(not bool(bad.any()), "temperature", "an entry that is 0, negative or NaN", "all above 0")

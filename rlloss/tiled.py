@@ -78,7 +78,7 @@ def _softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tens
     return tile if softcap is None else torch.tanh(tile * (logit_scale / softcap)).mul_(softcap)
 
 
-def _scale(temperature: Tensor | float, softcap: float | None, logit_scale: float) -> Tensor | float:
+def row_scale(temperature: Tensor | float, softcap: float | None, logit_scale: float) -> Tensor | float:
     """What a row is multiplied by after the softcap, as [N] or a number."""
     return (1.0 if softcap is not None else logit_scale) / temperature
 
@@ -107,7 +107,7 @@ def token_stats_forward(
     N, V = target.numel(), logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     read = _reader(logits, dtype)
-    scale = _scale(temperature, softcap, logit_scale)
+    scale = row_scale(temperature, softcap, logit_scale)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
     u_target, m, w, total = (logits.new_zeros(N, dtype=dtype) for _ in range(4))
@@ -178,7 +178,7 @@ def token_stats_backward(
     # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, a row's gradient is, but for the target's own entry,
     # e (slope t + level): all that is constant along the row is in these two.
     m, log_s = saved
-    scale = _scale(temperature, softcap, logit_scale)
+    scale = row_scale(temperature, softcap, logit_scale)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
     level = torch.zeros_like(m) if g_lse is None else g_lse

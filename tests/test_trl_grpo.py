@@ -198,7 +198,7 @@ def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
 def test_every_other_default_is_trls():
     theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
     ours = {f.name: f for f in dataclasses.fields(GRPOConfig)}
-    assert set(ours) - set(theirs) == {"epsilon_low", "entropy_denominator"}
+    assert set(ours) - set(theirs) == {"epsilon_low", "entropy_denominator", "zero_advantage", "spread_live_rows"}
     assert all(ours[name].default == field.default for name, field in theirs.items())
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 VOCABULARY = 48
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-OURS_ALONE = {"live_share", "entropy/kept_share", "entropy/cutoff"}
+OURS_ALONE = {"live_share", "zero_advantage_share", "entropy/kept_share", "entropy/cutoff"}
 CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 TRLS_LOSS = trl.GRPOTrainer._compute_loss  # as it is before a test forbids it
 

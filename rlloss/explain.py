@@ -1,0 +1,60 @@
+"""What a call from hidden states would do, without doing it."""
+
+import torch
+from torch import Tensor
+
+from rlloss.config import LossConfig
+from rlloss.linear import ONLY_WITH_A_LOSS, choose
+from rlloss.linear_loss import candidates, why_not_in_forward
+from rlloss.linear_op import counted_rows
+from rlloss.plans import PlanReport
+
+
+def explain_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    advantage: Tensor | None = None,
+    config: LossConfig | None = None,
+    cutoff: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
+    live_share: float | None = None,
+    plan: str = "auto",
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+) -> PlanReport:
+    """The plan, its products and its bytes, in numbers and one sentence: `print(explain_plan(hidden, weight, ...))`.
+
+    Args:
+        hidden, weight, bias, mask: as for `linear_token_stats`. Only shapes, dtypes, the device and `requires_grad`
+            matter, so hidden and weight may be on the "meta" device; a mask there counts as full.
+        advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
+        config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
+        live_share: the share of rows that get a gradient, where it is known; None: config.top_entropy_quantile of those
+            with an advantage, or all.
+        plan, memory_budget, batch_invariant: as for the call.
+
+    Returns:
+        `PlanReport`. With tensors that need no gradient the plan is "forward".
+
+    Raises:
+        ValueError: the plan that is asked for cannot be taken; why.
+    """
+    readable = mask is not None and not mask.is_meta
+    counted = counted_rows(mask) if readable else None
+    some = None
+    why_not: str | None = ONLY_WITH_A_LOSS
+    if config is not None:
+        why_not = why_not_in_forward(config, cutoff, denominator)
+        if advantage is not None and mask is not None and not advantage.is_meta:
+            some = candidates(advantage, mask, config)
+        if live_share is None:
+            live_share = config.top_entropy_quantile
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    V, D = weight.shape
+    return choose(
+        hidden, weight, (V, D), counted, some if needs_gradient else None, live_share, plan, memory_budget,
+        batch_invariant, needs_gradient, why_not,
+    )[0]  # fmt: skip

@@ -1,0 +1,224 @@
+"""linear_token_stats: from hidden states to log-probability, entropy and lse, without [N, V] logits."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, flat, linear_token_stats_op
+from rlloss.lm_head import Wanted
+from rlloss.ops import OUTPUTS, TokenStats, check_rows
+from rlloss.plans import PlanReport, Work, make_plan
+
+ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("logp", "entropy", "lse"),
+    entropy_grad: bool = False,
+    plan: str = "auto",
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    vocab_group: Any = None,
+) -> TokenStats:
+    """`token_stats` of the logits `hidden @ weight.T + bias`, which are never there as a whole.
+
+    Products are run for rows that count, in the forward, and for rows with a nonzero incoming gradient, in the
+    backward; the others cost nothing. Logits and sums are fp32 also where the model is bf16; the gradients are added up
+    in fp32 and rounded once. The same rows give the same bits of logp whatever the plan, with and without gradient.
+    There is no second derivative, and no torch.func transform.
+
+    Args:
+        hidden: `[..., D]`, bf16, fp16, fp32 or fp64 (fp64: torch backend).
+        weight: `[V, D]`, tied to the embedding or not; without `requires_grad` no product is run for its gradient. Of
+            two dtypes the wider one is taken; under autocast, autocast's.
+        target: `[...]`, int64 or int32 with 0 <= target < V where `mask` is True.
+        bias: `[V]`, or None.
+        mask: `[...]` bool, True = counts. Masked rows take part in no product, give 0 and have a zero gradient.
+        temperature, softcap, logit_scale, outputs, entropy_grad: as for `token_stats`.
+        plan: "recompute": logits are computed again for the rows with a gradient; 1 + 3r products for a share r of live
+            rows, one tile of memory. "keep": the logits of the rows that count are held until the backward, which
+            releases them; 1 + 2r products. "auto": the latter where it fits the budget. Under torch.compile
+            "recompute". Look at `explain_plan`.
+        memory_budget: bytes that a plan may hold above one tile. None: 4 V D, as much as an fp32 gradient of the
+            weight.
+        batch_invariant: the bits of a row's logp do not depend on the rows around it; padding to full tiles makes
+            small batches dearer.
+        vocab_group: None.
+
+    Returns:
+        `TokenStats`, its tensors shaped like `target`, fp32 (fp64 for fp64), in nats.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
+            with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
+    """
+    call = prepare(
+        hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
+        vocab_group,
+    )  # fmt: skip
+    return call.stats(outputs, entropy_grad)
+
+
+class Call(NamedTuple):
+    """Arguments that fit each other, the rows that count and the plan. The last three are not known while compiling.
+
+    keep: what the forward keeps: the numbers of candidates among the rows counted, True for all of them, False.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    rows: Rows
+    dtype: torch.dtype
+    batch_invariant: bool
+    gather: Gather
+    counted: Tensor | None = None
+    report: PlanReport | None = None
+    keep: Tensor | bool = False
+
+    def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
+        unknown = [o for o in outputs if o not in OUTPUTS]
+        checks.require(not unknown and len(outputs) > 0, "outputs", outputs, f"some of {', '.join(OUTPUTS)}")
+        checks.require(
+            not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
+        )
+        wanted = Wanted(
+            "entropy" in outputs, "log_sum_sq_probs" in outputs, "mean_logit" in outputs, "is_top1" in outputs
+        )
+        if self.report is None:
+            target, temperature, softcap, logit_scale = self.rows
+            per_token = isinstance(temperature, Tensor)
+            logp, entropy, lse, _, extra = linear_token_stats_op(
+                self.hidden, self.weight, self.bias, target, self.mask, temperature if per_token else None,
+                1.0 if per_token else temperature, softcap, logit_scale, self.dtype, self.batch_invariant,
+                wanted.entropy, entropy_grad, wanted.squares, wanted.mean, wanted.top1,
+            )  # fmt: skip
+        else:
+            logp, entropy, lse, extra = LinearTokenStats.apply(
+                self.hidden, self.weight, self.bias, self.rows, self.counted, self.keep, wanted, entropy_grad,
+                self.dtype, self.batch_invariant, self.gather,
+            )  # type: ignore[misc]  # fmt: skip
+        return TokenStats(
+            logp=logp if "logp" in outputs else None,
+            entropy=(entropy if entropy_grad else entropy.detach()) if wanted.entropy else None,
+            lse=lse if "lse" in outputs else None,
+            mean_logit=extra[0] if wanted.mean else None,
+            log_sum_sq_probs=extra[1] if wanted.squares else None,
+            is_top1=extra[2] > 0 if wanted.top1 else None,
+        )
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    plan: str,
+    memory_budget: int | None,
+    batch_invariant: bool,
+    vocab_group: Any = None,
+    *,
+    candidates: Tensor | None = None,
+    live_share: float | None = None,
+    no_gradient_in_forward: str | None = ONLY_WITH_A_LOSS,
+    gather: Gather = contextlib.nullcontext,
+) -> Call:
+    """Check the arguments of `linear_token_stats` and choose its plan, with what those know who call it for a loss.
+
+    candidates: bool, like target: rows that may get a gradient; None: all. live_share: the share of these expected to
+    get one. gather: a context in which the weight, sharded elsewhere, is whole.
+    """
+    with gather():
+        check_call(hidden, weight, target, bias, mask, temperature, softcap, logit_scale, vocab_group)
+        V, D = weight.shape
+    dtype = compute_dtype(hidden, weight)
+    per_token = isinstance(temperature, Tensor)
+    rows = Rows(
+        target,
+        temperature.detach().to(torch.promote_types(dtype, torch.float32)) if per_token else float(temperature),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+    )
+    call = Call(hidden, weight, bias, mask, rows, dtype, batch_invariant, gather)
+    if torch.compiler.is_compiling():
+        checks.require(plan in ("auto", "recompute"), "plan", repr(plan), "'auto' or 'recompute' inside torch.compile")
+        return call
+    counted = counted_rows(mask)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    report, keep = choose(
+        hidden, weight, (V, D), counted, candidates if needs_gradient else None, live_share, plan, memory_budget,
+        batch_invariant, needs_gradient, no_gradient_in_forward,
+    )  # fmt: skip
+    return call._replace(counted=counted, report=report, keep=keep)
+
+
+def choose(
+    hidden: Tensor,
+    weight: Tensor,
+    shape: tuple[int, int],
+    counted: Tensor | None,
+    candidates: Tensor | None,
+    live_share: float | None,
+    plan: str,
+    memory_budget: int | None,
+    batch_invariant: bool,
+    needs_gradient: bool,
+    no_gradient_in_forward: str | None,
+) -> tuple[PlanReport, Tensor | bool]:
+    """The plan of a call, and what its forward keeps (see `Call`)."""
+    rows = count = hidden[..., 0].numel() if counted is None else len(counted)
+    places = None
+    if candidates is not None:
+        places = flat(candidates, counted).nonzero().squeeze(-1)
+        count = len(places)
+    share = count / max(rows, 1)
+    work = Work(
+        rows, count, *shape, share if live_share is None else live_share * share,
+        (hidden.requires_grad, weight.requires_grad), weight.element_size(), 8 if hidden.dtype == torch.float64 else 4,
+        hidden.device, batch_invariant,
+    )  # fmt: skip
+    forbidden = {"gradient_in_forward": no_gradient_in_forward}
+    report = make_plan(work, plan, memory_budget, forbidden, needs_gradient=needs_gradient)
+    if report.plan != "keep":
+        return report, False
+    return report, True if places is None or count == rows else places
+
+
+def check_call(hidden, weight, target, bias, mask, temperature, softcap, logit_scale, vocab_group) -> None:
+    """Raise, naming the argument, where one does not fit."""
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: found dtype {x.dtype}, expected bf16, fp16, fp32 or fp64")
+    checks.require(hidden.dim() >= 1 and hidden.shape[-1] >= 1, "hidden", tuple(hidden.shape), "[..., D] with D >= 1")
+    D = hidden.shape[-1]
+    checks.require(
+        weight.dim() == 2 and weight.shape[0] >= 1 and weight.shape[1] == D, "weight", tuple(weight.shape),
+        f"[V, D] with V >= 1 and D = {D}, the last dimension of hidden",
+    )  # fmt: skip
+    checks.same_device("weight", weight, hidden, "hidden")
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.same_shape("bias", bias, weight.shape[:1], "[V]")
+        checks.same_device("bias", bias, hidden, "hidden")
+    checks.require(vocab_group is None, "vocab_group", vocab_group, "None: the weight is whole on every rank")
+    check_rows(
+        hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale, len(weight)
+    )

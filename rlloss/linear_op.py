@@ -1,0 +1,290 @@
+"""linear_token_stats for autograd: as a function that may hold logits, and as a registered operator."""
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import lm_head
+from rlloss.lm_head import Coefs, Head, Kept, Stats, Transform, Wanted
+from rlloss.products import count_unit
+
+# Entered wherever the weight is read: an engine that shards it gathers it there.
+Gather = Callable[[], contextlib.AbstractContextManager]
+
+
+class Rows(NamedTuple):
+    """What a row is besides its hidden state: target [...], temperature like it or a number, and the numbers."""
+
+    target: Tensor
+    temperature: Tensor | float
+    softcap: float | None
+    logit_scale: float
+
+    def transform(self, rows: Tensor | None) -> Transform:
+        t = self.temperature
+        if isinstance(t, Tensor):
+            t = flat(t, rows).contiguous()
+        return Transform(t, self.softcap, self.logit_scale)
+
+
+def flat(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x [...] as [N], or the given rows of it."""
+    x = x.reshape(-1)
+    return x if rows is None else x.index_select(0, rows)
+
+
+def spread(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values of some rows in their places among zeros."""
+    if rows is None:
+        return values.view(*values.shape[:-1], *shape)
+    out = values.new_zeros(*values.shape[:-1], shape.numel())
+    out[..., rows] = values
+    return out.view(*values.shape[:-1], *shape)
+
+
+def plain(device: torch.device) -> contextlib.AbstractContextManager:
+    """Dtypes are chosen here, and not by autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the operands of the products: autocast's, else the wider of the two."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def operands(hidden: Tensor, head: Head, rows: Tensor | None) -> Tensor:
+    """Rows of hidden [..., D] as the products take them: [n, D]."""
+    x = hidden.reshape(-1, hidden.shape[-1])
+    return head.operand(x if rows is None else x.index_select(0, rows)).contiguous()
+
+
+def counted_rows(mask: Tensor | None) -> Tensor | None:
+    """Numbers of the rows that count; None: all. One host sync on a GPU."""
+    if mask is None:
+        return None
+    rows = mask.reshape(-1).nonzero().squeeze(-1)
+    return None if len(rows) == mask.numel() else rows
+
+
+def gradients(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    counted: Tensor | None,
+    stats: Stats,
+    coefs: Coefs,
+    kept: Kept | None,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden [..., D], weight and bias. stats and coefs [n] of the rows counted. One host sync."""
+    live = coefs.live().nonzero().squeeze(-1)
+    n = len(stats.logp)
+    if len(live) == 0:
+        zeros = (torch.zeros_like(x) if x is not None and need else None
+                 for x, need in zip((hidden, head.weight, head.bias), needed, strict=True))  # fmt: skip
+        return tuple(zeros)  # type: ignore
+    if kept is not None:
+        lm_head.keep_only(kept, live, n)
+    places = live if counted is None else counted[live]
+    everything = len(live) == n
+    if not everything:
+        stats = Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra)
+        coefs = coefs.of(live)
+    if len(places) == rows.target.numel():
+        places = None
+    target = flat(rows.target, places).contiguous()
+    coefs = lm_head.poisoned(coefs, target, head.V)
+    found = lm_head.backward(
+        operands(hidden, head, places), head, target, rows.transform(places), stats, coefs, needed,
+        kept=None if kept is None else kept.blocks,
+    )  # fmt: skip
+    return spread_hidden(hidden, found.hidden, places), found.weight, found.bias
+
+
+def spread_hidden(hidden: Tensor, gradient: Tensor | None, places: Tensor | None) -> Tensor | None:
+    """The gradient of hidden [..., D] from that of some rows."""
+    if gradient is None:
+        return None
+    if places is None:
+        return gradient.to(hidden.dtype).view(hidden.shape)
+    out = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    out.view(-1, hidden.shape[-1]).index_copy_(0, places, gradient.to(hidden.dtype))
+    return out
+
+
+def _forward(hidden, head, rows, counted, keep, wanted):
+    """(logp, entropy, lse, extra, like target, saved and entropy of the rows counted, kept logits)."""
+    target = flat(rows.target, counted).contiguous()
+    count_unit(len(target), *head.weight.shape)
+    stats, kept = lm_head.forward(
+        operands(hidden, head, counted), head, target, rows.transform(counted), wanted, keep
+    )  # fmt: skip
+    shape = rows.target.shape
+    extra = stats.extra if stats.extra.shape[1] != len(target) else spread(stats.extra, counted, shape)
+    logp, entropy, lse = (spread(x, counted, shape) for x in (stats.logp, stats.entropy, stats.lse))
+    return logp, entropy, lse, extra, stats, kept
+
+
+def _backward(hidden, head, rows, counted, saved, entropy, grads, kept, needed):
+    coefs = Coefs(*(None if g is None else flat(g, counted).to(saved.dtype) for g in grads))
+    stats = Stats(saved[0], saved[0] if entropy is None else entropy, saved[0], saved, saved[:0])
+    return gradients(hidden, head, rows, counted, stats, coefs, kept, needed)
+
+
+class LinearTokenStats(torch.autograd.Function):
+    """apply(hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, dtype, batch_invariant, gather)
+    -> (logp, entropy, lse, extra), like target. Eager."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, dtype, batch_invariant, gather):
+        ctx.set_materialize_grads(False)
+        with plain(hidden.device), gather():
+            head = Head(weight, bias, dtype, batch_invariant)
+            logp, entropy, lse, extra, stats, ctx.kept = _forward(hidden, head, rows, counted, keep, wanted)
+        ctx.save_for_backward(
+            hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
+            counted, stats.saved, stats.entropy if entropy_grad else None,
+        )  # fmt: skip
+        ctx.rest = rows, dtype, gather
+        ctx.mark_non_differentiable(extra, *(() if entropy_grad else (entropy,)))
+        return logp, entropy, lse, extra
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_entropy, g_lse, _):
+        grads = (g_logp, g_entropy, g_lse)
+        if all(g is None for g in grads):
+            return (None,) * 11
+        hidden, weight, bias, _, _, counted, saved, entropy = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # a second backward finds none and computes the logits again
+        rows, dtype, gather = ctx.rest
+        with plain(hidden.device), gather():
+            head = Head(weight, bias, dtype)
+            found = _backward(hidden, head, rows, counted, saved, entropy, grads, kept, ctx.needs_input_grad[:3])
+        return *found, *(None,) * 8
+
+
+@torch.library.custom_op("rlloss::linear_token_stats", mutates_args=())
+def linear_token_stats_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    batch_invariant: bool,
+    entropy: bool,
+    entropy_grad: bool,
+    squares: bool,
+    mean: bool,
+    top1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with plain(hidden.device):
+        rows = Rows(target, temperature if temperatures is None else temperatures, softcap, logit_scale)
+        head, counted = Head(weight, bias, dtype, batch_invariant), counted_rows(mask)
+        wanted = Wanted(entropy, squares, mean, top1)
+        logp, entropy_out, lse, extra, stats, _ = _forward(hidden, head, rows, counted, False, wanted)
+        return logp, entropy_out, lse, spread(stats.saved, counted, target.shape), extra.view(3, *_extra_shape(
+            target, wanted))  # fmt: skip
+
+
+def _extra_shape(target: Tensor, wanted: Wanted) -> tuple[int, ...]:
+    return tuple(target.shape) if wanted.squares or wanted.mean or wanted.top1 else (0,)
+
+
+@linear_token_stats_op.register_fake
+def _(
+    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, batch_invariant,
+    entropy, entropy_grad, squares, mean, top1,
+):  # fmt: skip
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    row = [hidden.new_empty(target.shape, dtype=dtype) for _ in range(3)]
+    extra = _extra_shape(target, Wanted(entropy, squares, mean, top1))
+    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), hidden.new_empty((3, *extra), dtype=dtype)
+
+
+@torch.library.custom_op("rlloss::linear_token_stats_backward", mutates_args=())
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    saved: Tensor,
+    entropy: Tensor | None,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    g_lse: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with plain(hidden.device):
+        rows = Rows(target, temperature if temperatures is None else temperatures, softcap, logit_scale)
+        counted = counted_rows(mask)
+        saved = _pick_columns(saved.reshape(2, -1), counted)
+        if entropy is not None:
+            entropy = flat(entropy, counted)
+        found = _backward(
+            hidden, Head(weight, bias, dtype), rows, counted, saved, entropy, (g_logp, g_entropy, g_lse), None,
+            (needs_hidden, needs_weight, needs_bias),
+        )  # fmt: skip
+    h, w, b = (hidden.new_empty(0) if g is None else g for g in found)
+    return h, w, b
+
+
+def _pick_columns(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(1, rows)
+
+
+@_backward_op.register_fake
+def _(
+    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, saved, entropy,
+    g_logp, g_entropy, g_lse, needs_hidden, needs_weight, needs_bias,
+):  # fmt: skip
+    nothing = [hidden.new_empty(0) for _ in range(3)]
+    given = (hidden, weight, bias)
+    needed = (needs_hidden, needs_weight, needs_bias)
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else empty
+        for x, need, empty in zip(given, needed, nothing, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, target, mask, temperatures, *settings = inputs
+    _, entropy, _, saved, extra = output
+    ctx.settings, entropy_grad = settings[:4], settings[6]
+    ctx.mark_non_differentiable(saved, extra)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, mask, temperatures, saved, entropy if entropy_grad else None)
+
+
+def _op_backward(ctx, g_logp, g_entropy, g_lse, *_):
+    found: list[Tensor | None] = [None, None, None]
+    grads = (g_logp, g_entropy, g_lse)
+    if any(g is not None for g in grads):
+        hidden, weight, bias, target, mask, temperatures, saved, entropy = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        all_three = _backward_op(
+            hidden, weight, bias, target, mask, temperatures, *ctx.settings, saved, entropy, *grads, *needed
+        )
+        found = [g if need else None for g, need in zip(all_three, needed, strict=True)]
+    return *found, *(None for _ in range(13))
+
+
+torch.library.register_autograd("rlloss::linear_token_stats", _op_backward, setup_context=_setup_context)
