@@ -18,7 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlloss.kernels import clip_surrogate, entropy_quantile, loss_gradient, token_stats, token_stats_backward
+from rlloss.kernels import (
+    clip_surrogate,
+    entropy_quantile,
+    linear_token_stats,
+    loss_gradient,
+    token_stats,
+    token_stats_backward,
+)
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -42,7 +49,7 @@ OF_BATCH = dict.fromkeys((
     "MEAN_OF_SEQUENCE", "HAS_DENOMINATOR", "KEPT_COUNTS", "OFF_POLICY", "HAS_BEHAVIOR", "EXACT_K",
 ), True) | {"TOKENS": False}  # fmt: skip
 DTYPES = {
-    "logits_ptr": None, "grad_ptr": None, "target_ptr": "*i64", "mask_ptr": "*i1", "kept_ptr": "*i8",
+    "logits_ptr": None, "grad_ptr": None, "out_ptr": None, "target_ptr": "*i64", "mask_ptr": "*i1", "kept_ptr": "*i8",
     "ticket_ptr": "*i32", "state_ptr": "*i64", "next_state_ptr": "*i64", "histogram_ptr": "*i64", "ties_ptr": "*i32",
     "last_ptr": "*i64",
 }  # fmt: skip
@@ -78,6 +85,14 @@ KERNELS = {
         of_logits(OF_LOGITS | OF_LOSS, ("fp16", "all", OF_LOGITS | OF_LOSS), ("bf16", "cispo", {"CISPO": True})),
         {},
     ),
+    "fold tile": (
+        linear_token_stats.fold_tile_kernel,
+        8,
+        [("fp32", "plain", {}), ("fp32", "all", OF_LOGITS)],
+        {},
+    ),
+    # dtype: of the gradient; the tile is fp32.
+    "gradient tile": (linear_token_stats.gradient_tile_kernel, 8, of_logits(OF_LOGITS), {}),
     "token pass": (
         clip_surrogate.clip_surrogate_kernel,
         clip_surrogate.NUM_WARPS,

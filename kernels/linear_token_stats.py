@@ -23,7 +23,7 @@ def fold_tile_kernel(
     tile_ptr,
     target_ptr,
     temperature_ptr,
-    state_ptr,
+    running_ptr,
     N: "i64",  # type: ignore  # noqa: F821
     V: "i32",  # type: ignore  # noqa: F821
     stride_row: "i64",  # type: ignore  # noqa: F821
@@ -49,12 +49,12 @@ def fold_tile_kernel(
         row_ptr = tl.multiple_of(row_ptr, 16)
     target = tl.load(target_ptr + row).to(tl.int64) - first
     scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore
-    m = tl.load(state_ptr + row)
-    s = tl.load(state_ptr + N + row)
-    w = tl.load(state_ptr + 2 * N + row)
-    q = tl.load(state_ptr + 3 * N + row)
-    total = tl.load(state_ptr + 4 * N + row)
-    before = tl.load(state_ptr + 5 * N + row)
+    m = tl.load(running_ptr + row)
+    s = tl.load(running_ptr + N + row)
+    w = tl.load(running_ptr + 2 * N + row)
+    q = tl.load(running_ptr + 3 * N + row)
+    total = tl.load(running_ptr + 4 * N + row)
+    before = tl.load(running_ptr + 5 * N + row)
     for chunk in range(chunks):
         m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
             row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, 1, target, k, softcap, logit_scale,
@@ -63,19 +63,19 @@ def fold_tile_kernel(
         m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
         total += total_c
         before = tl.maximum(before, before_c)
-    tl.store(state_ptr + row, m)
-    tl.store(state_ptr + N + row, s)
+    tl.store(running_ptr + row, m)
+    tl.store(running_ptr + N + row, s)
     if ENTROPY:
-        tl.store(state_ptr + 2 * N + row, w)
+        tl.store(running_ptr + 2 * N + row, w)
     if SQUARES:
-        tl.store(state_ptr + 3 * N + row, q)
+        tl.store(running_ptr + 3 * N + row, q)
     if MEAN:
-        tl.store(state_ptr + 4 * N + row, total)
+        tl.store(running_ptr + 4 * N + row, total)
     if TOP1:
-        tl.store(state_ptr + 5 * N + row, before)
+        tl.store(running_ptr + 5 * N + row, before)
     if (target >= 0) & (target < V):
         logit = tl.load(row_ptr + target).to(tl.float32)
-        tl.store(state_ptr + 6 * N + row, softcapped(logit, softcap, logit_scale, HAS_SOFTCAP))
+        tl.store(running_ptr + 6 * N + row, softcapped(logit, softcap, logit_scale, HAS_SOFTCAP))
 
 
 @triton.jit(do_not_specialize=["V", "stride_row", "out_row", "first", "chunks"])

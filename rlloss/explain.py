@@ -32,7 +32,7 @@ def explain_plan(
             matter, so hidden and weight may be on the "meta" device; a mask there counts as full.
         advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
         config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
-        live_share: the share of rows that get a gradient, where it is known; None: config.top_entropy_quantile of those
+        live_share: the share of the rows that count that get a gradient, where it is known; None: config.top_entropy_quantile of those
             with an advantage, or all.
         plan, memory_budget, batch_invariant: as for the call.
 
@@ -50,11 +50,10 @@ def explain_plan(
         why_not = why_not_in_forward(config, cutoff, denominator)
         if advantage is not None and mask is not None and not advantage.is_meta:
             some = candidates(advantage, mask, config)
-        if live_share is None:
-            live_share = config.top_entropy_quantile
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     V, D = weight.shape
     return choose(
-        hidden, weight, (V, D), counted, some if needs_gradient else None, live_share, plan, memory_budget,
-        batch_invariant, needs_gradient, why_not,
+        hidden, weight, (V, D), counted, some if needs_gradient else None,
+        None if config is None else config.top_entropy_quantile, plan, memory_budget, batch_invariant, needs_gradient,
+        why_not, live_share,
     )[0]  # fmt: skip

@@ -182,22 +182,25 @@ def choose(
     batch_invariant: bool,
     needs_gradient: bool,
     no_gradient_in_forward: str | None,
+    known_share: float | None = None,
 ) -> tuple[PlanReport, Tensor | bool]:
-    """The plan of a call, and what its forward keeps (see `Call`)."""
+    """The plan of a call, and what its forward keeps (see `Call`). live_share: of the candidates, known_share: of the
+    rows that count."""
     rows = count = hidden[..., 0].numel() if counted is None else len(counted)
     places = None
     if candidates is not None:
         places = flat(candidates, counted).nonzero().squeeze(-1)
         count = len(places)
     share = count / max(rows, 1)
+    live = share if live_share is None else live_share * share
     work = Work(
-        rows, count, *shape, share if live_share is None else live_share * share,
+        rows, count, *shape, live if known_share is None else known_share,
         (hidden.requires_grad, weight.requires_grad), weight.element_size(), 8 if hidden.dtype == torch.float64 else 4,
         hidden.device, batch_invariant,
     )  # fmt: skip
     forbidden = {"gradient_in_forward": no_gradient_in_forward}
     report = make_plan(work, plan, memory_budget, forbidden, needs_gradient=needs_gradient)
-    if report.plan != "keep":
+    if report.plan != "keep" or count == 0:
         return report, False
     return report, True if places is None or count == rows else places
 

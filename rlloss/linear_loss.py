@@ -19,6 +19,8 @@ from rlloss.lm_head import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.losses import LOSSES, PolicyLoss, policy_loss, row_local
 from rlloss.products import count_unit
 
+_PART = 4096  # rows of the weight's gradient that are multiplied at a time
+
 
 def why_not_in_forward(
     config: LossConfig, cutoff: Tensor | float | None, denominator: Tensor | float | None
@@ -74,6 +76,7 @@ class _Held:
         self.hidden: list[Tensor] = []
         self.places: list[Tensor] = []
         self.weight, self.bias = weight, bias
+        self.any_live = False
 
     def scaled(self, factor, hidden, weight, bias, counted):
         """What the backward returns, made in the memory that is held."""
@@ -85,8 +88,15 @@ class _Held:
             everything = len(places) == hidden.shape[:-1].numel()
             gradient = torch.cat(self.hidden) if len(self.hidden) > 1 else self.hidden[0]
             of_hidden = spread_hidden(hidden, gradient.mul_(factor), None if everything else places)
+        # Without a live row the gradient is 0 also where the factor is inf or NaN.
+        for g in (self.weight, self.bias):
+            if g is None:
+                continue
+            for part in g.split(_PART) if self.any_live else ():
+                # In bf16 the factor itself would be rounded.
+                part.copy_(part.to(factor.dtype).mul_(factor))
         of_weight, of_bias = (
-            None if g is None else g.mul_(factor).to(x.dtype) for g, x in ((self.weight, weight), (self.bias, bias))
+            None if g is None else g.to(x.dtype) for g, x in ((self.weight, weight), (self.bias, bias))
         )
         return of_hidden, of_weight, of_bias
 
@@ -99,7 +109,8 @@ class _Made:
         n, (V, D) = len(target), head.weight.shape
         count_unit(n, V, D)
         h, transform, sums = operands(hidden, head, counted), rows.transform(counted), head.sum_dtype
-        step, _ = lm_head.tile_shape(n, V, hidden.device, head.batch_invariant)
+        tile = lm_head.tile_shape(n, V, hidden.device, head.batch_invariant)
+        step = tile[0]
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=sums, device=hidden.device)
@@ -107,12 +118,12 @@ class _Made:
         self.logp, self.entropy, self.saved, self.coefs = zeros(n), zeros(n), zeros(2, n), zeros(2, n)
         # One chunk of rows writes its product into the weight's gradient, more are added up in fp32; and an fp16
         # gradient that nobody has scaled yet would underflow.
-        adds_up = n > step or head.weight.dtype == torch.float16
+        adds_up = n > step or any(x is not None and x.dtype == torch.float16 for x in (head.weight, head.bias))
         into = Gradients(None, zeros(V, D) if needed[1] else None, zeros(V) if needed[2] else None) if adds_up else None
         self.held = _Held(*(into[1:] if into else (None, None)))
         for start in range(0, n, step):
             r = slice(start, min(start + step, n))
-            stats, kept = lm_head.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True)
+            stats, kept = lm_head.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True, tile_of=tile)
             assert kept is not None
             self.logp[r], self.entropy[r], self.saved[:, r] = stats.logp, stats.entropy, stats.saved
             self._ask(loss_of, r, counted, rows.target.shape, entropy_grad)
@@ -120,6 +131,7 @@ class _Made:
             live = coefs.live().nonzero().squeeze(-1)
             if len(live) == 0:
                 continue
+            self.held.any_live = True
             lm_head.keep_only(kept, live, r.stop - r.start)
             own = target[r][live].contiguous()
             found = lm_head.backward(

@@ -39,10 +39,10 @@ def flat(x: Tensor, rows: Tensor | None) -> Tensor:
 def spread(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
     """Values of some rows in their places among zeros."""
     if rows is None:
-        return values.view(*values.shape[:-1], *shape)
-    out = values.new_zeros(*values.shape[:-1], shape.numel())
+        return values.view((*values.shape[:-1], *shape))
+    out = values.new_zeros((*values.shape[:-1], shape.numel()))
     out[..., rows] = values
-    return out.view(*values.shape[:-1], *shape)
+    return out.view((*values.shape[:-1], *shape))
 
 
 def plain(device: torch.device) -> contextlib.AbstractContextManager:
@@ -51,10 +51,11 @@ def plain(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the operands of the products: autocast's, else the wider of the two."""
-    if torch.is_autocast_enabled(hidden.device.type):
+    """Of the operands of the products: autocast's, which leaves fp64 alone, else the wider of the two."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return dtype
 
 
 def operands(hidden: Tensor, head: Head, rows: Tensor | None) -> Tensor:
@@ -125,7 +126,7 @@ def _forward(hidden, head, rows, counted, keep, wanted):
         operands(hidden, head, counted), head, target, rows.transform(counted), wanted, keep
     )  # fmt: skip
     shape = rows.target.shape
-    extra = stats.extra if stats.extra.shape[1] != len(target) else spread(stats.extra, counted, shape)
+    extra = spread(stats.extra, counted, shape) if wanted.squares or wanted.mean or wanted.top1 else stats.extra
     logp, entropy, lse = (spread(x, counted, shape) for x in (stats.logp, stats.entropy, stats.lse))
     return logp, entropy, lse, extra, stats, kept
 

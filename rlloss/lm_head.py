@@ -139,14 +139,21 @@ def _logits(head: Head, hidden: Tensor, w: Tensor, start: int, out: Tensor, kind
 
 
 def forward(
-    hidden: Tensor, head: Head, target: Tensor, transform: Transform, wanted: Wanted, keep: Tensor | bool = False
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    transform: Transform,
+    wanted: Wanted,
+    keep: Tensor | bool = False,
+    tile_of: tuple[int, int] | None = None,
 ) -> tuple[Stats, Kept | None]:
     """hidden [N, D] (an operand), target and temperature contiguous [N] -> statistics, and logits of the rows `keep`.
 
-    keep: True for all rows, or their numbers in ascending order.
+    keep: True for all rows, or their numbers in ascending order. tile_of: the tile's shape where these are some rows of
+    more; None: `tile_shape` of these.
     """
     n, V = len(hidden), head.V
-    rows, width = tile_shape(n, V, hidden.device, head.batch_invariant)
+    rows, width = tile_shape(n, V, hidden.device, head.batch_invariant) if tile_of is None else tile_of
     dtype = head.sum_dtype
     empty = torch.zeros((STATE, n), dtype=dtype, device=hidden.device)
     empty[0] = empty[5] = -math.inf

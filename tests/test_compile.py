@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {"forward": 1, "merge": 0, "backward": 1, "loss gradient": 2}  # how often a row is read by tiles
+# How often a row is read by tiles.
+VOCABULARY = {"forward": 1, "merge": 0, "backward": 1, "loss gradient": 2, "fold tile": 1, "gradient tile": 1}
 
 
 def run_without_interpreter(*arguments: str) -> str:
@@ -73,8 +74,10 @@ def test_the_vocabulary_is_read_and_written_by_16_bytes(sm_90):
     for row in (row for row in sm_90 if row["kernel"] in VOCABULARY):
         assert row["max.NaN"] > 0, row  # the floor of the exponents lets NaN through; the interpreter's always does
         # A thread's entries of a tile: 8 in 2-byte types, in one load; 8 in fp32, in two.
-        assert row.get("LDG.E.128", 0) == VOCABULARY[row["kernel"]] * (2 if row["dtype"] == "fp32" else 1), row
-        assert (row.get("STG.E.128", 0) > 0) == (row["kernel"] in ("backward", "loss gradient")), row
+        loads = 2 if row["dtype"] == "fp32" or row["kernel"].endswith("tile") else 1
+        assert row.get("LDG.E.128", 0) == VOCABULARY[row["kernel"]] * loads, row
+        writes = row["kernel"] in ("backward", "loss gradient", "gradient tile")
+        assert (row.get("STG.E.128", 0) > 0) == writes, row
 
 
 COUNT_SPECIALISATIONS = """
@@ -84,6 +87,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from rlloss.kernels.clip_surrogate import clip_surrogate
 from rlloss.kernels.entropy_quantile import entropy_quantile, entropy_top_k
+from rlloss.kernels.linear_token_stats import fold_tile, gradient_tile
 from rlloss.kernels.loss_gradient import loss_gradient
 from rlloss.kernels.token_stats import token_stats_forward
 from rlloss.kernels.token_stats_backward import token_stats_backward
@@ -117,6 +121,12 @@ for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
             x, x[:, :1].contiguous(), mask, x, None, None, None, None, None, None, temperature, sequence=False,
             mean_of_sequence=False, kept_counts=False, high=1.2, delta=None, off_policy_threshold=None,
             entropy_coef=0.0, **settings)
+        tile, running = torch.zeros(B * T, V), torch.zeros(7, B * T)
+        wanted = dict.fromkeys(("entropy", "squares", "mean", "top1"), False)
+        for start in (0, 1, 16 * V):
+            fold_tile(tile, start, target, running, temperature, None, 1, **wanted)
+            row = running[0]
+            gradient_tile(tile, start, target, row, row, None, row, None, None, temperature, None, 1, torch.bfloat16)
 for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
     entropy, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool)
     for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):
@@ -131,6 +141,6 @@ def test_no_recompilation_when_rows_lengths_or_temperature_change():
     # The forward exists for whole and for split rows; narrow for the first, a middle and two kinds of last pass.
     assert counts == {
         "token_stats_forward_kernel": 2, "token_stats_merge_kernel": 1, "token_stats_backward_kernel": 1,
-        "loss_gradient_kernel": 1, "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
+        "fold_tile_kernel": 1, "gradient_tile_kernel": 1, "loss_gradient_kernel": 1, "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
         "entropy_narrow_kernel": 4, "entropy_ties_kernel": 1, "entropy_last_tie_kernel": 1,
     }  # fmt: skip
