@@ -270,6 +270,12 @@ class ZeroAdvantage:
         if not spreads:
             return
         checks.require(choice != "keep", "spread_live_rows", True, "False with zero_advantage='keep': it has no effect")
+        steps, accumulation = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
+        checks.require(
+            spread_size(steps, accumulation) > 1, "spread_live_rows", True,
+            f"False with gradient_accumulation_steps={accumulation}, steps_per_generation={steps}, where no two "
+            "micro-batches always share an optimizer step",
+        )  # fmt: skip
         own_count = "loss_type='bnpo'" if trainer.loss_type == "bnpo" else None
         mean = own_count or quantile or self._why_mean_of_call()
         checks.require(

@@ -32,8 +32,8 @@ def explain_plan(
             matter, so hidden and weight may be on the "meta" device; a mask there counts as full.
         advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
         config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
-        live_share: the share of the rows that count that get a gradient, where it is known; None: config.top_entropy_quantile of those
-            with an advantage, or all.
+        live_share: the share of the rows that count which gets a gradient, where it is known; None:
+            config.top_entropy_quantile of those with an advantage, or all.
         plan, memory_budget, batch_invariant: as for the call.
 
     Returns:

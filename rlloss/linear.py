@@ -11,6 +11,7 @@ from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, coun
 from rlloss.lm_head import Wanted
 from rlloss.ops import OUTPUTS, TokenStats, check_rows
 from rlloss.plans import PlanReport, Work, make_plan
+from rlloss.vocab_shard import Shard, shard_of
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -56,7 +57,9 @@ def linear_token_stats(
             weight.
         batch_invariant: the bits of a row's logp do not depend on the rows around it; padding to full tiles makes
             small batches dearer.
-        vocab_group: None.
+        vocab_group: process group over which the vocabulary is split: weight, and bias, are this rank's entries, in the
+            order of the ranks; everything else is the same on every rank, target counts over the whole vocabulary.
+            Statistics are merged and the gradient of hidden is added up over the group: every rank gets the whole.
 
     Returns:
         `TokenStats`, its tensors shaped like `target`, fp32 (fp64 for fp64), in nats.
@@ -83,8 +86,7 @@ class Call(NamedTuple):
     bias: Tensor | None
     mask: Tensor | None
     rows: Rows
-    dtype: torch.dtype
-    batch_invariant: bool
+    settings: tuple[torch.dtype, bool, Shard | None]  # of a `Head`
     gather: Gather
     counted: Tensor | None = None
     report: PlanReport | None = None
@@ -104,13 +106,13 @@ class Call(NamedTuple):
             per_token = isinstance(temperature, Tensor)
             logp, entropy, lse, _, extra = linear_token_stats_op(
                 self.hidden, self.weight, self.bias, target, self.mask, temperature if per_token else None,
-                1.0 if per_token else temperature, softcap, logit_scale, self.dtype, self.batch_invariant,
+                1.0 if per_token else temperature, softcap, logit_scale, *self.settings[:2],
                 wanted.entropy, entropy_grad, wanted.squares, wanted.mean, wanted.top1,
             )  # fmt: skip
         else:
             logp, entropy, lse, extra = LinearTokenStats.apply(
                 self.hidden, self.weight, self.bias, self.rows, self.counted, self.keep, wanted, entropy_grad,
-                self.dtype, self.batch_invariant, self.gather,
+                self.settings, self.gather,
             )  # type: ignore[misc]  # fmt: skip
         return TokenStats(
             logp=logp if "logp" in outputs else None,
@@ -146,9 +148,19 @@ def prepare(
     candidates: bool, like target: rows that may get a gradient; None: all. live_share: the share of these expected to
     get one. gather: a context in which the weight, sharded elsewhere, is whole.
     """
+    shard = None
     with gather():
-        check_call(hidden, weight, target, bias, mask, temperature, softcap, logit_scale, vocab_group)
+        check_head(hidden, weight, bias)
         V, D = weight.shape
+        if vocab_group is not None:
+            checks.require(
+                not torch.compiler.is_compiling(), "vocab_group", "a process group", "None inside torch.compile"
+            )
+            shard = shard_of(weight, vocab_group)
+    check_rows(
+        hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale,
+        V if shard is None else shard.total,
+    )  # fmt: skip
     dtype = compute_dtype(hidden, weight)
     per_token = isinstance(temperature, Tensor)
     rows = Rows(
@@ -157,7 +169,7 @@ def prepare(
         None if softcap is None else float(softcap),
         float(logit_scale),
     )
-    call = Call(hidden, weight, bias, mask, rows, dtype, batch_invariant, gather)
+    call = Call(hidden, weight, bias, mask, rows, (dtype, batch_invariant, shard), gather)
     if torch.compiler.is_compiling():
         checks.require(plan in ("auto", "recompute"), "plan", repr(plan), "'auto' or 'recompute' inside torch.compile")
         return call
@@ -205,7 +217,7 @@ def choose(
     return report, True if places is None or count == rows else places
 
 
-def check_call(hidden, weight, target, bias, mask, temperature, softcap, logit_scale, vocab_group) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise, naming the argument, where one does not fit."""
     for name, x in (("hidden", hidden), ("weight", weight)):
         if x.dtype not in _DTYPES:
@@ -221,7 +233,3 @@ def check_call(hidden, weight, target, bias, mask, temperature, softcap, logit_s
         checks.floating("bias", bias)
         checks.same_shape("bias", bias, weight.shape[:1], "[V]")
         checks.same_device("bias", bias, hidden, "hidden")
-    checks.require(vocab_group is None, "vocab_group", vocab_group, "None: the weight is whole on every rank")
-    check_rows(
-        hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale, len(weight)
-    )

@@ -35,14 +35,14 @@ def why_not_in_forward(
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, counted, dtype, batch_invariant, loss_of, entropy_grad):
-        needed, head = ctx.needs_input_grad[:3], Head(weight, bias, dtype, batch_invariant)
+    def forward(ctx, hidden, weight, bias, rows, counted, settings, loss_of, entropy_grad):
+        needed, head = ctx.needs_input_grad[:3], Head(weight, bias, *settings)
         with plain(hidden.device):
             made = _Made(hidden, head, rows, counted, loss_of, entropy_grad, needed)
             logp, entropy = (spread(x, counted, rows.target.shape) for x in (made.logp, made.entropy))
             loss, metrics = loss_of(logp, entropy)
         ctx.held = made.held
-        ctx.rest = rows, dtype, entropy_grad
+        ctx.rest = rows, settings, entropy_grad
         ctx.save_for_backward(
             hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
             counted, made.saved, made.entropy, made.coefs,
@@ -55,7 +55,7 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx, g_loss, *_):
         hidden, weight, bias, _, _, counted, saved, entropy, coefs = ctx.saved_tensors
         held, ctx.held = ctx.held, None
-        rows, dtype, entropy_grad = ctx.rest
+        rows, settings, entropy_grad = ctx.rest
         factor = g_loss.to(saved.dtype)
         with plain(hidden.device):
             if held is not None:
@@ -63,10 +63,11 @@ class _GradientInForward(torch.autograd.Function):
             else:
                 scaled = torch.where(coefs == 0.0, 0.0, coefs * factor)
                 found = gradients(
-                    hidden, Head(weight, bias, dtype), rows, counted, Stats(saved[0], entropy, saved[0], saved, saved),
+                    hidden, Head(weight, bias, *settings), rows, counted,
+                    Stats(saved[0], entropy, saved[0], saved, saved),
                     Coefs(scaled[0], scaled[1] if entropy_grad else None, None), None, ctx.needs_input_grad[:3],
                 )  # fmt: skip
-        return *found, *(None,) * 6
+        return *found, *(None,) * 5
 
 
 class _Held:
@@ -137,7 +138,7 @@ class _Made:
             found = lm_head.backward(
                 h[r][live], head, own, transform.of(r).of(live),
                 Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra),
-                lm_head.poisoned(coefs.of(live), own, V), needed, kept=kept.blocks, into=into,
+                lm_head.poisoned(coefs.of(live), own, head.V), needed, kept=kept.blocks, into=into,
             )  # fmt: skip
             if found.hidden is not None:
                 self.held.hidden.append(found.hidden)
@@ -199,7 +200,7 @@ def gradient_in_forward(
         return policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
 
     loss, names, *values = _GradientInForward.apply(
-        call.hidden, call.weight, call.bias, call.rows, call.counted, call.dtype, call.batch_invariant, loss_of,
+        call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, loss_of,
         config.entropy_coef != 0.0,
     )  # type: ignore[misc]  # fmt: skip
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))

@@ -138,20 +138,20 @@ def _backward(hidden, head, rows, counted, saved, entropy, grads, kept, needed):
 
 
 class LinearTokenStats(torch.autograd.Function):
-    """apply(hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, dtype, batch_invariant, gather)
+    """apply(hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, settings, gather)
     -> (logp, entropy, lse, extra), like target. Eager."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, dtype, batch_invariant, gather):
+    def forward(ctx, hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, settings, gather):
         ctx.set_materialize_grads(False)
         with plain(hidden.device), gather():
-            head = Head(weight, bias, dtype, batch_invariant)
+            head = Head(weight, bias, *settings)
             logp, entropy, lse, extra, stats, ctx.kept = _forward(hidden, head, rows, counted, keep, wanted)
         ctx.save_for_backward(
             hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
             counted, stats.saved, stats.entropy if entropy_grad else None,
         )  # fmt: skip
-        ctx.rest = rows, dtype, gather
+        ctx.rest = rows, settings, gather
         ctx.mark_non_differentiable(extra, *(() if entropy_grad else (entropy,)))
         return logp, entropy, lse, extra
 
@@ -160,14 +160,14 @@ class LinearTokenStats(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy, g_lse, _):
         grads = (g_logp, g_entropy, g_lse)
         if all(g is None for g in grads):
-            return (None,) * 11
+            return (None,) * 10
         hidden, weight, bias, _, _, counted, saved, entropy = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward finds none and computes the logits again
-        rows, dtype, gather = ctx.rest
+        rows, settings, gather = ctx.rest
         with plain(hidden.device), gather():
-            head = Head(weight, bias, dtype)
+            head = Head(weight, bias, *settings)
             found = _backward(hidden, head, rows, counted, saved, entropy, grads, kept, ctx.needs_input_grad[:3])
-        return *found, *(None,) * 8
+        return *found, *(None,) * 7
 
 
 @torch.library.custom_op("rlloss::linear_token_stats", mutates_args=())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rlloss import backends, tiled_linear
 from rlloss.products import multiply
-from rlloss.tiled import row_scale
+from rlloss.tiled import LOG2_E, row_scale
+from rlloss.vocab_shard import Shard
 
 STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
 CPU_ROWS, CPU_WIDTH = 1024, 2048
@@ -24,16 +25,23 @@ GPU_INVARIANT_ROWS = 512
 
 
 class Head(NamedTuple):
-    """weight [V, D], bias [V] or None; dtype: of the operands of the products ("fp32" of a bf16 model on a CPU)."""
+    """weight [V, D] and bias [V] or None, of a `shard` this rank's; compute_dtype: to which operands are rounded."""
 
     weight: Tensor
     bias: Tensor | None
     compute_dtype: torch.dtype
     batch_invariant: bool = False
+    shard: Shard | None = None
 
     @property
     def V(self) -> int:
-        return self.weight.shape[0]
+        """Entries of the whole vocabulary."""
+        return len(self.weight) if self.shard is None else self.shard.total
+
+    @property
+    def offset(self) -> int:
+        """The first entry that is here."""
+        return 0 if self.shard is None else self.shard.offset
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -152,12 +160,11 @@ def forward(
     keep: True for all rows, or their numbers in ascending order. tile_of: the tile's shape where these are some rows of
     more; None: `tile_shape` of these.
     """
-    n, V = len(hidden), head.V
+    n, V = len(hidden), len(head.weight)
     rows, width = tile_shape(n, V, hidden.device, head.batch_invariant) if tile_of is None else tile_of
     dtype = head.sum_dtype
-    empty = torch.zeros((STATE, n), dtype=dtype, device=hidden.device)
-    empty[0] = empty[5] = -math.inf
-    state, folder = empty, _folder(hidden)
+    state, folder = torch.zeros((STATE, n), dtype=dtype, device=hidden.device), _folder(hidden)
+    state[0] = state[5] = -math.inf
     kept: list[Tensor | None] = []
     buffer = edges = None
     if isinstance(keep, Tensor):
@@ -187,10 +194,19 @@ def forward(
                 first, last = edges[r.start // rows], edges[r.start // rows + 1]
                 torch.index_select(tile, 0, keep[first:last] - r.start, out=some[first:last])
             folder.fold_tile(
-                tile, start, target[r], state[:, r], *transform.of(r), **wanted._asdict(), overwrite=whole is None
+                tile,
+                head.offset + start,
+                target[r],
+                state[:, r],
+                *transform.of(r),
+                **wanted._asdict(),
+                overwrite=whole is None,
             )
         kept.append(whole if whole is not None else some)
-    stats = _finish(state, V, target, transform, wanted)
+    if head.shard is not None:
+        scale = row_scale(*transform)
+        state = head.shard.merge(state, scale * LOG2_E)
+    stats = _finish(state, head.V, target, transform, wanted)
     if keep is False:
         return stats, None
     return stats, Kept(kept, None if keep is True else keep)
@@ -294,7 +310,7 @@ def backward(
             m, log_s = stats.saved[:, r]
             entropy = None if coefs.entropy is None else stats.entropy[r]
             gradient = folder.gradient_tile(
-                tile, start, target[r], m, log_s, entropy, *coefs.of(r), *transform.of(r), operand_dtype
+                tile, head.offset + start, target[r], m, log_s, entropy, *coefs.of(r), *transform.of(r), operand_dtype
             )
             add = into is not None or r.start > 0
             if g_hidden is not None:
@@ -309,6 +325,8 @@ def backward(
             g_weight[start:stop] = total
         if kept is not None:
             kept[i] = None
+    if head.shard is not None and g_hidden is not None:
+        head.shard.sum(g_hidden)
     if g_bias is not None and into is None:
         assert head.bias is not None
         g_bias = g_bias.to(head.bias.dtype)

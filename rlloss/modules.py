@@ -106,7 +106,7 @@ class LinearGRPOLoss(nn.Module):
             `explain_plan` says which.
         memory_budget: bytes that a plan may take above inputs, gradients and one tile. None: 4 V D.
         batch_invariant: the bits of a row's logp do not depend on the rows around it.
-        vocab_group: None.
+        vocab_group: process group over which the vocabulary is split, as for `linear_token_stats`.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ FLOORS = {
     "rlloss.products": 0,
     "rlloss.radix": 0,
     "rlloss.backends": 0.5,  # above the kernels, below whoever launches them
+    "rlloss.vocab_shard": 0.1,
     "rlloss.lm_head": 0.7,
     "rlloss.plans": 0.8,
     "rlloss.ops": 1,
