@@ -47,7 +47,7 @@ def explain_plan(
     some = None
     why_not: str | None = ONLY_WITH_A_LOSS
     if config is not None:
-        why_not = why_not_in_forward(config, cutoff, denominator)
+        why_not = why_not_in_forward(hidden, weight, config, cutoff, denominator)
         if advantage is not None and mask is not None and not advantage.is_meta:
             some = candidates(advantage, mask, config)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlloss import lm_head
 from rlloss.config import LossConfig
 from rlloss.linear import Call, prepare
-from rlloss.linear_op import flat, gradients, operands, plain, spread, spread_hidden
+from rlloss.linear_op import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
 from rlloss.lm_head import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.losses import LOSSES, PolicyLoss, policy_loss, row_local
 from rlloss.products import count_unit
@@ -23,13 +23,19 @@ _PART = 4096  # rows of the weight's gradient that are multiplied at a time
 
 
 def why_not_in_forward(
-    config: LossConfig, cutoff: Tensor | float | None, denominator: Tensor | float | None
+    hidden: Tensor,
+    weight: Tensor,
+    config: LossConfig,
+    cutoff: Tensor | float | None,
+    denominator: Tensor | float | None,
 ) -> str | None:
     """What forbids it; None: nothing."""
     if torch.compiler.is_compiling():
         return "torch.compile takes no gradient that is made in the forward"
     if not row_local(config, cutoff, denominator):
         return "with these settings a token's coefficient depends on other tokens"
+    if hidden.device.type != "cpu" and compute_dtype(hidden, weight) == torch.float16:
+        return "fp16 gradients of logits underflow before the loss is scaled"
     return None
 
 
@@ -175,7 +181,7 @@ def prepare_loss(
     return prepare(
         hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
         vocab_group, candidates=candidates(advantage, mask, config), live_share=config.top_entropy_quantile,
-        no_gradient_in_forward=why_not_in_forward(config, cutoff, denominator),
+        no_gradient_in_forward=why_not_in_forward(hidden, weight, config, cutoff, denominator),
     )  # fmt: skip
 
 

@@ -10,12 +10,17 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.splitlines()[0])
-def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
-    if "trl_grpo" in code:
+@pytest.mark.parametrize("number", range(len(BLOCKS)), ids=lambda number: BLOCKS[number].splitlines()[0])
+def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
+    """A block may go on where the one before it ends."""
+    if "trl" in BLOCKS[number]:
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), "exec"), {})
+    monkeypatch.setenv("RLLOSS_BACKEND", "torch")
+    names: dict = {}
+    for code in (BLOCKS[number],) if "trl" in BLOCKS[number] else BLOCKS[: number + 1]:
+        if code is BLOCKS[number] or "trl" not in code:
+            exec(compile(code, str(README), "exec"), names)
 
 
 def test_there_are_blocks_to_run():
