@@ -44,7 +44,8 @@ def fold_tile(
     C = tile.shape[1]
     local = target - start
     inside = (local >= 0) & (local < C)
-    u_target[inside] = u[inside.nonzero().squeeze(-1), local[inside]]
+    own = u.gather(-1, torch.where(inside, local, 0).unsqueeze(-1).long()).squeeze(-1)
+    u_target.copy_(torch.where(inside, own, u_target))
     if mean:
         total += u.sum(-1)
     if top1:
@@ -113,7 +114,7 @@ def gradient_tile(
         local = target - start
         inside = (local >= 0) & (local < tile.shape[1])
         own = torch.where(inside, g_logp * scale, 0.0)
-        out.scatter_add_(-1, torch.where(inside, local, 0).unsqueeze(-1), own.unsqueeze(-1))
+        out.scatter_add_(-1, torch.where(inside, local, 0).unsqueeze(-1).long(), own.unsqueeze(-1))
     if bend is not None:
         out.mul_((1 - bend * bend).mul_(logit_scale))
     return out.to(dtype)
