@@ -15,6 +15,14 @@ from rich.console import Console
 from rlloss import arithmetic, demo
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_the_interpreter():
+    """What the kernels compute is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLLOSS_BACKEND", "torch")
+        yield
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")

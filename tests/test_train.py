@@ -37,6 +37,14 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_the_interpreter():
+    """What the kernels compute is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLLOSS_BACKEND", "torch")
+        yield
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A user's directory: policy/, prompts.jsonl, my_rewards.py."""
