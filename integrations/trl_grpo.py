@@ -23,6 +23,8 @@ except ImportError as error:
 
 from rlloss import checks
 from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig, SapoConfig, VespoConfig
+from rlloss.integrations.trl_lm_head import PLANS, patch_trl
+from rlloss.integrations.trl_lm_head import why_not as why_no_patch
 from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.losses import LOSSES, default_denominator, means, policy_loss
 from rlloss.masks import entropy_cutoff, top_entropy_mask
@@ -88,7 +90,7 @@ if not IN_TESTED_RANGE:
 
 @dataclasses.dataclass
 class GRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig, its defaults unchanged, and four options more."""
+    """TRL's GRPOConfig, its defaults unchanged, and six options more."""
 
     epsilon_low: float | None = dataclasses.field(
         default=None,
@@ -123,7 +125,23 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
 
+    lm_head_plan: str = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "How log-probabilities and entropies are computed from the model's hidden states: 'recompute' or "
+            "'keep' (see `rlloss.linear_token_stats`), 'auto': what fits the memory, or 'trl': by TRL's own lm_head."
+        },
+    )
+    lm_head_memory_budget: int | None = dataclasses.field(
+        default=None, metadata={"help": "Bytes of logits that 'keep' may hold. None: 4 V D."}
+    )
+
     def __post_init__(self):
+        checks.one_of("lm_head_plan", self.lm_head_plan, ("trl", *PLANS))
+        checks.require(
+            self.lm_head_plan != "trl" or self.lm_head_memory_budget is None, "lm_head_memory_budget",
+            self.lm_head_memory_budget, "None with lm_head_plan='trl', where it has no effect",
+        )  # fmt: skip
         if self.epsilon_low is not None:
             default = next(f.default for f in dataclasses.fields(trl.GRPOConfig) if f.name == "epsilon")
             if self.epsilon not in (default, self.epsilon_low):
@@ -246,13 +264,21 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Why the model has to be called by TRL or a subclass itself."""
         if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
             return f"TRL {trl.__version__}, whose model returns logits"
-        for name, owner in (("_get_per_token_logps_and_entropies", trl.GRPOTrainer), ("_token_stats", GRPOTrainer)):
-            if name in vars(self) or getattr(type(self), name) is not getattr(owner, name):
+        for name in ("_get_per_token_logps_and_entropies", "_token_stats"):
+            if name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name):
                 return f"{name} overridden"
         return None
 
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""
+        plan = getattr(self.args, "lm_head_plan", "auto")
+        if plan == "trl" or why_no_patch() is not None:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with patch_trl(plan=plan, memory_budget=getattr(self.args, "lm_head_memory_budget", None)):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
     def _token_stats(self, model, inputs):
-        """(logp, entropy, aux loss or None) of the completions from TRL's fused lm_head."""
+        """(logp, entropy, aux loss or None) of the completions."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         return self._get_per_token_logps_and_entropies(

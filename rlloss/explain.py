@@ -29,7 +29,7 @@ def explain_plan(
 
     Args:
         hidden, weight, bias, mask: as for `linear_token_stats`. Only shapes, dtypes, the device and `requires_grad`
-            matter, so hidden and weight may be on the "meta" device; a mask there counts as full.
+            matter, so hidden and weight may be on the "meta" device; a mask there is full, and tiles are a GPU's.
         advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
         config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
         live_share: the share of the rows that count which gets a gradient, where it is known; None:

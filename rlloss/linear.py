@@ -52,7 +52,8 @@ def linear_token_stats(
         plan: "recompute": logits are computed again for the rows with a gradient; 1 + 3r products for a share r of live
             rows, one tile of memory. "keep": the logits of the rows that count are held until the backward, which
             releases them; 1 + 2r products. "auto": the latter where it fits the budget. Under torch.compile
-            "recompute". Look at `explain_plan`.
+            "recompute". Inside a checkpointed region ask for "recompute": what is kept would stay. Look at
+            `explain_plan`.
         memory_budget: bytes that a plan may hold above one tile. None: 4 V D, as much as an fp32 gradient of the
             weight.
         batch_invariant: the bits of a row's logp do not depend on the rows around it; padding to full tiles makes
@@ -156,6 +157,8 @@ def prepare(
             checks.require(
                 not torch.compiler.is_compiling(), "vocab_group", "a process group", "None inside torch.compile"
             )
+            if not isinstance(vocab_group, torch.distributed.ProcessGroup):
+                raise TypeError(f"vocab_group: found {type(vocab_group).__name__}, expected a process group or None")
             shard = shard_of(weight, vocab_group)
     check_rows(
         hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale,

@@ -178,6 +178,8 @@ def prepare_loss(
     batch_invariant, vocab_group, config: LossConfig, cutoff, denominator,
 ) -> Call:  # fmt: skip
     """`linear.prepare` with what the loss says about the gradient before there is one."""
+    if mask is None:
+        raise TypeError("mask: found None, expected a bool tensor [B, T], True where a token counts")
     return prepare(
         hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
         vocab_group, candidates=candidates(advantage, mask, config), live_share=config.top_entropy_quantile,

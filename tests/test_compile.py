@@ -141,6 +141,7 @@ def test_no_recompilation_when_rows_lengths_or_temperature_change():
     # The forward exists for whole and for split rows; narrow for the first, a middle and two kinds of last pass.
     assert counts == {
         "token_stats_forward_kernel": 2, "token_stats_merge_kernel": 1, "token_stats_backward_kernel": 1,
-        "fold_tile_kernel": 1, "gradient_tile_kernel": 1, "loss_gradient_kernel": 1, "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
+        "fold_tile_kernel": 1, "gradient_tile_kernel": 1, "loss_gradient_kernel": 1,
+        "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
         "entropy_narrow_kernel": 4, "entropy_ties_kernel": 1, "entropy_last_tie_kernel": 1,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from trl_harness import (  # noqa: E402
     apply_setting,
     build_trainer,
     draw_setting,
+    lm_head_in_torch,  # noqa: F401
     loss_gradients_metrics,
     random_inputs,
 )
@@ -27,6 +28,8 @@ from trl_harness import (  # noqa: E402
 from rlloss.config import READ_BY, READ_BY_SOME  # noqa: E402
 from rlloss.integrations import trl_grpo  # noqa: E402
 from rlloss.integrations.trl_grpo import MULTIMODAL, OPTIONS, GRPOConfig, GRPOTrainer  # noqa: E402
+from rlloss.integrations.trl_lm_head import why_not as why_no_patch  # noqa: E402
+from rlloss.products import count_products  # noqa: E402
 
 PLAIN = {
     "level": "token", "beta": 0.0, "delta": None, "rho": 1.0, "sampler": None, "sampler_logp": None,
@@ -198,7 +201,10 @@ def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
 def test_every_other_default_is_trls():
     theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
     ours = {f.name: f for f in dataclasses.fields(GRPOConfig)}
-    assert set(ours) - set(theirs) == {"epsilon_low", "entropy_denominator", "zero_advantage", "spread_live_rows"}
+    assert set(ours) - set(theirs) == {
+        "epsilon_low", "entropy_denominator", "zero_advantage", "spread_live_rows", "lm_head_plan",
+        "lm_head_memory_budget",
+    }  # fmt: skip
     assert all(ours[name].default == field.default for name, field in theirs.items())
 
 
@@ -306,3 +312,30 @@ def test_everything_multimodal_that_trl_knows_is_handed_on():
     own |= {"compute_entropy", "compute_aux_loss", "args", "kwargs"}
     known = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
     assert set(known) - own <= set(MULTIMODAL)
+
+
+@pytest.mark.parametrize("plan", ["auto", "keep", "recompute", "trl"])
+def test_the_lm_head_runs_products_for_tokens_that_count_and_live_ones(trainer, monkeypatch, plan):
+    if plan != "trl" and why_no_patch() is not None:
+        pytest.skip(why_no_patch())
+    monkeypatch.setattr(trainer.args, "lm_head_plan", plan)
+    inputs = apply_setting(trainer, draw_setting(0) | PLAIN | {"loss_type": "dapo", "tool_mask": True}, 0)
+    inputs["advantages"] = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    counted = inputs["completion_mask"] * inputs["tool_mask"]
+    with count_products() as products:
+        loss, _, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    if plan == "trl":
+        assert products.unit == 0
+        return
+    weight = trainer.model.get_output_embeddings().weight
+    assert products.unit == products.flop["logits"] == 2 * int(counted.sum()) * weight.numel()
+    live = int((counted * (inputs["advantages"] != 0).unsqueeze(1)).sum())
+    assert 0 < products.flop["weight_grad"] <= 2 * live * weight.numel()
+    assert (products.flop["recompute"] > 0) == (plan == "recompute")
+
+
+def test_a_budget_for_trls_own_lm_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="lm_head_memory_budget: found 1000, expected None with lm_head_plan='trl'"):
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, lm_head_plan="trl", lm_head_memory_budget=1000)
+    with pytest.raises(ValueError, match="lm_head_plan: found 'fast', expected one of"):
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, lm_head_plan="fast")

@@ -20,6 +20,7 @@ from trl_harness import (  # noqa: E402
     compare_setting,
     draw_setting,
     end_step,
+    lm_head_in_torch,  # noqa: F401
     loss_gradients_metrics,
     setting_inputs,
 )

@@ -19,7 +19,7 @@ SPLIT = (70, 31)  # one rank's part is smaller, and one row has nothing above -i
 def inputs():
     g = torch.Generator().manual_seed(0)
     V, D, B, T = sum(SPLIT), 12, 3, 5
-    hidden, weight, bias = torch.randn(B, T, D, generator=g), torch.randn(V, D, generator=g), torch.randn(V, generator=g)
+    hidden, weight, bias = (torch.randn(*shape, generator=g) for shape in ((B, T, D), (V, D), (V,)))
     bias[: SPLIT[0]][3] = -torch.inf
     target = torch.randint(0, V, (B, T), generator=g)
     target[target == 3] = 4

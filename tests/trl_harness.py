@@ -4,11 +4,14 @@ import math
 import random
 from pathlib import Path
 
+import pytest
 import torch
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from rlloss import lm_head, tiled_linear
 
 VOCABULARY = 48
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -216,6 +219,12 @@ def end_step(trainer, ends: bool) -> None:
     trainer.accelerator.gradient_state._set_sync_gradients(ends)
 
 
+@pytest.fixture(autouse=True)
+def lm_head_in_torch(monkeypatch):
+    """For test files that import it: an interpreted program for every row takes a while; tests/test_linear.py has it."""
+    monkeypatch.setattr(lm_head, "_folder", lambda x: tiled_linear)
+
+
 class Rivals:
     """TRL's loss and ours on one trainer, each with an entropy controller of its own."""
 
@@ -224,7 +233,11 @@ class Rivals:
         self.theirs = self.ours = {name: getattr(trainer, name) for name in CONTROLLER}
 
     def compare(self, inputs, note) -> None:
-        expected, self.theirs = self._step(TRLS_LOSS, inputs, self.theirs)
+        plan, self.trainer.args.lm_head_plan = self.trainer.args.lm_head_plan, "trl"
+        try:
+            expected, self.theirs = self._step(TRLS_LOSS, inputs, self.theirs)
+        finally:
+            self.trainer.args.lm_head_plan = plan
         found, self.ours = self._step(self.our_loss, inputs, self.ours)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7, msg=lambda m: f"{note}: loss: {m}")
         scale = expected[1].norm().item()
