@@ -221,7 +221,7 @@ def end_step(trainer, ends: bool) -> None:
 
 @pytest.fixture(autouse=True)
 def lm_head_in_torch(monkeypatch):
-    """For test files that import it: an interpreted program for every row takes a while; tests/test_linear.py has it."""
+    """For test files that import it: an interpreted program a row takes a while; tests/test_linear.py has it."""
     monkeypatch.setattr(lm_head, "_folder", lambda x: tiled_linear)
 
 
