@@ -113,13 +113,13 @@ def test_the_example_of_the_docstring_runs(monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: build())
     names = {"ids": ids, "attention_mask": attention, "mask": mask, "advantage": advantage}
     names |= {"torch": torch, "linear_token_stats": linear_token_stats}
-    blocks = re.findall(r"(?:^    .*\n|^\n)+", transformers_lm_head.__doc__, flags=re.MULTILINE)
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", transformers_lm_head.__doc__, flags=re.MULTILINE)  # type: ignore
     code = [textwrap.dedent(block) for block in blocks if block.strip()]
     assert len(code) == 2
     for block in code:
         exec(block, names)
-    assert names["loss"].requires_grad and names["model"].lm_head.weight.grad.abs().sum() > 0
-    assert names["old_logp"].shape == mask.shape
+    assert names["loss"].requires_grad and names["model"].lm_head.weight.grad.abs().sum() > 0  # type: ignore
+    assert names["old_logp"].shape == mask.shape  # type: ignore
 
 
 def test_more_inputs_reach_the_backbone():
@@ -281,13 +281,13 @@ def _compare(rank):
 
     sharded = copy.deepcopy(module)
     mesh = dist.init_device_mesh("cpu", (2,))
-    for layer in sharded.model.model.layers:
+    for layer in sharded.model.model.layers:  # type: ignore
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     with pytest.raises(ValueError, match=r"sharded \(DTensor\).*CausalLMWithLoss"):
         lm_head_of(sharded.model)
     found = gradients(sharded, sharded(**mine, denominator=denominator / 2).loss)
-    assert_same({name: g.full_tensor() for name, g in found.items()}, expected)
+    assert_same({name: g.full_tensor() for name, g in found.items()}, expected)  # type: ignore
 
 
 def test_two_ranks_with_ddp_and_fsdp_are_one_process(tmp_path):
