@@ -210,6 +210,7 @@ def test_step(benchmark, name):
     contender = entrants[name]
     benchmark.group = "an update step"
     entry = examine(contender, inputs, None if name == "TRL" else expected)
+    assert not entry["status"].startswith("wrong"), entry["status"]
     if entry["status"] != "measured":
         pytest.skip(f"{name}: {entry['status']}")
     benchmark.extra_info.update(entry["errors"] | {"peak_bytes": entry["peak_bytes"]})

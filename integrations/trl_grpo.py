@@ -133,7 +133,7 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
     lm_head_memory_budget: int | None = dataclasses.field(
-        default=None, metadata={"help": "Bytes of logits that 'keep' may hold. None: 4 V D."}
+        default=None, metadata={"help": "Bytes of logits that 'keep' may hold. None: 2 V D."}
     )
 
     def __post_init__(self):

@@ -81,7 +81,7 @@ class LmHead:
         )  # fmt: skip
         if not torch.is_autocast_enabled(hidden.device.type):
             # As TRL has it: an fp32 head of a bf16 model is run in bf16, unless cast_lm_head_to_fp32 made hidden fp32.
-            call = call._replace(settings=(hidden.dtype, *call.settings[1:]))
+            call = call._replace(settings=call.settings._replace(compute_dtype=hidden.dtype))
         wanted = tuple(ours for theirs, ours in OUTPUTS.items() if theirs in outputs or theirs == "log_probs")
         # Where the entropy is only logged, no gradient comes in for it, and none is computed.
         stats = call.stats(wanted, entropy_grad="entropy" in outputs)
@@ -137,7 +137,7 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | None = None, batch_inv
 
     Args:
         plan: "recompute", "keep" or "auto", as for `linear_token_stats`.
-        memory_budget: bytes for kept logits; None: 4 V D.
+        memory_budget: bytes for kept logits; None: 2 V D.
         batch_invariant: the bits of a token's log-probability do not depend on its batch.
 
     Raises:

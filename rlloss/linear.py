@@ -8,10 +8,10 @@ from torch import Tensor
 
 from rlloss import checks
 from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, flat, linear_token_stats_op
-from rlloss.lm_head import Wanted
+from rlloss.lm_head import Settings, Wanted
 from rlloss.ops import OUTPUTS, TokenStats, check_rows
 from rlloss.plans import PlanReport, Work, make_plan
-from rlloss.vocab_shard import Shard, shard_of
+from rlloss.vocab_shard import shard_of
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -54,8 +54,8 @@ def linear_token_stats(
             releases them; 1 + 2r products. "auto": the latter where it fits the budget. Under torch.compile
             "recompute". Inside a checkpointed region ask for "recompute": what is kept would stay. Look at
             `explain_plan`.
-        memory_budget: bytes that a plan may hold above one tile. None: 4 V D, as much as an fp32 gradient of the
-            weight.
+        memory_budget: bytes that a plan may hold above one tile. None: 2 V D, half an fp32 gradient of the weight;
+            D / 2 rows fit.
         batch_invariant: the bits of a row's logp do not depend on the rows around it; padding to full tiles makes
             small batches dearer.
         vocab_group: process group over which the vocabulary is split: weight, and bias, are this rank's entries, in the
@@ -87,7 +87,7 @@ class Call(NamedTuple):
     bias: Tensor | None
     mask: Tensor | None
     rows: Rows
-    settings: tuple[torch.dtype, bool, Shard | None]  # of a `Head`
+    settings: Settings
     gather: Gather
     counted: Tensor | None = None
     report: PlanReport | None = None
@@ -172,15 +172,15 @@ def prepare(
         None if softcap is None else float(softcap),
         float(logit_scale),
     )
-    call = Call(hidden, weight, bias, mask, rows, (dtype, batch_invariant, shard), gather)
+    call = Call(hidden, weight, bias, mask, rows, Settings(dtype, batch_invariant, shard), gather)
     if torch.compiler.is_compiling():
         checks.require(plan in ("auto", "recompute"), "plan", repr(plan), "'auto' or 'recompute' inside torch.compile")
         return call
     counted = counted_rows(mask)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     report, keep = choose(
-        hidden, weight, (V, D), counted, candidates if needs_gradient else None, live_share, plan, memory_budget,
-        batch_invariant, needs_gradient, no_gradient_in_forward,
+        hidden, weight, (V if shard is None else shard.largest, D), counted, candidates if needs_gradient else None,
+        live_share, plan, memory_budget, batch_invariant, needs_gradient, no_gradient_in_forward,
     )  # fmt: skip
     return call._replace(counted=counted, report=report, keep=keep)
 

@@ -24,8 +24,16 @@ INVARIANT_ROWS = {"cpu": 128}
 GPU_INVARIANT_ROWS = 512
 
 
+class Settings(NamedTuple):
+    """compute_dtype: to which operands are rounded. shard: of the vocabulary, None: it is whole."""
+
+    compute_dtype: torch.dtype
+    batch_invariant: bool = False
+    shard: Shard | None = None
+
+
 class Head(NamedTuple):
-    """weight [V, D] and bias [V] or None, of a `shard` this rank's; compute_dtype: to which operands are rounded."""
+    """weight [V, D] and bias [V] or None, of a `shard` this rank's; then the fields of `Settings`."""
 
     weight: Tensor
     bias: Tensor | None

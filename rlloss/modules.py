@@ -104,7 +104,7 @@ class LinearGRPOLoss(nn.Module):
             settings by which a token's coefficient depends on no other token (a ratio per token, no off-policy mask,
             top_entropy_quantile=1 or a `cutoff`). "auto": the one with the fewest products whose memory fits.
             `explain_plan` says which.
-        memory_budget: bytes that a plan may take above inputs, gradients and one tile. None: 4 V D.
+        memory_budget: bytes that a plan may take above inputs, gradients and one tile. None: 2 V D.
         batch_invariant: the bits of a row's logp do not depend on the rows around it.
         vocab_group: process group over which the vocabulary is split, as for `linear_token_stats`.
     """

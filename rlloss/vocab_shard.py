@@ -9,11 +9,15 @@ from rlloss.tiled import FLOOR
 
 
 class Shard(NamedTuple):
-    """This rank's entries offset .. offset + its own number of a vocabulary of `total`, in the order of the ranks."""
+    """This rank's entries offset .. offset + its own number of a vocabulary of `total`, in the order of the ranks.
+
+    largest: most entries of a rank, by which all take the same plan: their collectives have to match.
+    """
 
     group: Any
     offset: int
     total: int
+    largest: int
 
     def merge(self, state: Tensor, k: Tensor | float) -> Tensor:
         """The running statistics [7, N] of all ranks' entries from those of this rank's. k as in the kernels."""
@@ -38,4 +42,4 @@ def shard_of(weight: Tensor, group: Any) -> Shard:
     sizes = [torch.zeros_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(sizes, own, group=group)
     counts = [int(size) for size in sizes]
-    return Shard(group, sum(counts[: distributed.get_rank(group)]), sum(counts))
+    return Shard(group, sum(counts[: distributed.get_rank(group)]), sum(counts), max(counts))
