@@ -285,11 +285,12 @@ def products(peer: Peer, case: Case) -> float:
     return counted.flop / case.unit
 
 
-def bare_products(case: Case, *, again: bool, tiled: bool) -> Callable[[], object]:
+def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) -> Callable[[], object]:
     """The products of a step and nothing else: 1 + 3r units, or 1 + 2r where the logits are not made `again`.
 
     tiled: a block of the vocabulary at a time, as rlloss does; otherwise each of them as one product. The operands
-    are compact and in the dtype that rlloss multiplies in, before the clock starts; so are the results' places.
+    are compact and in the dtype that rlloss multiplies in, before the clock starts; so are the results' places, but
+    for the weight's gradient where it is to be `fresh`, as that of every backward is.
     """
     counted = case.mask.flatten().nonzero().squeeze(-1)
     hidden = case.hidden.flatten(0, 1)[counted]
@@ -304,9 +305,10 @@ def bare_products(case: Case, *, again: bool, tiled: bool) -> Callable[[], objec
     logits = torch.zeros((min(rows, n), width), dtype=wide, device=hidden.device)
     gradient = logits[:L] if logits.dtype == hidden.dtype else torch.randn_like(logits, dtype=hidden.dtype)[:L]
     d_hidden = torch.empty((L, D), dtype=wide, device=hidden.device)
-    d_weight = torch.empty((V, D), dtype=wide, device=hidden.device)
+    place = torch.empty((V, D), dtype=wide, device=hidden.device)
 
     def run() -> None:
+        d_weight = lm_head.fresh_gradient(place) if fresh else place
         for start in range(0, V, width):
             w = W[start : start + width]
             for x in hidden.split(rows):

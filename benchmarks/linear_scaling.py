@@ -83,13 +83,14 @@ def measure(base: tuple[int, int, int], rounds: int) -> dict:
         slope = exponent(sizes, values)
         found["time"][size] = {"sizes": sizes, "seconds": values, "exponent": slope, "met": slope <= EXPONENT}
     runs.clear()
-    return found | {"memory": memory(4096 if CUDA else 1024, V, 32)}
+    return found | {"memory": memory(4096 if CUDA else 1024, V, 256)}
 
 
 def memory(N: int, V: int, D: int) -> dict:
     """Peaks in bytes at N and V and their doubles, and their part that grows as N * V, as a share of fp32 logits.
 
-    That part is what doubling both adds beyond what doubling each does; gradients and a tile drop out of it. {"peaks":
+    That part is what doubling both adds beyond what doubling each does; gradients and a tile drop out of it. D has to be
+    large enough for the weight's gradient to put the peak into the backward at every size. {"peaks":
     {plan: [[N, V, bytes], ...]}, "share": {plan: ...}, "met"}. The plan "keep" is the witness: it holds N * V logits.
     """
     gc.collect()

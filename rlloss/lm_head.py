@@ -141,6 +141,13 @@ def _folder(x: Tensor):
     return tiled_linear if backends.choose_backend(x) == "torch" else backends.triton_linear
 
 
+def fresh_gradient(weight: Tensor) -> Tensor:
+    """Contiguous memory for the gradient of the weight, for products to write to."""
+    # A product on a CPU also reads the fresh pages that it writes: two page faults each, one if they are filled before.
+    make = torch.zeros if weight.is_cpu and weight.dtype.itemsize >= 4 else torch.empty
+    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
 def _chunks(n: int, size: int) -> Iterator[slice]:
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
@@ -293,7 +300,7 @@ def backward(
     if into is not None:
         g_weight, g_bias = into.weight, into.bias
     else:
-        g_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if needed[1] else None
+        g_weight = fresh_gradient(head.weight) if needed[1] else None
         g_bias = torch.empty((V,), dtype=dtype, device=device) if needed[2] else None
     buffer = None
     for i, (start, stop) in enumerate(blocks(V, width)):

@@ -49,6 +49,7 @@ def test_the_program_runs(tmp_path, capsys):
             "TRL": 4 * 4 * 16 / result["counted"],
             "naive": 3 * 4 * 16 / result["counted"],
             "bare 1 + 3r": 1 + 3 * r,
+            "bare 1 + 3r, fresh": 1 + 3 * r,
             "bare 1 + 2r": 1 + 2 * r,
         }.items():
             assert entries[name]["status"] == "measured" and len(entries[name]["seconds"]) == 2
@@ -145,17 +146,18 @@ def test_one_that_cannot_select_is_checked_with_every_token_kept():
 
 
 @pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("again, gradients", [(True, 3), (False, 2)])
-def test_the_bare_products_are_as_many(tiled, again, gradients):
+def test_the_bare_products_are_as_many(tiled, again, gradients, fresh):
     case, _ = solved()
     with linear_peers._Flop() as counted:
-        linear_peers.bare_products(case, again=again, tiled=tiled)()
+        linear_peers.bare_products(case, again=again, tiled=tiled, fresh=fresh)()
     assert counted.flop == 2 * 16 * 96 * (case.counted + gradients * case.live)
 
 
 def made_up(dtype, rho, shape=bench.SHAPE_A, **seconds):
     peers = {name: {"seconds": values, "peak_bytes": 100 * len(name)} for name, values in seconds.items()}
-    bare = {"bare 1 + 3r": {"seconds": [1.0, 1.0]}}
+    bare = {"bare 1 + 3r": {"seconds": [1.0, 1.0]}, "bare 1 + 3r, fresh": {"seconds": [1.7, 1.7]}}
     return {"shape": shape._asdict(), "dtype": dtype, "rho": rho, "peers": peers, "bare": bare}
 
 
@@ -173,7 +175,8 @@ def test_the_targets_are_judged_by_medians():
     assert found["float32", 0.2, "peak_bytes", "naive"] == (pytest.approx(6 / 5), False)
     assert found["float32", 1.0, "seconds", "TRL"] == (pytest.approx(1 / 2.7), False)
     assert found["float32", 1.0, "seconds", "bare 1 + 3r"] == (pytest.approx(1.19), True)
-    assert len(judged) == 8 and not any(j["dtype"] == "bfloat16" for j in judged)
+    assert found["float32", 1.0, "seconds", "bare 1 + 3r, fresh"] == (pytest.approx(0.7), True)
+    assert len(judged) == 10 and not any(j["dtype"] == "bfloat16" for j in judged)
     lines = bench._judged_lines(judged)
     assert "| float32, rho 0.2 | time of rlloss / TRL | 1/5 | 1/5 | met |" in lines
     assert "| float32, rho 1 | time of rlloss / TRL | 1/2.7 | 1/2.8 | missed |" in lines
