@@ -6,7 +6,8 @@ Under pytest (`make bench`) pytest-benchmark times one contender after the other
     python benchmarks/bench_linear.py [--rounds 9] [--scaling]
 
 the contenders take turns; it prints Markdown tables and writes them with all samples to
-benchmarks/results/<device>/linear.{md,json}. --scaling adds how time and memory grow with each size.
+benchmarks/results/<device>/linear.{md,json}, or files of another --name. --scaling adds how time and memory grow with
+each size.
 """
 
 import argparse
@@ -311,6 +312,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--scaling", action="store_true", help="how time and memory grow with N, V, D and r, too")
     parser.add_argument("--scaling-base", type=int, nargs=3, metavar=("N", "V", "D"), default=linear_scaling.BASE)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--name", default="linear", help="of the files written (default %(default)s)")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds: found {options.rounds}, expected at least 2")
@@ -330,9 +332,9 @@ def main(arguments: list[str] | None = None) -> dict:
     report["conditions"]["load_after"] = conditions(options.rounds)["load"]
     folder = options.out / report["conditions"]["slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "linear.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = markdown(report, contenders)
-    (folder / "linear.md").write_text(text, encoding="utf-8")
+    (folder / f"{options.name}.md").write_text(text, encoding="utf-8")
     print(text)
     return report
 

@@ -4,7 +4,8 @@ first checked to give the same loss, gradients and metrics.
     python benchmarks/bench_step.py [--rounds 9]
 
 Under pytest (`make bench`) pytest-benchmark times one contender after the other. As a program the contenders take
-turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}.
+turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}, or files of
+another --name. --beta adds the KL to a reference model, by which every completion gets a gradient.
 """
 
 import argparse
@@ -24,7 +25,16 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]  # in a checkout
 
 from bench_token_stats import CUDA, ROOT, conditions, peak_bytes, refuse_interpreter, seconds  # noqa: E402
-from step_trainers import MODES, RHO, Contender, Result, Size, contenders, make_batch  # noqa: E402
+from step_trainers import (  # noqa: E402
+    MODES,
+    RHO,
+    Contender,
+    Result,
+    Size,
+    add_reference,
+    contenders,
+    make_batch,
+)
 
 from rlloss import count_products  # noqa: E402
 
@@ -35,6 +45,7 @@ NOTES = (
     "TRL, patch_trl(): the same, its fused lm_head replaced by rlloss's",
     "rlloss: the same of rlloss's GRPOTrainer, by `zero_advantage`; forward_only is its default",
     "backbone: the model without its head, forward and backward; the rest of a step is the head and the loss",
+    "generation: as many tokens as the batch has columns, by the same model in transformers; not part of the others",
 )
 
 
@@ -96,6 +107,13 @@ def backbones(model, inputs: dict) -> dict[str, Callable[[], object]]:
     }
 
 
+def generation(model, inputs: dict) -> Callable[[], object]:
+    """The completions of a batch sampled, none of them ending early."""
+    T = inputs["completion_ids"].shape[1]
+    prompt = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
+    return functools.partial(model.generate, **prompt, do_sample=True, min_new_tokens=T, max_new_tokens=T)
+
+
 def examine(contender: Contender, inputs: dict, expected: Result | None) -> dict:
     """{"status"} and, of a contender that is there and right, "errors", "units" (of rlloss's head), "peak_bytes"."""
     if contender.why_not is not None:
@@ -114,9 +132,11 @@ def examine(contender: Contender, inputs: dict, expected: Result | None) -> dict
     return entry
 
 
-def compare(size: Size, rounds: int) -> dict:
+def compare(size: Size, rounds: int, beta: float = 0.0) -> dict:
     """Everyone in turns: {"contenders": {name: see `examine`, "seconds"}, "parts": {name: seconds}, see `judge`}."""
-    entrants, inputs = contenders(size), make_batch(size)
+    entrants, inputs = contenders(size, beta), make_batch(size)
+    if beta != 0.0:
+        add_reference(entrants[0].trainer, inputs)
     expected = entrants[0].result(inputs)
     found = {c.name: examine(c, inputs, None if c is entrants[0] else expected) for c in entrants}
     del expected
@@ -125,6 +145,7 @@ def compare(size: Size, rounds: int) -> dict:
         if found[c.name]["status"] == "measured":
             runs[c.name] = functools.partial(c.step, inputs), c.clear
     parts = backbones(entrants[0].trainer.model, inputs)
+    parts["generation"] = generation(entrants[0].trainer.model, inputs)
     runs |= {name: (run, entrants[0].clear) for name, run in parts.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -141,11 +162,13 @@ def compare(size: Size, rounds: int) -> dict:
     mask = inputs["completion_mask"]
     return {
         "size": size._asdict(),
+        "beta": beta,
         "counted": int(mask.sum()),
         "with_signal": int(mask[inputs["advantages"] != 0].sum()),
         "contenders": found,
         "parts": {name: samples[name] for name in parts},
         **judge(found),
+        **({} if size == Size() and beta == 0.0 else {"target": None, "met": None}),
     }
 
 
@@ -173,7 +196,7 @@ def markdown(report: dict) -> str:
         "",
         f"Loss and backward of one micro-batch, fp32: {size.B} completions of {size.T} columns after {size.P} of "
         f"prompt, {found['counted']} tokens count, {found['with_signal']} of them in a group with a signal, "
-        f"top_entropy_quantile {RHO}; a Llama of {size.layers} layers, D {size.D}, V {size.V}. Products: of rlloss's "
+        f"top_entropy_quantile {RHO}, beta {found['beta']:g}; a Llama of {size.layers} layers, D {size.D}, V {size.V}. Products: of rlloss's "
         "lm_head, in logits of all tokens that it was given. Errors against TRL: loss, gradient, the parameter and the "
         "metric furthest off. Memory: the peak above model and batch, gradients included.",
         "",
@@ -191,9 +214,10 @@ def markdown(report: dict) -> str:
             f"| {name} | {_times(entry['seconds'])} | {found['ratios'][name]:.3f} | {memory} | {units} | {errors} |"
         )
     lines += [f"| {name} | {_times(values)} | | | | |" for name, values in found["parts"].items()]
-    verdict = {None: "not measured", True: "met", False: "missed"}[found["met"]]
-    lines += ["", f"Target: at most {found['target']} of TRL's time with rlloss's defaults: {verdict}.", ""]
-    lines += [f"- {note}." for note in NOTES]
+    if found["target"] is not None:
+        verdict = {None: "not measured", True: "met", False: "missed"}[found["met"]]
+        lines += ["", f"Target: at most {found['target']} of TRL's time with rlloss's defaults: {verdict}."]
+    lines += ["", *(f"- {note}." for note in NOTES)]
     return "\n".join(lines) + "\n"
 
 
@@ -228,19 +252,21 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 9, help="samples of each (default %(default)s)")
     for name, default in Size()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(default %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.0, help="of the KL (default %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--name", default="step", help="of the files written (default %(default)s)")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds: found {options.rounds}, expected at least 2")
     refuse_interpreter()
     size = Size(*(getattr(options, name) for name in Size._fields))
-    report: dict = {"conditions": conditions(options.rounds), "result": compare(size, options.rounds)}
+    report: dict = {"conditions": conditions(options.rounds), "result": compare(size, options.rounds, options.beta)}
     report["conditions"]["load_after"] = conditions(options.rounds)["load"]
     folder = options.out / report["conditions"]["slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = markdown(report)
-    (folder / "step.md").write_text(text, encoding="utf-8")
+    (folder / f"{options.name}.md").write_text(text, encoding="utf-8")
     print(text)
     return report
 

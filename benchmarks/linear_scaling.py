@@ -83,7 +83,7 @@ def measure(base: tuple[int, int, int], rounds: int) -> dict:
         slope = exponent(sizes, values)
         found["time"][size] = {"sizes": sizes, "seconds": values, "exponent": slope, "met": slope <= EXPONENT}
     runs.clear()
-    return found | {"memory": memory(4096 if CUDA else 1024, V, 256)}
+    return found | {"memory": memory(4096 if CUDA else 1024, V, 512)}
 
 
 def memory(N: int, V: int, D: int) -> dict:

@@ -106,6 +106,16 @@ def make_batch(size: Size, fill: float = 0.55) -> dict[str, Any]:
     return {name: x.to(DEVICE) for name, x in inputs.items()}
 
 
+def add_reference(trainer, inputs: dict) -> None:
+    """Log-probabilities of a reference model: the trainer's own, a tenth of a nat off."""
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        T = inputs["completion_ids"].shape[1]
+        logp, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, T)
+    noise = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1)).to(logp.device)
+    inputs["ref_per_token_logps"] = logp + 0.1 * noise
+
+
 @dataclass
 class Contender:
     """A trainer and how it makes a step. mode: rlloss's zero_advantage. why_not: why there is no number."""
@@ -150,11 +160,11 @@ def _patch() -> Callable[[], contextlib.AbstractContextManager] | None:
     return importlib.import_module(name).patch_trl if importlib.util.find_spec(name) else None
 
 
-def contenders(size: Size) -> list[Contender]:
+def contenders(size: Size, beta: float = 0.0) -> list[Contender]:
     """TRL first, then its trainer under `patch_trl`, which is undone after each step, and rlloss's modes."""
     trl: Any = importlib.import_module("trl")
     trl_grpo: Any = importlib.import_module("rlloss.integrations.trl_grpo")
-    found = [Contender("TRL", build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size))]
+    found = [Contender("TRL", build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta))]
     patch = _patch()
     under = Contender("TRL, patch_trl()")
     if patch is None:
@@ -162,8 +172,8 @@ def contenders(size: Size) -> list[Contender]:
     else:
         under.context = patch
         with patch():
-            under.trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size)
-    ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size)
+            under.trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
+    ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size, beta=beta)
     has_modes = hasattr(ours.args, "zero_advantage")
     for mode in MODES if has_modes else (None,):
         contender = Contender(f"rlloss {mode}" if mode else "rlloss", ours, mode)

@@ -196,14 +196,17 @@ def step():
 
 
 class TestStep:
-    def test_the_program_runs(self, step, tmp_path):
+    @pytest.mark.parametrize("beta", ["0", "0.04"])
+    def test_the_program_runs(self, step, tmp_path, beta):
         size = "--B 8 --P 4 --T 8 --D 16 --V 64 --layers 1 --F 24 --heads 2".split()
-        report = step.main(["--rounds", "2", *size, "--out", str(tmp_path)])
-        (text,) = tmp_path.glob("*/step.md")
+        report = step.main(["--rounds", "2", *size, "--beta", beta, "--name", "small", "--out", str(tmp_path)])
+        (text,) = tmp_path.glob("*/small.md")
         assert json.loads(text.with_suffix(".json").read_text())["result"]["size"]["V"] == 64
         found = report["result"]["contenders"]
         for name in ("TRL", "rlloss keep", "rlloss forward_only"):
             assert found[name]["status"] == "measured" and len(found[name]["seconds"]) == 2
+        units = found["rlloss forward_only"]["units"]
+        assert units == pytest.approx(4.0) if beta != "0" else units < 3.0  # with a KL every token is live
         assert found["rlloss drop"]["status"].startswith("refused: ") and not found["rlloss drop"]["seconds"]
         assert 0 < report["result"]["with_signal"] < report["result"]["counted"]
 
