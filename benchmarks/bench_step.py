@@ -4,8 +4,8 @@ first checked to give the same loss, gradients and metrics.
     python benchmarks/bench_step.py [--rounds 9]
 
 Under pytest (`make bench`) pytest-benchmark times one contender after the other. As a program the contenders take
-turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}, or files of
-another --name. --beta adds the KL to a reference model, by which every completion gets a gradient.
+turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}, or files
+of another --name. --beta adds the KL to a reference model, by which every completion gets a gradient.
 """
 
 import argparse
@@ -196,9 +196,9 @@ def markdown(report: dict) -> str:
         "",
         f"Loss and backward of one micro-batch, fp32: {size.B} completions of {size.T} columns after {size.P} of "
         f"prompt, {found['counted']} tokens count, {found['with_signal']} of them in a group with a signal, "
-        f"top_entropy_quantile {RHO}, beta {found['beta']:g}; a Llama of {size.layers} layers, D {size.D}, V {size.V}. Products: of rlloss's "
-        "lm_head, in logits of all tokens that it was given. Errors against TRL: loss, gradient, the parameter and the "
-        "metric furthest off. Memory: the peak above model and batch, gradients included.",
+        f"top_entropy_quantile {RHO}, beta {found['beta']:g}; a Llama of {size.layers} layers, D {size.D}, V {size.V}. "
+        "Products: of rlloss's lm_head, in logits of all tokens that it was given. Errors against TRL: loss, gradient, "
+        "the parameter and the metric furthest off. Memory: the peak above model and batch, gradients included.",
         "",
         "| | median ms [quartiles] | of TRL's time | peak memory | products | errors |",
         "|---|---|---|---|---|---|",

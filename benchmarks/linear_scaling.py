@@ -89,9 +89,9 @@ def measure(base: tuple[int, int, int], rounds: int) -> dict:
 def memory(N: int, V: int, D: int) -> dict:
     """Peaks in bytes at N and V and their doubles, and their part that grows as N * V, as a share of fp32 logits.
 
-    That part is what doubling both adds beyond what doubling each does; gradients and a tile drop out of it. D has to be
-    large enough for the weight's gradient to put the peak into the backward at every size. {"peaks":
-    {plan: [[N, V, bytes], ...]}, "share": {plan: ...}, "met"}. The plan "keep" is the witness: it holds N * V logits.
+    That part is what doubling both adds beyond what doubling each does; gradients and a tile drop out of it. D has
+    to be large enough for the weight's gradient to put the peak into the backward at every size. {"peaks": {plan:
+    [[N, V, bytes], ...]}, "share": {plan: ...}, "met"}. The plan "keep" is the witness: it holds N * V logits.
     """
     gc.collect()
     peaks: dict[str, list] = {}
