@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 
@@ -15,7 +16,12 @@ def values_checked(x: torch.Tensor) -> bool:
 
 def require(condition: bool, name: str, found: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name}: found {found}, expected {expected}")
+        fail(name, found, expected)
+
+
+def fail(name: str, found: object, expected: str) -> NoReturn:
+    """For a message that names a setting: torch.compile makes a float that changes symbolic, and no text of it."""
+    raise ValueError(f"{name}: found {found}, expected {expected}")
 
 
 def one_of(name: str, found: object, allowed: Iterable[object]) -> None:

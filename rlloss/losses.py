@@ -317,24 +317,22 @@ def checked(
             tuple(sampler_ratio.shape) in {(B, 1), (B, T)}, "sampler_ratio", f"shape {tuple(sampler_ratio.shape)}",
             f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})",
         )  # fmt: skip
-    checks.require(
-        (ref_logp is not None) == (config.beta != 0.0), "ref_logp", "None" if ref_logp is None else "a tensor",
-        f"{'a tensor' if config.beta != 0.0 else 'None'} with beta={config.beta}",
-    )  # fmt: skip
+    if ref_logp is None and config.beta != 0.0:
+        checks.fail("ref_logp", None, f"a tensor with beta={config.beta}")
+    checks.require(ref_logp is None or config.beta != 0.0, "ref_logp", "a tensor", "None with beta=0.0")
     checks.require(
         sampler_logp is None or config.off_policy_threshold is not None, "sampler_logp", "a tensor",
         "None with off_policy_threshold=None, where it has no effect",
     )  # fmt: skip
     needs_entropy = config.top_entropy_quantile < 1.0 or config.entropy_coef != 0.0
-    checks.require(
-        entropy is not None or not needs_entropy, "entropy", None,
-        f"a [B, T] tensor with top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}",
-    )  # fmt: skip
+    if entropy is None and needs_entropy:
+        settings = f"top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}"
+        checks.fail("entropy", None, f"a [B, T] tensor with {settings}")
     has_gradient = entropy is not None and entropy.requires_grad
-    checks.require(
-        config.entropy_coef == 0.0 or has_gradient or not torch.is_grad_enabled(),
-        "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}",
-    )  # fmt: skip
+    if config.entropy_coef != 0.0 and not has_gradient and torch.is_grad_enabled():
+        checks.fail(
+            "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}"
+        )
     checks.require(
         cutoff is None or (config.top_entropy_quantile < 1.0 and not config.exact_k), "cutoff", cutoff,
         "None with top_entropy_quantile=1.0 or exact_k, where it has no effect",
