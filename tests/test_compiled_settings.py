@@ -25,9 +25,10 @@ def test_settings_that_change_stay_in_one_graph(linear, schedule):
 
     def loss(hidden, weight, config, temperature):
         ref_logp = torch.full((B, T), -4.0) if config.beta != 0.0 else None
-        inputs = (hidden, weight) if linear else (hidden @ weight.T,)
-        module = LinearGRPOLoss(config) if linear else GRPOLoss(config)
-        return module(*inputs, target, advantage, **given, ref_logp=ref_logp, temperature=temperature).loss
+        options = {**given, "ref_logp": ref_logp, "temperature": temperature}
+        if linear:
+            return LinearGRPOLoss(config)(hidden, weight, target, advantage, **options).loss
+        return GRPOLoss(config)(hidden @ weight.T, target, advantage, **options).loss
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
