@@ -32,10 +32,10 @@ def test_settings_that_change_stay_in_one_graph(linear, schedule):
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for settings in SCHEDULES[schedule]:
+    for config, temperature in SCHEDULES[schedule]:
         found = []
         for function in (loss, compiled):
             leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-            value = function(*leaves, *settings)
+            value = function(leaves[0], leaves[1], config, temperature)
             found.append((value.detach(), *torch.autograd.grad(value, leaves)))
         torch.testing.assert_close(found[1], found[0])
