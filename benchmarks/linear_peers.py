@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlloss import LinearGRPOLoss, LossConfig, count_products, explain_plan, lm_head, reference
+from rlloss.products import operands_in
 
 CLIP = (0.2, 0.28)
 ENTROPY_ROWS = 128  # of the naive peer's entropies at a time
@@ -308,7 +309,10 @@ def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) 
     place = torch.empty((V, D), dtype=wide, device=hidden.device)
 
     def run() -> None:
-        d_weight = lm_head.fresh_gradient(place) if fresh else place
+        with operands_in(case.weight.dtype, hidden):
+            run_products(lm_head.fresh_gradient(place) if fresh else place)
+
+    def run_products(d_weight: Tensor) -> None:
         for start in range(0, V, width):
             w = W[start : start + width]
             for x in hidden.split(rows):

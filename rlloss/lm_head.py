@@ -155,7 +155,7 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 
 def _logits(head: Head, hidden: Tensor, w: Tensor, start: int, out: Tensor, kind: str) -> Tensor:
     """out [R, C] = the raw logits of entries start .. start + C - 1."""
-    multiply(out, hidden, w.t(), kind)
+    multiply(out, hidden, w.t(), kind, dtype=head.compute_dtype)
     if head.bias is not None:
         out.add_(head.bias[start : start + out.shape[1]].to(out.dtype))
     return out
@@ -330,9 +330,9 @@ def backward(
             add = into is not None or r.start > 0
             if g_hidden is not None:
                 assert w is not None
-                multiply(g_hidden[r], gradient, w, "hidden_grad", add=start > 0)
+                multiply(g_hidden[r], gradient, w, "hidden_grad", add=start > 0, dtype=head.compute_dtype)
             if total is not None:
-                multiply(total, gradient.t(), hidden[r], "weight_grad", add=add)
+                multiply(total, gradient.t(), hidden[r], "weight_grad", add=add, dtype=head.compute_dtype)
             if g_bias is not None:
                 of_block = gradient.sum(0, dtype=dtype)
                 g_bias[start:stop] = g_bias[start:stop] + of_block if add else of_block
