@@ -5,6 +5,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,17 @@ def count_unit(rows: int, V: int, D: int) -> None:
             counter.unit += 2 * rows * V * D
 
 
+def _fp32_setting() -> Any:
+    """Where torch keeps how oneDNN multiplies fp32; None: this torch has no such place."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    return setting if hasattr(setting, "fp32_precision") else None
+
+
 @functools.cache
 def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 and adds up in fp32, and torch lets fp32 tensors have it."""
-    settable = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
     units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return settable and any(getattr(torch.cpu, name, bool)() for name in units)
+    return _fp32_setting() is not None and any(getattr(torch.cpu, name, bool)() for name in units)
 
 
 class _Bf16Operands:
@@ -82,15 +88,15 @@ class _Bf16Operands:
     def __enter__(self):
         with _lock:
             if self._inside == 0:
-                self._before = torch.backends.mkldnn.matmul.fp32_precision
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+                self._before = _fp32_setting().fp32_precision
+                _fp32_setting().fp32_precision = "bf16"
             self._inside += 1
 
     def __exit__(self, *_):
         with _lock:
             self._inside -= 1
             if self._inside == 0:
-                torch.backends.mkldnn.matmul.fp32_precision = self._before
+                _fp32_setting().fp32_precision = self._before
 
 
 _bf16_operands = _Bf16Operands()
