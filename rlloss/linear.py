@@ -39,7 +39,8 @@ def linear_token_stats(
     Products are run for rows that count, in the forward, and for rows with a nonzero incoming gradient, in the
     backward; the others cost nothing. Logits and sums are fp32 also where the model is bf16; the gradients are added up
     in fp32 and rounded once. The same rows give the same bits of logp whatever the plan, with and without gradient.
-    There is no second derivative, and no torch.func transform.
+    There is no second derivative, and no torch.func transform. On a CPU with bf16 units bf16 products run in them,
+    which torch sets for the process: an fp32 product that another thread runs in that moment is rounded as well.
 
     Args:
         hidden: `[..., D]`, bf16, fp16, fp32 or fp64 (fp64: torch backend).

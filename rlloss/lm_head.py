@@ -1,8 +1,8 @@
 """The lm_head a block of the vocabulary at a time: hidden states -> statistics of their logits -> gradients.
 
-Products are the library's (cuBLAS, MKL), in the dtype of the inputs, with sums and logits in fp32; on a CPU, where
-there is no such product, one block of the weight at a time is widened. No memory here grows with N * V but what is
-asked to be kept. RL reaches this as one coefficient per row.
+Products are the library's (cuBLAS, MKL, oneDNN), in the dtype of the inputs, with sums and logits in fp32; on a CPU,
+where no product takes bf16 and gives fp32, one block of the weight at a time is widened, see `products.multiply`. No
+memory here grows with N * V but what is asked to be kept. RL reaches this as one coefficient per row.
 """
 
 import math

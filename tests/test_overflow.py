@@ -96,11 +96,9 @@ def test_a_bad_token_that_is_taken_out_in_the_kernel(loss_type, level, way):
 
 
 @pytest.mark.parametrize("log_ratio", [20.0, 88.0, 100.0, math.inf])
-@pytest.mark.parametrize("loss_type, level", CASES)
+@pytest.mark.parametrize("loss_type, level", [case for case in CASES if case[0] != "cispo"])
 def test_a_kl_goes_on_where_the_surrogate_is_clipped(loss_type, level, log_ratio):
     """A clipped token's gradient is that of its KL alone, to the bit; of the cispo weight nothing is clipped away."""
-    if loss_type == "cispo":
-        pytest.skip("its weight is capped and its gradient stays")
     way = {"settings": {"beta": 0.1}, "ref_logp": torch.full((3, 4), -0.7)}
     _, gradient = run(loss_type, level, log_ratio, 1.0, **way)
     _, only_kl = run(loss_type, level, log_ratio, 0.0, **way)

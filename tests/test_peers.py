@@ -170,7 +170,7 @@ def verl():
     """verl.trainer.ppo.core_algos alone: its packages' __init__ would import Ray and much else."""
     spec = importlib.util.find_spec("verl")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("verl is not installed")
+        pytest.skip("verl is not installed: make test-peers does that")
     root = Path(spec.submodule_search_locations[0])
     stubs = [
         module("omegaconf", DictConfig=dict),
