@@ -1,15 +1,19 @@
 """Losses for RL post-training of language models: the textbook loss, paid only for the tokens with a gradient."""
 
 from rlloss.advantages import group_advantage as group_advantage
+from rlloss.config import CovarianceConfig as CovarianceConfig
 from rlloss.config import LossConfig as LossConfig
 from rlloss.config import SapoConfig as SapoConfig
 from rlloss.config import VespoConfig as VespoConfig
+from rlloss.covariance import covariance_selection as covariance_selection
+from rlloss.covariance import token_covariance as token_covariance
 from rlloss.explain import explain_plan as explain_plan
 from rlloss.linear import linear_token_stats as linear_token_stats
 from rlloss.losses import PolicyLoss as PolicyLoss
 from rlloss.losses import means as means
 from rlloss.losses import policy_loss as policy_loss
 from rlloss.masks import entropy_cutoff as entropy_cutoff
+from rlloss.masks import top_entropy_mask as top_entropy_mask
 from rlloss.modules import GRPOLoss as GRPOLoss
 from rlloss.modules import LinearGRPOLoss as LinearGRPOLoss
 from rlloss.ops import TokenStats as TokenStats

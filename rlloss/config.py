@@ -17,11 +17,22 @@ READ_BY = {
     "gspo": _CLIP - {"ratio_level"},
     "luspo": _CLIP,
     "vespo": {"vespo"},
+    "clip_cov": (_CLIP - {"ratio_level"}) | {"covariance"},
+    "kl_cov": {"max_log_ratio", "covariance"},
 }
 LOSS_TYPES = tuple(READ_BY)
 RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ENTROPY_DENOMINATORS = ("all", "kept")
+BONUS_TOKENS = ("kept", "all")
+COVARIANCE_SCOPES = ("microbatch", "generation")
+COVARIANCE_SELECTIONS = ("random", "top")
+COVARIANCE_PENALTIES = ("abs", "k3")
+# Of the settings of CovarianceConfig that only one of the two losses reads: which one.
+COVARIANCE_READ_BY = {
+    "low": "clip_cov", "high": "clip_cov", "selection": "clip_cov", "seed": "clip_cov",
+    "kl_coef": "kl_cov", "penalty": "kl_cov",
+}  # fmt: skip
 # Losses that are divided by something else than a count of tokens.
 NO_TOKEN_COUNT = {"dr_grpo": "B * max_completion_length", "luspo": "B"}
 
@@ -63,6 +74,54 @@ class VespoConfig:
 
 
 @dataclass(frozen=True)
+class CovarianceConfig:
+    """Which tokens "clip_cov" and "kl_cov" pick by (logp - mean logp) (A - mean A) (2505.22617 Eq. 10)."""
+
+    ratio: float = 2e-4
+    """Share of the tokens in the scope that is picked, in (0, 1]; the paper takes 2e-3 for KL-Cov on a 7B model."""
+
+    low: float = 1.0
+    """"clip_cov" picks among tokens with a covariance of at least this (2505.22617 Eq. 11)."""
+
+    high: float = 5.0
+    """... and of at most this."""
+
+    kl_coef: float = 1.0
+    """Weight of the penalty of "kl_cov" (the paper's 1; verl's YAML sets 0.1); above 0."""
+
+    penalty: str = "abs"
+    """"abs": |log ratio|, as verl and the authors' code have it. "k3": ratio - 1 - log ratio, the estimate from the
+    sampled token of the paper's KL(pi_old || pi) (Eq. 14)."""
+
+    scope: str = "microbatch"
+    """"microbatch": means and share are those of this call's tokens, as in verl: eight calls pick at least eight tokens
+    where one call picks one. "generation": the tokens are picked once, from the log-probabilities of the whole batch
+    (`rlloss.covariance_selection`), and given as `selected`: the result does not depend on how the batch is split."""
+
+    selection: str = "random"
+    """Among the tokens between `low` and `high`: "random", as the paper, or "top", those with the largest covariance.
+    "kl_cov" always takes the largest."""
+
+    seed: int = 0
+    """Of the random selection, which is a function of it and of the batch."""
+
+    at_least_one: bool = True
+    """Pick a token even where `ratio` of the tokens is less than one (verl); False: the paper's floor(ratio N)."""
+
+    def __post_init__(self) -> None:
+        checks.require(0.0 < self.ratio <= 1.0, "covariance.ratio", self.ratio, "a number in (0, 1]")
+        checks.require(self.low <= self.high, "covariance.low", self.low, f"at most covariance.high={self.high}")
+        checks.positive("covariance.kl_coef", self.kl_coef)
+        checks.one_of("covariance.penalty", self.penalty, COVARIANCE_PENALTIES)
+        checks.one_of("covariance.scope", self.scope, COVARIANCE_SCOPES)
+        checks.one_of("covariance.selection", self.selection, COVARIANCE_SELECTIONS)
+        for name, kind in (("seed", int), ("at_least_one", bool)):
+            found = getattr(self, name)
+            if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+                raise TypeError(f"covariance.{name}: found {found!r}, expected {kind.__name__}")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """What `policy_loss`, `GRPOLoss` and the integrations compute. A setting without effect raises when it is made."""
 
@@ -77,7 +136,10 @@ class LossConfig:
 
     "cispo": the capped ratio is a weight without gradient on the log-probability (2506.13585), mean over tokens as
     "dapo". "sapo": a soft gate instead of the clip (2511.20347), mean as "grpo". "vespo": one Gamma weight per
-    sequence without gradient on the log-probability (2602.10693), mean over tokens as "dapo"."""
+    sequence without gradient on the log-probability (2602.10693), mean over tokens as "dapo".
+
+    Against the collapse of entropy (2505.22617), mean over tokens as "dapo": "clip_cov" is "dapo" without the tokens
+    that `covariance` picks; "kl_cov" is ratio times advantage, not clipped, with a penalty on the ratio of those."""
 
     ratio_level: str = "token"
     """"token": one importance ratio per token. "sequence": the geometric mean over a sequence (GSPO, 2507.18071)."""
@@ -122,6 +184,9 @@ class LossConfig:
     entropy_coef: float = 0.0
     """Weight of the mean entropy of the kept tokens, subtracted from the loss; the entropy must carry a gradient."""
 
+    entropy_bonus_tokens: str = "kept"
+    """Whose mean entropy the bonus is: of the "kept" tokens (as TRL), or of "all"."""
+
     max_completion_length: int | None = None
     """The constant length of "dr_grpo"; for the others it has no effect and raises."""
 
@@ -130,6 +195,9 @@ class LossConfig:
 
     vespo: VespoConfig = VespoConfig()
     """The weight of "vespo"; for the others it has no effect and raises."""
+
+    covariance: CovarianceConfig = CovarianceConfig()
+    """Which tokens "clip_cov" and "kl_cov" pick; for the others it has no effect and raises."""
 
     def __post_init__(self) -> None:
         checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
@@ -141,7 +209,8 @@ class LossConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) and not (value is None and name in optional):
                 raise TypeError(f"{name}: found {value!r}, expected a number{' or None' if name in optional else ''}")
-        for name, kind in (("sapo", SapoConfig), ("vespo", VespoConfig)):
+        checks.one_of("entropy_bonus_tokens", self.entropy_bonus_tokens, BONUS_TOKENS)
+        for name, kind in (("sapo", SapoConfig), ("vespo", VespoConfig), ("covariance", CovarianceConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}: found {getattr(self, name)!r}, expected a {kind.__name__}")
         checks.require(self.epsilon_low >= 0.0, "epsilon_low", self.epsilon_low, "a number >= 0")
@@ -173,9 +242,23 @@ class LossConfig:
         if self.top_entropy_quantile == 1.0:
             self._without_effect("entropy_denominator", "all", "top_entropy_quantile=1.0")
             self._without_effect("exact_k", False, "top_entropy_quantile=1.0")
+            self._without_effect("entropy_bonus_tokens", "kept", "top_entropy_quantile=1.0, which keeps all")
+        if self.entropy_coef == 0.0:
+            self._without_effect("entropy_bonus_tokens", "kept", "entropy_coef=0.0")
         if self.beta == 0.0:
             self._without_effect("kl_estimator", "k3", "beta=0.0")
             self._without_effect("kl_bias_correction", False, "beta=0.0")
+        if "covariance" in READ_BY[self.loss_type]:
+            for field in fields(CovarianceConfig):
+                found, loss_type = getattr(self.covariance, field.name), COVARIANCE_READ_BY.get(field.name)
+                checks.require(
+                    loss_type in (None, self.loss_type) or found == field.default, f"covariance.{field.name}", found,
+                    f"{field.default!r}: it has no effect with loss_type={self.loss_type!r}",
+                )  # fmt: skip
+            checks.require(
+                self.covariance.selection == "random" or self.covariance.seed == 0, "covariance.seed",
+                self.covariance.seed, "0: it has no effect with covariance.selection='top'",
+            )  # fmt: skip
         if self.entropy_denominator == "kept":
             divisor = NO_TOKEN_COUNT.get(self.loss_type)
             checks.require(

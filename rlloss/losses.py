@@ -1,23 +1,27 @@
 """The losses as a table: name = (ratio level, surrogate, aggregation). All on [B, T] floats; no vocabulary."""
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlloss import checks, ratios
-from rlloss.config import LossConfig
+from rlloss import covariance, ratios
+from rlloss.config import READ_BY, LossConfig
+from rlloss.loss_inputs import checked
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask, top_entropy_selection
-from rlloss.surrogates import Inputs, Surrogate, cispo, clip, sapo, vespo
+from rlloss.surrogates import Inputs, Surrogate, cispo, clip, clipped, kl_cov, sapo, vespo
 from rlloss.token_pass import fits, token_pass
 
 
 class PolicyLoss(NamedTuple):
     """loss: 0-d, differentiable. metrics: name -> detached fp32 tensor on the device, a sum over what it counts.
 
-    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a nonzero gradient), `ratios` (importance
-    ratios: tokens, or sequences where the loss has one ratio and one advantage per sequence). Sums over tokens:
+    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a nonzero gradient), for "clip_cov" and
+    "kl_cov" `selected` (picked by covariance), `ratios` (importance ratios: tokens, or sequences where the loss has one
+    ratio and one advantage per sequence). Sums over tokens:
     `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`; for the losses that
     clip `clip_low`, `clip_high`, `clip_region`; for "vespo" `weight`. The exceptions are `clip_low_min` and
     `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
@@ -53,6 +57,8 @@ LOSSES = {
     "gspo": LossType(clip, "sequence", True, "sequences", False),
     "luspo": LossType(clip, None, False, "sequences", True),
     "vespo": LossType(vespo, "product", False, "tokens", False),
+    "clip_cov": LossType(clip, "token", False, "tokens", False),
+    "kl_cov": LossType(kl_cov, "token", False, "tokens", False),
 }
 
 
@@ -99,6 +105,8 @@ def policy_loss(
     entropy: Tensor | None = None,
     cutoff: Tensor | float | None = None,
     denominator: Tensor | float | None = None,
+    kept: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> PolicyLoss:
     """The loss of a batch of completions from its log-probabilities.
 
@@ -121,6 +129,10 @@ def policy_loss(
             splits a batch over micro-batches or ranks passes the count of the whole. None: this call's own: mask
             tokens (the kept ones with entropy_denominator="kept"), B for the losses over sequences,
             B * max_completion_length for "dr_grpo".
+        kept: `[B, T]` bool, the tokens that the surrogate acts on, for `top_entropy_quantile` < 1: part of the
+            `top_entropy_mask` of a batch that was split. None: this call's own.
+        selected: `[B, T]` bool, the tokens picked by covariance, part of the `covariance_selection` of a batch that was
+            split; needed if and only if `config.covariance.scope` is "generation".
 
     Returns:
         `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. Where the Triton kernels run, the losses
@@ -133,35 +145,62 @@ def policy_loss(
     """
     config = LossConfig() if config is None else config
     logp, advantage, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy = checked(
-        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator
-    )
+        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator,
+        kept, selected,
+    )  # fmt: skip
     loss_type = LOSSES[config.loss_type]
     level = loss_type.level or config.ratio_level
     if denominator is None and loss_type.divided_by != "tokens":
         denominator = default_denominator(mask, loss_type, config)
-    if fits(loss_type.surrogate, logp):
+    behavior_logp = old_logp if sampler_logp is None else sampler_logp
+    log_ratio = functools.partial(ratios.log_ratio, logp, old_logp, mask)
+
+    def surrogate_acts(kept: Tensor) -> Tensor:
+        """Where the surrogate acts."""
+        acts = kept
+        if config.off_policy_threshold is not None:
+            behavior = logp.detach() if behavior_logp is None else behavior_logp
+            acts = acts & off_policy_mask(advantage, logp, behavior, mask, config.off_policy_threshold)
+        return acts if sampler_ratio is None or level == "product" else acts & (sampler_ratio != 0)
+
+    by_entropy, entropy_from = kept, cutoff
+    if "covariance" in READ_BY[config.loss_type]:
+        if by_entropy is None:
+            by_entropy, entropy_from = _kept(entropy, mask, cutoff, config)
+        if selected is None:
+            candidates = surrogate_acts(by_entropy)
+            if loss_type.surrogate is clip:
+                of_token = log_ratio(level, None, config.max_log_ratio)
+                candidates = candidates & ~clipped(of_token, advantage, config)
+            selected = covariance.select(
+                logp, advantage, mask, candidates, config.loss_type, config.covariance, None, None
+            )
+        else:
+            selected = mask & selected
+        if loss_type.surrogate is clip:  # left out as a token that the sampler's ratio leaves out
+            sampler_ratio = torch.where(selected, 0.0, 1.0 if sampler_ratio is None else sampler_ratio)
+        elif old_logp is None:
+            _say_on_policy()
+
+    if fits(loss_type.surrogate, logp) and kept is None and config.entropy_bonus_tokens == "kept":
         loss, metrics = token_pass(
-            logp, entropy, advantage, mask, old_logp, ref_logp, sampler_ratio,
-            old_logp if sampler_logp is None else sampler_logp, _selection(entropy, mask, cutoff, config), denominator,
-            surrogate=loss_type.surrogate, level=level, mean_of_sequence=loss_type.mean_of_sequence, config=config,
+            logp, entropy, advantage, mask, old_logp, ref_logp, sampler_ratio, behavior_logp,
+            _selection(entropy, mask, cutoff, config), denominator, surrogate=loss_type.surrogate, level=level,
+            mean_of_sequence=loss_type.mean_of_sequence, config=config,
         )  # fmt: skip
-        return PolicyLoss(loss, metrics)
-    log_ratio = ratios.log_ratio(logp, old_logp, mask, level, sampler_ratio, config.max_log_ratio)
+        return PolicyLoss(loss, metrics if selected is None else metrics | {"selected": selected.sum().float()})
 
-    kept, cutoff = _kept(entropy, mask, cutoff, config)
-    acts = kept
-    if config.off_policy_threshold is not None:
-        behavior_logp = sampler_logp if sampler_logp is not None else logp.detach() if old_logp is None else old_logp
-        acts = acts & off_policy_mask(advantage, logp, behavior_logp, mask, config.off_policy_threshold)
+    log_ratio = log_ratio(level, sampler_ratio, config.max_log_ratio)
+    if by_entropy is None:
+        by_entropy, entropy_from = _kept(entropy, mask, cutoff, config)
+    kept = mask & by_entropy
+    acts = surrogate_acts(kept)
     weight = None if level == "product" else sampler_ratio
-    if weight is not None:
-        acts = acts & (weight != 0)
-
     per_sequence = log_ratio.shape[1] == 1 and advantage.shape[1] == 1
-    selected = acts.any(-1, keepdim=True) if per_sequence else acts
+    acting = acts.any(-1, keepdim=True) if per_sequence else acts
     # Where the weight of a sequence is NaN, a token that does not act would otherwise get 0 * NaN back.
     own_logp = torch.where(acts, logp, 0.0)
-    surrogate = loss_type.surrogate(Inputs(own_logp, log_ratio, advantage, selected), config)
+    surrogate = loss_type.surrogate(Inputs(own_logp, log_ratio, advantage, acting, selected), config)
     token_loss = torch.where(acts, surrogate.loss.expand_as(mask), 0.0)
     if weight is not None:
         token_loss = token_loss * torch.where(acts, weight, 0.0)
@@ -182,8 +221,9 @@ def policy_loss(
     if kl_live is not None:
         live = live | kl_live
     if entropy is not None and config.entropy_coef != 0.0:
-        loss = loss - config.entropy_coef * (torch.where(kept, entropy, 0.0).sum() / kept.sum().clamp(min=1))
-        live = live | kept
+        of = kept if config.entropy_bonus_tokens == "kept" else mask
+        loss = loss - config.entropy_coef * (torch.where(of, entropy, 0.0).sum() / of.sum().clamp(min=1))
+        live = live | of
 
     metrics = {"tokens": mask.sum(), "sequences": mask.any(-1).sum(), "kept": kept.sum(), "live": live.sum()}
     metrics |= {"surrogate": surrogate_sum, **_ratio_metrics(surrogate, log_ratio, mask, per_sequence)}
@@ -192,8 +232,10 @@ def policy_loss(
     if entropy is not None:
         metrics["entropy"] = torch.where(mask, entropy, 0.0).sum()
         metrics["entropy_kept"] = torch.where(kept, entropy, 0.0).sum()
-    if cutoff is not None:
-        metrics["entropy_cutoff"] = torch.where(mask, cutoff, 0.0).sum()
+    if entropy_from is not None:
+        metrics["entropy_cutoff"] = torch.where(mask, entropy_from, 0.0).sum()
+    if selected is not None:
+        metrics["selected"] = selected.sum()
     return PolicyLoss(loss, {name: value.detach().float() for name, value in metrics.items()})
 
 
@@ -210,9 +252,22 @@ def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in names
         if name in metrics
     }
-    for share in ("kept", "live"):
+    for share in ("kept", "live", *(("selected",) if "selected" in metrics else ())):
         result[f"{share}_share"] = metrics[share] / metrics["tokens"].clamp(min=1)
     return result
+
+
+def _say_on_policy() -> None:
+    if not _said and not torch.compiler.is_compiling():
+        _said.append(True)
+        warnings.warn(
+            "kl_cov without old_logp: on-policy every ratio is 1, where the penalty has no gradient, so that it cannot "
+            "act; train more than one step on a batch",
+            stacklevel=3,
+        )
+
+
+_said: list[bool] = []
 
 
 def _selection(
@@ -283,65 +338,3 @@ def _ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_se
         "clip_low_min": torch.where(nothing, torch.nan, share(low, torch.inf).amin()),
         "clip_high_max": torch.where(nothing, torch.nan, share(high, -torch.inf).amax()),
     }
-
-
-def checked(
-    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"config: found {type(config).__name__}, expected a LossConfig")
-    for name, x in (("cutoff", cutoff), ("denominator", denominator)):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
-        checks.require(shape in ((), (1,)), name, f"shape {shape}", "one number")
-    if denominator is not None and not isinstance(denominator, Tensor):
-        checks.positive("denominator", denominator)
-    checks.floating("logp", logp)
-    checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
-    checks.boolean("mask", mask)
-    checks.same_shape("mask", mask, logp.shape, "like logp")
-    B, T = logp.shape
-    checks.floating("advantage", advantage)
-    checks.require(
-        tuple(advantage.shape) in {(B,), (B, T)}, "advantage", f"shape {tuple(advantage.shape)}",
-        f"[B] = ({B},) or [B, T] = ({B}, {T})",
-    )  # fmt: skip
-    per_token = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy": entropy}
-    for name, x in per_token.items():
-        if x is not None:
-            checks.floating(name, x)
-            checks.same_shape(name, x, logp.shape, "like logp")
-    if sampler_ratio is not None:
-        checks.floating("sampler_ratio", sampler_ratio)
-        checks.require(
-            tuple(sampler_ratio.shape) in {(B, 1), (B, T)}, "sampler_ratio", f"shape {tuple(sampler_ratio.shape)}",
-            f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})",
-        )  # fmt: skip
-    if ref_logp is None and config.beta != 0.0:
-        checks.fail("ref_logp", None, f"a tensor with beta={config.beta}")
-    checks.require(ref_logp is None or config.beta != 0.0, "ref_logp", "a tensor", "None with beta=0.0")
-    checks.require(
-        sampler_logp is None or config.off_policy_threshold is not None, "sampler_logp", "a tensor",
-        "None with off_policy_threshold=None, where it has no effect",
-    )  # fmt: skip
-    needs_entropy = config.top_entropy_quantile < 1.0 or config.entropy_coef != 0.0
-    if entropy is None and needs_entropy:
-        settings = f"top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}"
-        checks.fail("entropy", None, f"a [B, T] tensor with {settings}")
-    has_gradient = entropy is not None and entropy.requires_grad
-    if config.entropy_coef != 0.0 and not has_gradient and torch.is_grad_enabled():
-        checks.fail(
-            "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}"
-        )
-    checks.require(
-        cutoff is None or (config.top_entropy_quantile < 1.0 and not config.exact_k), "cutoff", cutoff,
-        "None with top_entropy_quantile=1.0 or exact_k, where it has no effect",
-    )  # fmt: skip
-    logp = logp if logp.dtype == torch.float64 else logp.float()
-    if entropy is not None and entropy.dtype != torch.float64:
-        entropy = entropy.float()
-    advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
-    old_logp, ref_logp, sampler_ratio, sampler_logp = (
-        None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
-    )
-    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlloss import checks, radix
 from rlloss.backends import choose_backend, triton_quantile
+from rlloss.selection import largest
 
 
 def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
@@ -97,19 +98,34 @@ def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
 
 
 def top_entropy_mask(
-    entropy: Tensor, mask: Tensor, rho: float, *, cutoff: Tensor | float | None = None, exact_k: bool = False
+    entropy: Tensor,
+    mask: Tensor,
+    rho: float,
+    *,
+    cutoff: Tensor | float | None = None,
+    exact_k: bool = False,
+    process_group=None,
 ) -> Tensor:
     """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
 
-    By default every token at or above the cutoff (`cutoff`, or this call's `entropy_cutoff`), so ties may keep more;
-    with `exact_k` as many as without ties, floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN
-    entropy is kept: it must show.
+    By default every token at or above the cutoff (`cutoff`, or the `entropy_cutoff` of these tokens), so ties may keep
+    more: where rho reaches down to the entropies of 0, everything. With `exact_k` as many as without ties,
+    floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN entropy is kept: it must show. process_group: the
+    processes whose tokens count together; with `exact_k` they exchange their entropies.
     """
     last = None
-    if exact_k:
-        checks.require(cutoff is None, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
-    if cutoff is None:
+    if cutoff is not None:
+        checks.require(not exact_k, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
+        checks.require(process_group is None, "process_group", "a group", "None with a cutoff: it has no effect")
+    elif process_group is None:
         cutoff, last = top_entropy_selection(entropy, mask, rho, exact_k=exact_k)
+    elif exact_k:
+        n = mask.sum()
+        torch.distributed.all_reduce(n, group=process_group)
+        k = torch.where(n > 0, (rho * (n - 1).double()).floor() + 1, 0.0)
+        return largest(_checked(entropy, mask, rho), mask, k, process_group=process_group)
+    else:
+        cutoff = entropy_cutoff(entropy, mask, rho, process_group=process_group)
     entropy = _full_precision(entropy.detach())  # a bf16 entropy would round the cutoff it is compared with
     kept = (entropy >= cutoff) | entropy.isnan()
     if last is not None:

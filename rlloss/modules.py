@@ -61,18 +61,22 @@ class GRPOLoss(nn.Module):
         logit_scale: float = 1.0,
         cutoff: Tensor | float | None = None,
         denominator: Tensor | float | None = None,
+        kept: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> PolicyLoss:
         """logits `[B, T, V]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` -> `PolicyLoss`."""
         config = self.config
         given = {
             "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
-            "cutoff": cutoff, "denominator": denominator,
+            "cutoff": cutoff, "denominator": denominator, "kept": kept, "selected": selected,
         }  # fmt: skip
         scaling = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
 
         reason = "single_launch=False" if self.single_launch is False else None
         if self.inplace_grad:
             reason = "inplace_grad=True"
+        if kept is not None:
+            reason = "tokens kept by another call"
         reason = reason or why_two_launches(logits, config, cutoff, denominator)
         if reason is None and (self.single_launch or worthwhile(logits)):
             return single_launch_loss(logits, target, advantage, mask, config=config, **scaling, given=given)
@@ -145,12 +149,14 @@ class LinearGRPOLoss(nn.Module):
         logit_scale: float = 1.0,
         cutoff: Tensor | float | None = None,
         denominator: Tensor | float | None = None,
+        kept: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> PolicyLoss:
         """hidden `[B, T, D]`, weight `[V, D]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` ->
         `PolicyLoss`."""
         given = {
             "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
-            "cutoff": cutoff, "denominator": denominator,
+            "cutoff": cutoff, "denominator": denominator, "kept": kept, "selected": selected,
         }  # fmt: skip
         call = prepare_loss(
             hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, self.plan,

@@ -84,6 +84,19 @@ def vespo(log_w: Tensor, advantage: Tensor, logp: Tensor, gain: tuple, loss: tup
     return -torch.where(advantage >= 0, phi_gain, phi_loss).detach() * advantage * logp
 
 
+def covariance(logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """Each token's part of Cov(log pi, A) (2505.22617 Eq. 10), 0 where it does not count."""
+    n = mask.sum()
+    mean_logp, mean_advantage = ((torch.where(mask, x, 0.0).sum() / n) for x in (logp, advantage.expand_as(logp)))
+    return torch.where(mask, (logp - mean_logp) * (advantage - mean_advantage), 0.0)
+
+
+def kl_cov(ratio: Tensor, advantage: Tensor, picked: Tensor, coef: float, penalty: str) -> Tensor:
+    """-r A, for the picked tokens with coef |log r| ("abs") or coef (r - 1 - log r) ("k3") (2505.22617 Eq. 13)."""
+    divergence = ratio.log().abs() if penalty == "abs" else ratio - 1 - ratio.log()
+    return -ratio * advantage + torch.where(picked, coef * divergence, 0.0)
+
+
 def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     """Tokens at or above the (1 - rho) quantile of the entropies that count (2506.01939 Eq. 6)."""
     return mask & (entropy >= entropy[mask].quantile(1 - rho))
@@ -94,7 +107,7 @@ def aggregate(loss: Tensor, mask: Tensor, loss_type: str, max_completion_length:
     total = torch.where(mask, loss, 0.0).sum(-1)
     if loss_type in ("grpo", "sapo", "gspo"):  # 2402.03300: mean over each sequence, then over sequences
         return (total / mask.sum(-1).clamp(min=1)).mean()
-    if loss_type in ("bnpo", "dapo", "cispo", "vespo"):  # 2503.14476: mean over all tokens
+    if loss_type in ("bnpo", "dapo", "cispo", "vespo", "clip_cov", "kl_cov"):  # 2503.14476: mean over all tokens
         return total.sum() / mask.sum().clamp(min=1)
     if loss_type == "luspo":  # 2602.05261: sum over each sequence, then mean over sequences
         return total.mean()

@@ -14,12 +14,16 @@ from rlloss.config import LossConfig
 
 
 class Inputs(NamedTuple):
-    """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together."""
+    """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together.
+
+    picked: the tokens with the largest covariance, for "kl_cov".
+    """
 
     logp: Tensor  # [B, T], with gradient, 0 where not selected
     log_ratio: Tensor  # [B, T] or [B, 1], with the gradient of logp
     advantage: Tensor  # [B, T] or [B, 1]
     selected: Tensor
+    picked: Tensor | None = None
 
 
 class Surrogate(NamedTuple):
@@ -63,6 +67,33 @@ def clip(x: Inputs, config: LossConfig) -> Surrogate:
     capped = ratio if config.delta is None else ratio.clamp(max=config.delta)
     clipped_low, clipped_high = capped < low, capped > 1.0 + config.epsilon_high
     return Surrogate(loss, live, True, clipped_low & (advantage < 0), clipped_high & (advantage > 0))
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
+    """Where min(r A, clip(r) A) is the clipped one, [B, T]."""
+    ratio, (low, gain, loss) = log_ratio.detach().exp(), clip_bounds(config)
+    return ((advantage > 0) & (ratio > gain)) | ((advantage < 0) & ((ratio < low) | (ratio > loss)))
+
+
+def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
+    """-A r, and for the picked tokens kl_coef |log r| or kl_coef (r - 1 - log r) (2505.22617 Eq. 13); no clip.
+
+    At r = 1 either penalty is flat: on-policy there is none.
+    """
+    assert x.picked is not None
+    advantage, log_ratio, c = x.advantage, x.log_ratio.detach(), config.covariance
+    ratio, moves = log_ratio.exp(), x.selected & ~ratios.bounded(log_ratio, config.max_log_ratio)
+    live = moves & (advantage != 0) & (ratio != 0)
+    frozen = torch.where(advantage == 0, 1.0, ratio)
+    loss = -advantage * torch.where(live, torch.where(live, x.log_ratio, 0.0).exp(), frozen)
+
+    def penalty(log_ratio: Tensor) -> Tensor:
+        return log_ratio.abs() if c.penalty == "abs" else log_ratio.exp() - 1.0 - log_ratio
+
+    penalised = moves & x.picked & ((log_ratio != 0) if c.penalty == "abs" else (ratio != 1))
+    moving = penalty(torch.where(penalised, x.log_ratio, 0.0))
+    loss = loss + c.kl_coef * torch.where(penalised, moving, torch.where(x.picked, penalty(log_ratio), 0.0))
+    return Surrogate(loss, live | penalised, True)
 
 
 def sapo(x: Inputs, config: LossConfig) -> Surrogate:

@@ -1,12 +1,13 @@
 """Batches of completions, settings of every loss type, and the loss written down from `rlloss.reference`."""
 
+import dataclasses
 import math
 
 import torch
 
 from rlloss import LossConfig, policy_loss, reference
 from rlloss.backends import backend, triton_token_pass
-from rlloss.config import LOSS_TYPES, SapoConfig, VespoConfig
+from rlloss.config import LOSS_TYPES, CovarianceConfig, SapoConfig, VespoConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED = "triton" if DEVICE == "cuda" else "interpreter"  # the backend of the kernel for the losses that clip
@@ -14,7 +15,13 @@ LENGTH = 9  # max_completion_length of dr_grpo
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo")
 BACKENDS = ("torch", FUSED) if triton_token_pass else ("torch",)
 # Which ratios a loss type can be asked for; gspo and vespo have their own.
-LEVELS = {name: {"gspo": ("sequence",), "vespo": (None,)}.get(name, ("token", "sequence")) for name in LOSS_TYPES}
+_OWN_LEVELS = {"gspo": ("sequence",), "vespo": (None,), "clip_cov": ("token",), "kl_cov": ("token",)}
+LEVELS = {name: _OWN_LEVELS.get(name, ("token", "sequence")) for name in LOSS_TYPES}
+# Enough tokens picked in a small batch, and the same ones by whoever picks.
+COVARIANCE = {
+    "clip_cov": CovarianceConfig(ratio=0.2, low=0.05, high=2.0, selection="top"),
+    "kl_cov": CovarianceConfig(ratio=0.2, kl_coef=0.7),
+}
 TYPES_AND_LEVELS = [(name, level) for name, levels in LEVELS.items() for level in levels]
 FLOATS = ("advantage", "old_logp", "ref_logp", "sampler_ratio", "sampler_logp", "entropy")
 
@@ -27,6 +34,8 @@ def make_config(loss_type="dapo", level=None, **settings) -> LossConfig:
         settings["max_completion_length"] = LENGTH
     if loss_type == "cispo":
         settings.setdefault("epsilon_high", 1.3)
+    if loss_type in COVARIANCE:
+        settings.setdefault("covariance", COVARIANCE[loss_type])
     return LossConfig(loss_type, **settings)
 
 
@@ -82,7 +91,7 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
         c = config.vespo
         loss = reference.vespo(log_w, advantage, logp, (c.k_pos, c.lambda_pos), (c.k_neg, c.lambda_neg))
         sampler_ratio = None
-    else:
+    elif config.loss_type != "kl_cov":
         loss = reference.clip_surrogate(ratio, advantage, config.epsilon_low, config.epsilon_high, config.delta)
 
     acts = kept = mask
@@ -92,6 +101,15 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
         behavior_logp = x["sampler_logp"] if sampled else old_logp
         drift = torch.where(mask, behavior_logp - logp, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
         acts = acts & ((advantage >= 0) | (drift <= config.off_policy_threshold))
+    if sampler_ratio is not None:
+        acts = acts & (sampler_ratio != 0)
+    if config.loss_type in COVARIANCE:
+        picked = textbook_pick(x, config, acts, advantage)
+        if config.loss_type == "kl_cov":
+            c = config.covariance
+            loss = reference.kl_cov(ratio, advantage, picked, c.kl_coef, c.penalty)
+        else:
+            acts = acts & ~picked
     if sampler_ratio is not None:
         loss = loss * sampler_ratio
     loss = torch.where(acts, loss, 0.0)
@@ -103,6 +121,29 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
     if config.entropy_coef:
         loss = loss - config.entropy_coef * x["entropy"][kept].mean()
     return loss
+
+
+def textbook_pick(x: dict, config: LossConfig, acts: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """The tokens with the largest covariance, one after the other."""
+    c, logp = config.covariance, x["logp"].detach()
+    covariance = reference.covariance(logp, advantage, x["mask"])
+    ratio = (logp - x["old_logp"]).exp()
+    if config.max_log_ratio is not None:
+        ratio = ratio.clamp(math.exp(-config.max_log_ratio), math.exp(config.max_log_ratio))
+    unclipped = reference.clip_surrogate(ratio, advantage, math.inf, math.inf, config.delta)
+    clipped = reference.clip_surrogate(ratio, advantage, config.epsilon_low, config.epsilon_high, config.delta)
+    allowed = acts.clone()
+    if config.loss_type == "clip_cov":
+        allowed &= (covariance >= c.low) & (covariance <= c.high) & (clipped == unclipped)
+        if config.delta is not None:
+            allowed &= (advantage > 0) | (ratio <= max(config.delta, 1 + config.epsilon_high))
+            allowed &= (advantage < 0) | (ratio <= min(config.delta, 1 + config.epsilon_high))
+    k = math.floor(c.ratio * int(x["mask"].sum()))
+    order = sorted(allowed.nonzero().tolist(), key=lambda i: -covariance[tuple(i)].item())
+    picked = torch.zeros_like(acts)
+    for i in order[: max(k, 1) if c.at_least_one else k]:
+        picked[tuple(i)] = True
+    return picked
 
 
 def ours(config: LossConfig, sampled=False):
@@ -153,6 +194,12 @@ _CLIP = [
 def settings_of(loss_type: str) -> list[dict]:
     """The settings that the loss type reads, each at some value of interest."""
     kept = [] if loss_type in ("dr_grpo", "luspo") else _KEPT
+    if loss_type in COVARIANCE:
+        c = COVARIANCE[loss_type]
+        more = [{"covariance": dataclasses.replace(c, ratio=0.01)}, {"covariance": dataclasses.replace(c, ratio=1.0)}]
+        more += [{"covariance": dataclasses.replace(c, ratio=0.01, at_least_one=False)}]
+        more += [] if loss_type == "clip_cov" else [{"covariance": dataclasses.replace(c, penalty="k3")}]
+        return _BOTH + _BOUNDED + kept + more + (_CLIP if loss_type == "clip_cov" else [])
     if loss_type == "vespo":
         sequence = {"beta": 0.1, "kl_bias_correction": True, "ratio_level": "sequence"}
         return _BOTH + kept + [sequence, {"vespo": VespoConfig(1.5, 0.7, 1.0, 2.5)}]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlloss import LossConfig, policy_loss
-from rlloss.config import LOSS_TYPES, READ_BY, SapoConfig, VespoConfig
+from rlloss.config import LOSS_TYPES, READ_BY, CovarianceConfig, SapoConfig, VespoConfig
 
 NO_EFFECT = "it has no effect with"
 # A value of each setting that only some losses read, other than the default.
@@ -19,17 +19,19 @@ OTHER = {
     "max_completion_length": 9,
     "sapo": SapoConfig(2.0, 2.0),
     "vespo": VespoConfig(1.0, 1.0, 1.0, 1.0),
+    "covariance": CovarianceConfig(ratio=0.1),
 }
 CLIPPED = {"grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo"}
 READERS = {
     "ratio_level": CLIPPED | {"cispo", "sapo"},  # gspo may say "sequence", which it is
-    "epsilon_low": CLIPPED,
-    "epsilon_high": CLIPPED | {"cispo"},
-    "delta": CLIPPED,
-    "max_log_ratio": CLIPPED | {"cispo", "sapo"},
+    "epsilon_low": CLIPPED | {"clip_cov"},
+    "epsilon_high": CLIPPED | {"cispo", "clip_cov"},
+    "delta": CLIPPED | {"clip_cov"},
+    "max_log_ratio": CLIPPED | {"cispo", "sapo", "clip_cov", "kl_cov"},
     "max_completion_length": {"dr_grpo"},
     "sapo": {"sapo"},
     "vespo": {"vespo"},
+    "covariance": {"clip_cov", "kl_cov"},
 }
 
 
@@ -88,6 +90,9 @@ def test_a_setting_that_the_loss_does_not_read_raises(loss_type, name):
      r"entropy_denominator: found kept.*divides by B \* max_completion_length"),
     ({"entropy_denominator": "kept", "top_entropy_quantile": 0.2, "loss_type": "luspo"},
      "entropy_denominator: found kept.*'luspo', which divides by B"),
+    ({"entropy_bonus_tokens": "some"}, "entropy_bonus_tokens: found 'some', expected one of 'kept', 'all'"),
+    ({"entropy_bonus_tokens": "all", "entropy_coef": 0.1}, "entropy_bonus_tokens: found 'all'.*no effect with top_ent"),
+    ({"entropy_bonus_tokens": "all", "top_entropy_quantile": 0.2}, "entropy_bonus_tokens.*no effect with entropy_coef"),
 ])  # fmt: skip
 def test_conflicting_settings_are_named(settings, message):
 
@@ -120,6 +125,40 @@ def test_gates_are_positive(kind, value):
             kind(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"ratio": 0.0}, r"covariance.ratio: found 0.0, expected a number in \(0, 1\]"),
+        ({"ratio": 1.1}, "covariance.ratio: found 1.1"),
+        ({"ratio": math.nan}, "covariance.ratio: found nan"),
+        ({"low": 6.0}, "covariance.low: found 6.0, expected at most covariance.high=5.0"),
+        ({"kl_coef": 0.0}, "covariance.kl_coef: found 0.0, expected a finite number above 0"),
+        ({"penalty": "k1"}, "covariance.penalty: found 'k1', expected one of 'abs', 'k3'"),
+        ({"scope": "global"}, "covariance.scope: found 'global', expected one of 'microbatch', 'generation'"),
+        ({"selection": "best"}, "covariance.selection: found 'best', expected one of 'random', 'top'"),
+    ],
+)
+def test_settings_of_the_covariance_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CovarianceConfig(**settings)
+
+
+@pytest.mark.parametrize("name, value", [("seed", 0.5), ("seed", True), ("at_least_one", 1)])
+def test_types_of_the_covariance_are_checked(name, value):
+    with pytest.raises(TypeError, match=f"covariance.{name}: found {value!r}, expected"):
+        CovarianceConfig(**{name: value})
+
+
+@pytest.mark.parametrize("loss_type, settings", [
+    ("kl_cov", {"low": 0.5}), ("kl_cov", {"high": 9.0}), ("kl_cov", {"selection": "top"}), ("kl_cov", {"seed": 1}),
+    ("clip_cov", {"kl_coef": 0.1}), ("clip_cov", {"penalty": "k3"}), ("clip_cov", {"seed": 1, "selection": "top"}),
+])  # fmt: skip
+def test_settings_of_the_other_covariance_loss_raise(loss_type, settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=f"covariance.{name}: found .*it has no effect with"):
+        LossConfig(loss_type, covariance=CovarianceConfig(**settings))
+
+
 @pytest.mark.parametrize("name, value", [
     ("epsilon_low", "0.2"), ("epsilon_high", None), ("beta", None), ("delta", "4"), ("max_log_ratio", [5.0]),
     ("top_entropy_quantile", "20%"), ("entropy_coef", None), ("off_policy_threshold", "0.1"),
@@ -130,10 +169,12 @@ def test_settings_of_the_wrong_type_are_named(name, value):
     assert str(error.value).startswith(f"{name}: found {value!r}, expected a number")
 
 
-@pytest.mark.parametrize("name, kind", [("sapo", "SapoConfig"), ("vespo", "VespoConfig")])
-def test_the_gates_are_not_dicts(name, kind):
+@pytest.mark.parametrize("loss_type, name, kind", [
+    ("sapo", "sapo", "SapoConfig"), ("vespo", "vespo", "VespoConfig"), ("kl_cov", "covariance", "CovarianceConfig"),
+])  # fmt: skip
+def test_the_sections_are_not_dicts(loss_type, name, kind):
     with pytest.raises(TypeError, match=f"{name}: found {{}}, expected a {kind}"):
-        LossConfig(name, **{name: {}})
+        LossConfig(loss_type, **{name: {}})
 
 
 @pytest.mark.parametrize("change, error, message", [
@@ -164,6 +205,16 @@ def test_the_gates_are_not_dicts(name, kind):
     ({"denominator": 0.0}, ValueError, "denominator: found 0.0"),
     ({"denominator": -3}, ValueError, "denominator: found -3"),
     ({"denominator": torch.ones(2)}, ValueError, r"denominator: found shape \(2,\), expected one number"),
+    ({"kept": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "kept: found a tensor, expected None with top_entropy"),
+    ({"kept": torch.ones(2, 3, dtype=torch.bool), "cutoff": 0.5, "entropy": torch.zeros(2, 3),
+      "config": LossConfig(top_entropy_quantile=0.2)}, ValueError, "kept: found a tensor, expected None with.*cutoff"),
+    ({"kept": torch.ones(2, 3), "config": LossConfig(top_entropy_quantile=0.2)}, TypeError, "kept: found dtype"),
+    ({"selected": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "selected: found a tensor, expected None"),
+    ({"config": LossConfig("clip_cov", covariance=CovarianceConfig(scope="generation"))}, ValueError,
+     "selected: found None, expected a .* tensor with covariance.scope='generation'"),
+    ({"selected": torch.ones(2, 1, dtype=torch.bool),
+      "config": LossConfig("clip_cov", covariance=CovarianceConfig(scope="generation"))}, ValueError,
+     r"selected: found shape \(2, 1\)"),
     ({"config": "dapo"}, TypeError, "config: found str, expected a LossConfig"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):

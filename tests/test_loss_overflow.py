@@ -9,6 +9,7 @@ import torch
 from loss_cases import (
     BACKENDS,
     CLIPPED,
+    COVARIANCE,
     LEVELS,
     TYPES_AND_LEVELS,
     arguments,
@@ -22,8 +23,13 @@ from loss_cases import (
 
 from rlloss import LossConfig, policy_loss
 from rlloss.backends import backend
-from rlloss.config import LOSS_TYPES
+from rlloss.config import LOSS_TYPES, CovarianceConfig
 
+# The log-ratio of one token does not move the pick of another: every token of the band is picked, or none.
+NO_CONTEST = {
+    "clip_cov": {"covariance": CovarianceConfig(ratio=1.0, low=0.05, selection="top")},
+    "kl_cov": {"covariance": CovarianceConfig(at_least_one=False)},
+}
 LOG_RATIOS = [20.0, -20.0, 88.0, -88.0, 100.0, -100.0, math.inf, -math.inf, math.nan]
 BAD = (0, 1)  # the sequence and the token whose log-ratio is bad
 IN_FP64 = 2400.0  # stands for infinity there: e^600, in the mean over 4 tokens too, is finite in fp64 and not in fp32
@@ -61,7 +67,7 @@ def settings_of(loss_type: str) -> list[dict]:
 @pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
 def test_a_bad_token(loss_type, level, log_ratio):
     for settings, sign, per_token in itertools.product(settings_of(loss_type), (1.0, -1.0, 0.0), (False, True)):
-        config = make_config(loss_type, level, **settings)
+        config = make_config(loss_type, level, **{**NO_CONTEST.get(loss_type, {}), **settings})
         case = (settings, sign, per_token)
         loss, gradient, _ = value_and_gradients(ours(config), swept(log_ratio, sign, per_token), torch.float32)
         _, healthy, _ = value_and_gradients(ours(config), swept(0.0, sign, per_token), torch.float32)
@@ -84,11 +90,11 @@ def test_a_bad_token(loss_type, level, log_ratio):
 
 @pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
 def test_the_sweep_reaches_zeros_and_live_tokens(loss_type, level):
-    """By the formula: of the bad tokens of every loss some are dead and some are not, but none of cispo's are."""
-    compute = partial(textbook, config=make_config(loss_type, level))
+    """By the formula: of the bad tokens of every loss some are dead and some are not, but for cispo and kl_cov none."""
+    compute = partial(textbook, config=make_config(loss_type, level, **NO_CONTEST.get(loss_type, {})))
     cases = [swept(log_ratio, sign, False) for log_ratio in (20.0, -20.0) for sign in (1.0, -1.0)]
     dead = {value_and_gradients(compute, x, torch.float64)[1][BAD].item() == 0 for x in cases}
-    assert dead == ({False} if loss_type == "cispo" else {True, False})
+    assert dead == ({False} if loss_type in ("cispo", "kl_cov") else {True, False})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -110,7 +116,9 @@ def test_what_stands_in_masked_columns_does_not_matter(loss_type, level, bad):
 @pytest.mark.parametrize("name", ["logp", "ref_logp", "advantage", "sampler_ratio"])
 @pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
 def test_a_nan_stays_in_its_own_token_or_sequence(loss_type, level, name):
-    config = make_config(loss_type, level, beta=0.1, kl_bias_correction=True, top_entropy_quantile=0.5)
+    none = {name: {"covariance": CovarianceConfig(at_least_one=False)} for name in COVARIANCE}
+    own = none.get(loss_type, {})
+    config = make_config(loss_type, level, beta=0.1, kl_bias_correction=True, top_entropy_quantile=0.5, **own)
     x = batch(4, per_token=True)
     x["mask"][:] = True
     x["entropy"][1, 2] = 5.0

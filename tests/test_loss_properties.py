@@ -9,9 +9,13 @@ from loss_cases import BACKENDS, FUSED, LENGTH, converted, make_config
 
 from rlloss import GRPOLoss, LossConfig, policy_loss, token_stats
 from rlloss.backends import backend, triton_token_pass
-from rlloss.config import KL_ESTIMATORS, LOSS_TYPES, READ_BY, SapoConfig, VespoConfig
+from rlloss.config import KL_ESTIMATORS, LOSS_TYPES, READ_BY, CovarianceConfig, SapoConfig, VespoConfig
 from rlloss.masks import top_entropy_mask
 
+COVARIANCES = {
+    "clip_cov": [CovarianceConfig(), CovarianceConfig(ratio=0.3, low=0.0), CovarianceConfig(0.3, selection="top")],
+    "kl_cov": [CovarianceConfig(), CovarianceConfig(ratio=0.3), CovarianceConfig(ratio=0.3, penalty="k3")],
+}
 SEQUENCE_LOSSES = ("grpo", "sapo", "gspo", "luspo")
 
 
@@ -31,6 +35,7 @@ def draw(seed: int, B: int | None = None, T: int | None = None) -> tuple[LossCon
         "max_completion_length": LENGTH,
         "sapo": r.choice([SapoConfig(), SapoConfig(0.2, 7.0)]),
         "vespo": r.choice([VespoConfig(), VespoConfig(0.5, 1.0, 1.0, 0.2)]),
+        "covariance": r.choice(COVARIANCES.get(loss_type, [None])),
     }
     read = READ_BY[loss_type] | ({"ratio_level"} if corrected and loss_type == "vespo" else set())
     settings = {name: value for name, value in own.items() if name in read} | {
@@ -42,6 +47,8 @@ def draw(seed: int, B: int | None = None, T: int | None = None) -> tuple[LossCon
         "off_policy_threshold": r.choice([None, None, 0.1]),
         "entropy_coef": r.choice([0.0, 0.0, 0.0, 0.3]),
     }
+    if rho < 1 and settings["entropy_coef"]:
+        settings["entropy_bonus_tokens"] = r.choice(["kept", "all"])
     if rho < 1 and beta == 0 and loss_type not in ("dr_grpo", "luspo"):
         settings["entropy_denominator"] = r.choice(["all", "kept"])
     config = LossConfig(loss_type, **settings)
@@ -98,7 +105,7 @@ def test_the_drawn_settings_reach_every_value():
         of_type = [config for config, _ in drawn if config.loss_type == loss_type]
         several = READ_BY[loss_type] - {"max_completion_length"}
         several |= {"top_entropy_quantile", "exact_k", "beta", "kl_estimator", "kl_bias_correction", "entropy_coef"}
-        several |= {"off_policy_threshold"}
+        several |= {"off_policy_threshold", "entropy_bonus_tokens"}
         for name in several:
             assert len({getattr(config, name) for config in of_type}) > 1, (loss_type, name)
     for name in ("old_logp", "sampler_logp", "sampler_ratio"):
@@ -120,11 +127,14 @@ def converted_or_none(x: dict) -> dict:
     return converted(given, torch.float32, FUSED)
 
 
-@pytest.mark.parametrize("seed", range(4 * len(LOSS_TYPES)))
+# tests/test_covariance.py has the losses that pick tokens, for which a split needs a common pick.
+@pytest.mark.parametrize(
+    "seed", [s for s in range(4 * len(LOSS_TYPES)) if LOSS_TYPES[s % len(LOSS_TYPES)] not in COVARIANCES]
+)
 def test_micro_batches_with_the_whole_denominator_sum_to_the_whole(seed):
     """The entropy bonus is a mean over each call's own tokens and the selection needs a common cutoff."""
     config, x = draw(seed, B=8, T=6)
-    changes = {"entropy_coef": 0.0, "exact_k": False}
+    changes = {"entropy_coef": 0.0, "exact_k": False, "entropy_bonus_tokens": "kept"}
     config = LossConfig(**{**vars(config), **changes})
     x = {k: v.double() if v is not None and v.dtype != torch.bool else v for k, v in x.items()}
     given = {} if config.top_entropy_quantile == 1 else {"cutoff": 0.5}

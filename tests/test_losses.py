@@ -7,6 +7,7 @@ import pytest
 import torch
 from loss_cases import (
     BACKENDS,
+    COVARIANCE,
     FUSED,
     LENGTH,
     LEVELS,
@@ -17,6 +18,7 @@ from loss_cases import (
     ours,
     settings_of,
     textbook,
+    textbook_pick,
     value_and_gradients,
 )
 
@@ -64,7 +66,7 @@ def test_loss_and_gradients_are_as_good_as_torchs(loss_type, level, settings):
 @pytest.mark.parametrize("loss_type, level", [pair for pair in TYPES_AND_LEVELS if pair[0] not in ("sapo", "vespo")])
 def test_so_are_those_of_the_kernel(loss_type, level, per_token):
     """tests/test_token_pass.py compares it with the general path over many more settings."""
-    own = {"max_log_ratio": 0.4} if loss_type == "cispo" else {"delta": 1.5, "epsilon_high": 0.2}
+    own = {"max_log_ratio": 0.4} if loss_type in ("cispo", "kl_cov") else {"delta": 1.5, "epsilon_high": 0.2}
     own |= {"top_entropy_quantile": 0.6, "beta": 0.1, "kl_bias_correction": True, "entropy_coef": 0.2}
     config = make_config(loss_type, level, **own)
     assert_as_good_as_torch(config, batch(1, per_token=per_token), "token", torch.float32, FUSED)
@@ -169,7 +171,7 @@ def test_off_policy_sequences_with_a_negative_advantage_are_dropped():
     drift = torch.tensor([0.3, 0.1, 0.9, 0.9])[:, None].expand(4, 3)
     mask = torch.ones(4, 3, dtype=torch.bool)
     for loss_type in LOSS_TYPES:
-        own = {} if loss_type in ("cispo", "sapo", "vespo") else {"epsilon_low": 1.0}
+        own = {} if loss_type in ("cispo", "sapo", "vespo", "kl_cov") else {"epsilon_low": 1.0}
         config = make_config(loss_type, off_policy_threshold=0.2, **own)
         for given in ({"old_logp": drift}, {"sampler_logp": drift}, {"old_logp": 2 * drift, "sampler_logp": drift}):
             loss = policy_loss(logp, advantage, mask, config=config, **given).loss
@@ -235,7 +237,7 @@ def test_every_metric_is_what_it_says(loss_type, level, on):
                 advantage >= 0, (3 + 2 * log_w - 3 * ratio).exp(), (2 + 3 * log_w - 2 * ratio).exp()
             )[:, :width]  # fmt: skip
             expected["weight"] = phi[counted].sum()
-        elif loss_type != "sapo":
+        elif loss_type not in ("sapo", "kl_cov"):
             top = 1.3 if loss_type == "cispo" else 1.28
             low = counted & ((ratio < (0.0 if loss_type == "cispo" else 0.8)) & (advantage < 0))[:, :width]
             high = counted & ((ratio > top) & (advantage > 0))[:, :width]
@@ -244,6 +246,9 @@ def test_every_metric_is_what_it_says(loss_type, level, on):
                 "clip_low": low.sum(), "clip_high": high.sum(), "clip_region": (low | high).sum(),
                 "clip_low_min": shares[0].min(), "clip_high_max": shares[1].max(),
             }  # fmt: skip
+        if loss_type in COVARIANCE:
+            given = {**x, "advantage": advantage}
+            expected["selected"] = textbook_pick(given, config, kept, advantage).sum()
         assert set(found) == set(expected) | {"surrogate", "live"}
         for name, value in expected.items():
             assert float(found[name]) == pytest.approx(float(value), rel=2e-6), name
@@ -253,7 +258,8 @@ def test_every_metric_is_what_it_says(loss_type, level, on):
         assert mean["ratio"] == found["ratio"] / found["ratios"]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+# What the covariance picks depends on the other sequences.
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name not in COVARIANCE])
 def test_the_surrogate_is_the_sum_of_the_token_losses_without_kl(loss_type):
     x = batch(4)
     arguments = {k: x[k] for k in ("logp", "advantage", "mask", "old_logp")}

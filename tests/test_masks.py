@@ -97,7 +97,10 @@ def _rank(rank: int, port: int, queue) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     entropy, mask = _share(rank)
     cutoff = entropy_cutoff(entropy, mask, 0.3, process_group=torch.distributed.group.WORLD)
-    queue.put((rank, cutoff.item()))
+    together = {"process_group": torch.distributed.group.WORLD}
+    kept = [top_entropy_mask(entropy, mask, 0.3, exact_k=exact_k, **together).tolist() for exact_k in (False, True)]
+    tied = top_entropy_mask(torch.zeros_like(entropy), mask, 0.3, exact_k=True, **together)
+    queue.put((rank, cutoff.item(), *kept, tied.tolist()))
     torch.distributed.destroy_process_group()
 
 
@@ -120,6 +123,20 @@ def test_ranks_share_one_cutoff():
     for p in processes:
         p.join(120)
         assert p.exitcode == 0
-    found = dict(queue.get() for _ in range(3))
+    found = {rank: rest for rank, *rest in (queue.get() for _ in range(3))}
     everything = torch.cat([e[m] for e, m in map(_share, range(3))])
-    assert set(found.values()) == {everything.quantile(0.7).item()}
+    cutoff = everything.quantile(0.7).item()
+    k = math.floor(0.3 * (len(everything) - 1)) + 1
+    tied = 0
+    for rank in range(3):
+        entropy, mask = _share(rank)
+        expected = (mask & (entropy >= cutoff)).tolist()
+        first = mask & (tied + mask.flatten().cumsum(0).view(mask.shape) <= k)
+        assert found[rank] == [cutoff, expected, expected, first.tolist()]
+        tied += int(mask.sum())
+
+
+def test_a_cutoff_takes_no_process_group():
+    entropy, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="process_group: found a group, expected None with a cutoff"):
+        top_entropy_mask(entropy, mask, 0.2, cutoff=0.5, process_group=object())

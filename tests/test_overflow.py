@@ -12,11 +12,8 @@ from rlloss.config import LOSS_TYPES
 LOG_RATIOS = [20.0, -20.0, 88.0, -88.0, 100.0, -100.0, math.inf, -math.inf, math.nan]
 BAD = (0, 1)
 OWN = {"cispo": {"epsilon_high": 1.3}, "dr_grpo": {"max_completion_length": 5}}
-CASES = [
-    (loss_type, level)
-    for loss_type in LOSS_TYPES
-    for level in {"gspo": ("sequence",), "vespo": ("token",)}.get(loss_type, ("token", "sequence"))
-]
+ONE_LEVEL = {"gspo": ("sequence",), "vespo": ("token",), "clip_cov": ("token",), "kl_cov": ("token",)}
+CASES = [(loss_type, level) for loss_type in LOSS_TYPES for level in ONE_LEVEL.get(loss_type, ("token", "sequence"))]
 FUSED = "triton" if torch.cuda.is_available() else "interpreter"
 IN_THE_KERNEL = [("dapo", "token"), ("grpo", "sequence"), ("cispo", "token"), ("cispo", "sequence")]
 needs_triton = pytest.mark.skipif(not triton_token_pass, reason="needs Triton")
@@ -96,9 +93,9 @@ def test_a_bad_token_that_is_taken_out_in_the_kernel(loss_type, level, way):
 
 
 @pytest.mark.parametrize("log_ratio", [20.0, 88.0, 100.0, math.inf])
-@pytest.mark.parametrize("loss_type, level", [case for case in CASES if case[0] != "cispo"])
+@pytest.mark.parametrize("loss_type, level", [case for case in CASES if case[0] not in ("cispo", "kl_cov")])
 def test_a_kl_goes_on_where_the_surrogate_is_clipped(loss_type, level, log_ratio):
-    """A clipped token's gradient is that of its KL alone, to the bit; of the cispo weight nothing is clipped away."""
+    """A clipped token's gradient is that of its KL alone, to the bit; cispo and kl_cov clip no gradient away."""
     way = {"settings": {"beta": 0.1}, "ref_logp": torch.full((3, 4), -0.7)}
     _, gradient = run(loss_type, level, log_ratio, 1.0, **way)
     _, only_kl = run(loss_type, level, log_ratio, 0.0, **way)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from loss_cases import LENGTH, batch, make_config, value_and_gradients
 
-from rlloss import GRPOLoss, means, policy_loss
+from rlloss import CovarianceConfig, GRPOLoss, means, policy_loss, surrogates, token_covariance
 from rlloss.backends import backend
 from rlloss.config import SapoConfig, VespoConfig
 
@@ -148,9 +148,19 @@ def test_ligers_vespo_hides_a_broken_weight(liger):
 class ActorConfig:
     """What the functions read of verl's class of this name."""
 
-    def __init__(self, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0, tau_pos=1.0, tau_neg=1.05, **agg):
+    def __init__(
+        self,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_c=3.0,
+        tau_pos=1.0,
+        tau_neg=1.05,
+        policy_loss=None,
+        **agg,
+    ):
         self.clip_ratio, self.clip_ratio_low, self.clip_ratio_high = 0.2, clip_ratio_low, clip_ratio_high
         self.clip_ratio_c, self.tau_pos, self.tau_neg = clip_ratio_c, tau_pos, tau_neg
+        self.policy_loss = types.SimpleNamespace(**(policy_loss or {}))
         self.global_batch_info = agg
 
     def get(self, name, default=None):
@@ -310,6 +320,40 @@ def test_verls_cispo(verl):
         bounded = by_verl(verl.compute_policy_loss_cispo, x, "token-mean", sampled, clip_ratio_low=0.2)
         ratio = (x["logp"] - x["old_logp"]).exp()
         assert_equal([found[1] * (0.8 / ratio).clamp(min=1.0)], [bounded[1]])
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.2, 1.0])
+def test_verls_clip_cov(verl, monkeypatch, ratio):
+    """It draws by torch.randperm among the candidates in their order; here that begins with the largest covariances."""
+    c = CovarianceConfig(ratio=ratio, low=0.05, high=2.0, selection="top")
+    settings = {"clip_cov_ratio": ratio, "clip_cov_lb": c.low, "clip_cov_ub": c.high}
+    picked = 0
+    for seed, sampled, per_token in itertools.product(range(6), (False, True), (False, True)):
+        x = batch(seed, spread=0.3, per_token=per_token)
+        x["sampler_ratio"].clamp_(
+            min=0.1
+        )  # to verl a token that the sampler's weight removes is a candidate all the same
+        advantage = x["advantage"].view(len(x["mask"]), -1).expand(x["mask"].shape)
+        covariance = token_covariance(x["logp"], x["advantage"], x["mask"])
+        clipped = surrogates.clipped(x["logp"] - x["old_logp"], advantage, make_config("dapo"))
+        of_candidates = covariance[x["mask"] & ~clipped & (covariance > c.low) & (covariance < c.high)]
+        monkeypatch.setattr(torch, "randperm", lambda n, x=of_candidates: x.argsort(descending=True))
+        config = make_config("clip_cov", covariance=c)
+        expected = by_verl(verl.compute_policy_loss_clip_cov, x, "token-mean", sampled, policy_loss=settings)
+        assert_equal(by_us(x, config, sampled), expected)
+        picked += len(of_candidates) > 1
+    assert picked >= 4
+
+
+@pytest.mark.parametrize("ratio, coef", [(0.01, 1.0), (0.2, 0.1), (1.0, 0.5)])
+def test_verls_kl_cov(verl, ratio, coef):
+    for seed, sampled, per_token in itertools.product(range(6), (False, True), (False, True)):
+        x = batch(seed, spread=0.3, per_token=per_token)
+        x["sampler_ratio"].clamp_(min=0.1)
+        config = make_config("kl_cov", covariance=CovarianceConfig(ratio=ratio, kl_coef=coef))
+        settings = {"kl_cov_ratio": ratio, "ppo_kl_coef": coef}
+        expected = by_verl(verl.compute_policy_loss_kl_cov, x, "token-mean", sampled, policy_loss=settings)
+        assert_equal(by_us(x, config, sampled), expected)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

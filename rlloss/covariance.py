@@ -1,0 +1,136 @@
+"""The covariance of log-probability and advantage, token by token, and the tokens that "clip_cov" and "kl_cov" pick.
+
+A token that is likely and better than average (or unlikely and worse) sharpens the policy when it is trained on: to
+first order the entropy falls by the learning rate times Cov(logp, A) (2505.22617). A few tokens hold most of it.
+"""
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.config import CovarianceConfig
+from rlloss.selection import gathered, largest
+
+LOSS_TYPES = ("clip_cov", "kl_cov")
+_32_BITS = 0xFFFFFFFF
+
+
+def token_covariance(logp: Tensor, advantage: Tensor, mask: Tensor, *, process_group=None) -> Tensor:
+    """(logp - mean logp) (A - mean A) of each token (2505.22617 Eq. 10), 0 where it does not count.
+
+    logp `[B, T]`, advantage `[B]` or `[B, T]`, mask `[B, T]` bool; returns fp64 `[B, T]` without gradient. The means
+    are those of the tokens that count in all processes of the group; a token that is not finite is in neither, and its
+    own covariance is NaN.
+    """
+    logp = logp.detach().double()
+    advantage = (advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)).detach().double().expand(mask.shape)
+    counted = mask & logp.isfinite() & advantage.isfinite()
+    sums = torch.stack([torch.where(counted, x, 0.0).sum() for x in (torch.ones_like(logp), logp, advantage)])
+    if process_group is not None:
+        torch.distributed.all_reduce(sums, group=process_group)
+    mean_logp, mean_advantage = sums[1:] / sums[0].clamp(min=1.0)
+    covariance = (logp - mean_logp) * (advantage - mean_advantage)
+    return torch.where(mask, torch.where(counted, covariance, torch.nan), 0.0)
+
+
+def covariance_selection(
+    logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "clip_cov",
+    config: CovarianceConfig | None = None,
+    candidates: Tensor | None = None,
+    draw: Tensor | int | None = None,
+    process_group=None,
+) -> Tensor:
+    """The tokens that "clip_cov" leaves out or "kl_cov" penalises: what `policy_loss` takes as `selected`.
+
+    Of N tokens, floor(ratio N) are picked, at least one with `config.at_least_one`: for "clip_cov" at random (or the
+    largest) among those with low <= covariance <= high, for "kl_cov" those with the largest covariance.
+
+    Args:
+        logp: `[B, T]` log-probability of each token, in nats: of the whole generation batch from a pass without
+            gradient, for `scope="generation"`.
+        advantage: `[B]` or `[B, T]`.
+        mask: `[B, T]` bool, True = counts.
+        loss_type: "clip_cov" or "kl_cov".
+        config: `CovarianceConfig()` if None; its scope does not matter here.
+        candidates: `[B, T]` bool, the tokens that may be picked (means and N are of the mask); None: all.
+        draw: the number of the draw, for the random selection: another one picks others. None: made from logp. With
+            the same draw and seed the pick depends on the order of the tokens that count, and not on padding or on how
+            they are spread over processes.
+        process_group: the processes whose tokens count together. None: this one alone.
+
+    Returns:
+        `[B, T]` bool. A token whose numbers are not finite is not picked.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; it is named.
+
+    Source: 2505.22617 Eq. 10 to 14.
+    """
+    config = CovarianceConfig() if config is None else config
+    checks.one_of("loss_type", loss_type, LOSS_TYPES)
+    checks.floating("logp", logp)
+    checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
+    checks.boolean("mask", mask)
+    checks.same_shape("mask", mask, logp.shape, "like logp")
+    checks.require(
+        tuple(advantage.shape) in {(len(logp),), tuple(logp.shape)}, "advantage", f"shape {tuple(advantage.shape)}",
+        f"[B] = ({len(logp)},) or [B, T] = {tuple(logp.shape)}",
+    )  # fmt: skip
+    if candidates is not None:
+        checks.boolean("candidates", candidates)
+        checks.same_shape("candidates", candidates, logp.shape, "like logp")
+    return select(logp, advantage, mask, mask if candidates is None else mask & candidates, loss_type, config, draw,
+                  process_group)  # fmt: skip
+
+
+def select(
+    logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    candidates: Tensor,
+    loss_type: str,
+    config: CovarianceConfig,
+    draw: Tensor | int | None,
+    process_group,
+) -> Tensor:
+    """`covariance_selection` after its checks; advantage `[B]`, `[B, 1]` or `[B, T]`."""
+    covariance = token_covariance(logp, advantage, mask, process_group=process_group)
+    candidates = candidates & ~covariance.isnan()
+    score = covariance
+    if loss_type == "clip_cov":
+        candidates = candidates & (covariance >= config.low) & (covariance <= config.high)
+        if config.selection == "random":
+            score = _random(logp, mask, config.seed, draw, process_group)
+    N = mask.sum()
+    if process_group is not None:
+        torch.distributed.all_reduce(N, group=process_group)
+    k = (N.double() * config.ratio).floor()
+    return largest(score, candidates, k.clamp(min=1.0) if config.at_least_one else k, process_group=process_group)
+
+
+def _random(logp: Tensor, mask: Tensor, seed: int, draw: Tensor | int | None, process_group) -> Tensor:
+    """A number per token that counts, a hash of seed, draw and the token's place among them: no generator, whose seed
+    the host would have to know."""
+    place = mask.reshape(-1).cumsum(0).view(mask.shape)
+    if draw is None:
+        bits = logp.detach().float().contiguous().view(torch.int32).long()
+        draw = torch.where(mask, bits, 0).sum()
+        if process_group is not None:
+            torch.distributed.all_reduce(draw, group=process_group)
+    if process_group is not None:
+        start, _ = gathered(logp.new_ones(int(mask.sum()), dtype=torch.float32), process_group)
+        place = place + start
+    draw = torch.as_tensor(draw, dtype=torch.int64, device=mask.device)
+    return _mixed(place + _mixed(draw + _mixed(torch.full_like(draw, seed)))).double()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The last step of MurmurHash3 (32 bits, held in int64): every bit of x moves about half of the result's."""
+    x = x & _32_BITS
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _32_BITS
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _32_BITS
+    return x ^ (x >> 16)

@@ -1,0 +1,87 @@
+"""The arguments of a loss, checked against each other and its settings."""
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.config import READ_BY, LossConfig
+
+
+def checked(
+    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator,
+    kept=None, selected=None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config: found {type(config).__name__}, expected a LossConfig")
+    for name, x in (("cutoff", cutoff), ("denominator", denominator)):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+        checks.require(shape in ((), (1,)), name, f"shape {shape}", "one number")
+    if denominator is not None and not isinstance(denominator, Tensor):
+        checks.positive("denominator", denominator)
+    checks.floating("logp", logp)
+    checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
+    checks.boolean("mask", mask)
+    checks.same_shape("mask", mask, logp.shape, "like logp")
+    B, T = logp.shape
+    checks.floating("advantage", advantage)
+    checks.require(
+        tuple(advantage.shape) in {(B,), (B, T)}, "advantage", f"shape {tuple(advantage.shape)}",
+        f"[B] = ({B},) or [B, T] = ({B}, {T})",
+    )  # fmt: skip
+    per_token = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy": entropy}
+    for name, x in per_token.items():
+        if x is not None:
+            checks.floating(name, x)
+            checks.same_shape(name, x, logp.shape, "like logp")
+    if sampler_ratio is not None:
+        checks.floating("sampler_ratio", sampler_ratio)
+        checks.require(
+            tuple(sampler_ratio.shape) in {(B, 1), (B, T)}, "sampler_ratio", f"shape {tuple(sampler_ratio.shape)}",
+            f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})",
+        )  # fmt: skip
+    if ref_logp is None and config.beta != 0.0:
+        checks.fail("ref_logp", None, f"a tensor with beta={config.beta}")
+    checks.require(ref_logp is None or config.beta != 0.0, "ref_logp", "a tensor", "None with beta=0.0")
+    checks.require(
+        sampler_logp is None or config.off_policy_threshold is not None, "sampler_logp", "a tensor",
+        "None with off_policy_threshold=None, where it has no effect",
+    )  # fmt: skip
+    needs_entropy = (config.top_entropy_quantile < 1.0 and kept is None) or config.entropy_coef != 0.0
+    if entropy is None and needs_entropy:
+        settings = f"top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}"
+        checks.fail("entropy", None, f"a [B, T] tensor with {settings}")
+    has_gradient = entropy is not None and entropy.requires_grad
+    if config.entropy_coef != 0.0 and not has_gradient and torch.is_grad_enabled():
+        checks.fail(
+            "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}"
+        )
+    checks.require(
+        cutoff is None or (config.top_entropy_quantile < 1.0 and not config.exact_k), "cutoff", cutoff,
+        "None with top_entropy_quantile=1.0 or exact_k, where it has no effect",
+    )  # fmt: skip
+    for name, x in (("kept", kept), ("selected", selected)):
+        if x is not None:
+            checks.boolean(name, x)
+            checks.same_shape(name, x, logp.shape, "like logp")
+    checks.require(
+        kept is None or (config.top_entropy_quantile < 1.0 and cutoff is None), "kept", "a tensor",
+        "None with top_entropy_quantile=1.0 or a cutoff, where it has no effect",
+    )  # fmt: skip
+    given_elsewhere = "covariance" in READ_BY[config.loss_type] and config.covariance.scope == "generation"
+    checks.require(
+        selected is None or given_elsewhere, "selected", "a tensor",
+        "None: it is read by 'clip_cov' and 'kl_cov' with covariance.scope='generation'",
+    )  # fmt: skip
+    checks.require(
+        selected is not None or not given_elsewhere, "selected", None,
+        "a [B, T] tensor with covariance.scope='generation': `rlloss.covariance_selection` of the whole batch",
+    )  # fmt: skip
+    logp = logp if logp.dtype == torch.float64 else logp.float()
+    if entropy is not None and entropy.dtype != torch.float64:
+        entropy = entropy.float()
+    advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
+    old_logp, ref_logp, sampler_ratio, sampler_logp = (
+        None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
+    )
+    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy
