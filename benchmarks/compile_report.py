@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from rlloss.kernels import (
     clip_surrogate,
     entropy_quantile,
+    entropy_temperature,
     linear_token_stats,
     loss_gradient,
     token_stats,
@@ -35,9 +36,11 @@ FLAGS = dict.fromkeys((
     "INTERPOLATE", "CISPO", "SEQUENCE", "MEAN_OF_SEQUENCE", "HAS_DENOMINATOR", "KEPT_COUNTS", "PER_TOKEN_ADVANTAGE",
     "HAS_SAMPLER_RATIO", "PER_TOKEN_RATIO", "KL_BIAS_CORRECTION", "OFF_POLICY", "HAS_BEHAVIOR", "SELECT", "EXACT_K",
     "BONUS",
-), False) | dict.fromkeys(("HAS_MASK", "ENTROPY", "ALIGNED", "LOGP_GRAD", "TOKENS", "HAS_OLD", "HAS_ENTROPY"), True) | {
+), False) | dict.fromkeys((
+    "HAS_MASK", "ENTROPY", "ALIGNED", "LOGP_GRAD", "TOKENS", "HAS_OLD", "HAS_ENTROPY", "WRITE",
+), True) | {
     "KL": 0, "BLOCK_V": 2048, "CHUNK_V": 16384, "BLOCK": entropy_quantile.BLOCK, "BINS": entropy_quantile.BINS,
-    "BLOCK_T": clip_surrogate.BLOCK_T, "BLOCK_B": 64, "FIELDS": clip_surrogate.FIELDS,
+    "BLOCK_T": clip_surrogate.BLOCK_T, "BLOCK_B": 64, "FIELDS": clip_surrogate.FIELDS, "RULE": "two_level",
 }  # fmt: skip
 OF_LOGITS = dict.fromkeys(
     ("PER_ROW", "HAS_SOFTCAP", "SQUARES", "MEAN", "TOP1", "ENTROPY_GRAD", "LSE_GRAD"), True
@@ -93,6 +96,15 @@ KERNELS = {
     ),
     # dtype: of the gradient; the tile is fp32.
     "gradient tile": (linear_token_stats.gradient_tile_kernel, 8, of_logits(OF_LOGITS), {}),
+    "entropy temperature": (
+        entropy_temperature.entropy_temperature_kernel,
+        8,
+        [
+            *((dtype, "plain", {}) for dtype in ("bf16", "fp16", "fp32")),
+            *((dtype, rule, {"RULE": rule}) for rule in ("edt", "dynatemp") for dtype in ("bf16", "fp32")),
+        ],
+        {},
+    ),
     "token pass": (
         clip_surrogate.clip_surrogate_kernel,
         clip_surrogate.NUM_WARPS,

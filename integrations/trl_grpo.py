@@ -6,7 +6,6 @@ TRL generates, scores and runs its fused lm_head; the loss after it is rlloss's,
 Same options, same metrics.
 """
 
-import dataclasses
 import logging
 import math
 import statistics
@@ -23,7 +22,8 @@ except ImportError as error:
 
 from rlloss import checks
 from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig, SapoConfig, VespoConfig
-from rlloss.integrations.trl_lm_head import PLANS, patch_trl
+from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
+from rlloss.integrations.trl_lm_head import patch_trl
 from rlloss.integrations.trl_lm_head import why_not as why_no_patch
 from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.losses import LOSSES, default_denominator, means, policy_loss
@@ -86,71 +86,6 @@ if not IN_TESTED_RANGE:
     warnings.warn(
         f"rlloss is tested with TRL >= {TESTED_TRL[0]}, < {TESTED_TRL[1]}; found {trl.__version__}", stacklevel=2
     )
-
-
-@dataclasses.dataclass
-class GRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig, its defaults unchanged, and six options more."""
-
-    epsilon_low: float | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Lower clip bound: ratios below 1 - epsilon_low are clipped. Another name for `epsilon`: give one "
-            "of the two. (That `epsilon` was given at its default cannot be seen; epsilon_low then counts.)"
-        },
-    )
-    entropy_denominator: str = dataclasses.field(
-        default="all",
-        metadata={
-            "help": "What the policy loss is divided by when top_entropy_quantile < 1: 'all' tokens (TRL), or the "
-            "'kept' ones (Beyond the 80/20 Rule, 2506.01939 Eq. 6; for 'dapo', 'cispo' and 'vespo' the accumulation "
-            "window's token count times the share kept in the micro-batch)."
-        },
-    )
-    zero_advantage: str = dataclasses.field(
-        default="forward_only",
-        metadata={
-            "help": "What becomes of completions whose whole advantage is 0 (their group got one reward), which carry "
-            "no gradient: 'forward_only' runs them without one, for the metrics; 'drop' does not run them, and the "
-            "metrics of the loss (entropy, clip ratios, live_share) then cover the completions that ran; 'keep' runs "
-            "all in one call. Loss and gradient are the same. One call is also made where every completion has a "
-            "gradient (beta, an entropy bonus) or where completions of a call depend on one another (dropout, images)."
-        },
-    )
-    spread_live_rows: bool = dataclasses.field(
-        default=False,
-        metadata={
-            "help": "Exchange completions among the micro-batches of an optimizer step so that each has as many with a "
-            "gradient. Loss and gradient of the step are the same; metrics that are means of micro-batches shift."
-        },
-    )
-
-    lm_head_plan: str = dataclasses.field(
-        default="auto",
-        metadata={
-            "help": "How log-probabilities and entropies are computed from the model's hidden states: 'recompute' or "
-            "'keep' (see `rlloss.linear_token_stats`), 'auto': what fits the memory, or 'trl': by TRL's own lm_head."
-        },
-    )
-    lm_head_memory_budget: int | None = dataclasses.field(
-        default=None, metadata={"help": "Bytes of logits that 'keep' may hold. None: 2 V D."}
-    )
-
-    def __post_init__(self):
-        checks.one_of("lm_head_plan", self.lm_head_plan, ("trl", *PLANS))
-        checks.require(
-            self.lm_head_plan != "trl" or self.lm_head_memory_budget is None, "lm_head_memory_budget",
-            self.lm_head_memory_budget, "None with lm_head_plan='trl', where it has no effect",
-        )  # fmt: skip
-        if self.epsilon_low is not None:
-            default = next(f.default for f in dataclasses.fields(trl.GRPOConfig) if f.name == "epsilon")
-            if self.epsilon not in (default, self.epsilon_low):
-                raise ValueError(
-                    f"epsilon_low: found {self.epsilon_low} and epsilon={self.epsilon}, expected one of the two: they "
-                    "are the same bound"
-                )
-            self.epsilon = self.epsilon_low
-        super().__post_init__()
 
 
 class GRPOTrainer(trl.GRPOTrainer):

@@ -20,17 +20,19 @@ triton_backward: Any
 triton_gradient: Any
 triton_quantile: Any
 triton_linear: Any
+triton_temperature: Any
 triton_token_pass: Any
 try:
     from rlloss.kernels import clip_surrogate as triton_token_pass
     from rlloss.kernels import entropy_quantile as triton_quantile
+    from rlloss.kernels import entropy_temperature as triton_temperature
     from rlloss.kernels import linear_token_stats as triton_linear
     from rlloss.kernels import loss_gradient as triton_gradient
     from rlloss.kernels import token_stats as triton_forward
     from rlloss.kernels import token_stats_backward as triton_backward
 except ImportError:  # Triton is published for Linux only
     triton_forward = triton_backward = triton_gradient = triton_quantile = triton_token_pass = None
-    triton_linear = None
+    triton_linear = triton_temperature = None
 
 BACKENDS = ("triton", "interpreter", "torch")
 

@@ -171,7 +171,7 @@ def policy_loss(
             candidates = surrogate_acts(by_entropy)
             if loss_type.surrogate is clip:
                 of_token = log_ratio(level, None, config.max_log_ratio)
-                candidates = candidates & ~clipped(of_token, advantage, config)
+                candidates = candidates & ~clipped(of_token, advantage, config) & ~of_token.isnan()  # it must show
             selected = covariance.select(
                 logp, advantage, mask, candidates, config.loss_type, config.covariance, None, None
             )

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# How often a row is read by tiles.
-VOCABULARY = {"forward": 1, "merge": 0, "backward": 1, "loss gradient": 2, "fold tile": 1, "gradient tile": 1}
+# How often a row is read by tiles; where it is scaled, without the reads of the loop that scales it.
+VOCABULARY = {
+    "forward": 1, "merge": 0, "backward": 1, "loss gradient": 2, "fold tile": 1, "gradient tile": 1,
+    "entropy temperature": 1,
+}  # fmt: skip
 
 
 def run_without_interpreter(*arguments: str) -> str:
@@ -75,8 +78,10 @@ def test_the_vocabulary_is_read_and_written_by_16_bytes(sm_90):
         assert row["max.NaN"] > 0, row  # the floor of the exponents lets NaN through; the interpreter's always does
         # A thread's entries of a tile: 8 in 2-byte types, in one load; 8 in fp32, in two.
         loads = 2 if row["dtype"] == "fp32" or row["kernel"].endswith("tile") else 1
-        assert row.get("LDG.E.128", 0) == VOCABULARY[row["kernel"]] * loads, row
-        writes = row["kernel"] in ("backward", "loss gradient", "gradient tile")
+        # The loop that scales a row is so short that it may be unrolled: there a load goes with each store.
+        scaling = row.get("STG.E.128", 0) if row["kernel"] == "entropy temperature" else 0
+        assert row.get("LDG.E.128", 0) == VOCABULARY[row["kernel"]] * loads + scaling, row
+        writes = row["kernel"] in ("backward", "loss gradient", "gradient tile", "entropy temperature")
         assert (row.get("STG.E.128", 0) > 0) == writes, row
 
 
@@ -87,6 +92,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from rlloss.kernels.clip_surrogate import clip_surrogate
 from rlloss.kernels.entropy_quantile import entropy_quantile, entropy_top_k
+from rlloss.kernels.entropy_temperature import RULES, entropy_temperature
 from rlloss.kernels.linear_token_stats import fold_tile, gradient_tile
 from rlloss.kernels.loss_gradient import loss_gradient
 from rlloss.kernels.token_stats import token_stats_forward
@@ -132,16 +138,23 @@ for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
     for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):
         entropy_quantile(entropy, mask, rho)
         entropy_top_k(entropy, mask, rho)
+for N, V in ((1, 1), (1, 7), (2, 16), (17, 4000), (64, 32768)):
+    for constants in ((1.2, 1.0, 0.672), (1.0, 1.0, 0.0), (0.7, 2, 3)):
+        for rule in RULES:
+            logits = torch.zeros(N, (V + 7) // 8 * 8, dtype=torch.bfloat16)[:, :V]
+            entropy_temperature(logits, torch.ones(N, dtype=torch.bool), logits, rule, constants, 0.01, block_v=2048)
 print({name: len(keys) for name, keys in seen.items()})
 """
 
 
 def test_no_recompilation_when_rows_lengths_or_temperature_change():
     counts = eval(run_without_interpreter("-c", COUNT_SPECIALISATIONS))
-    # The forward exists for whole and for split rows; narrow for the first, a middle and two kinds of last pass.
+    # The forward exists for whole and for split rows; narrow for the first, a middle and two kinds of last pass; the
+    # temperature for each rule.
     assert counts == {
         "token_stats_forward_kernel": 2, "token_stats_merge_kernel": 1, "token_stats_backward_kernel": 1,
         "fold_tile_kernel": 1, "gradient_tile_kernel": 1, "loss_gradient_kernel": 1,
         "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
         "entropy_narrow_kernel": 4, "entropy_ties_kernel": 1, "entropy_last_tie_kernel": 1,
+        "entropy_temperature_kernel": 3,
     }  # fmt: skip

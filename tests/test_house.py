@@ -46,6 +46,7 @@ FLOORS = {
     "rlloss.integrations.batch_dependence": 3.6,
     "rlloss.integrations.zero_advantage": 3.7,
     "rlloss.integrations.trl_lm_head": 3.7,
+    "rlloss.integrations.trl_config": 3.8,
     "rlloss.arithmetic": 4,
     "rlloss.report": 4,
     "rlloss.demo": 5,

@@ -98,7 +98,7 @@ def test_the_loss_gradients_and_metrics_of_grpo_loss(loss_type, level, per_token
                 continue
             taken.add(plan)
             assert_same(found, expected)
-    row_local = loss_type not in ("gspo", "vespo") and level == "token"
+    row_local = loss_type not in ("gspo", "vespo", "clip_cov", "kl_cov") and level == "token"
     assert taken == set(PLANS if row_local else PLANS[:2])
 
 
@@ -169,7 +169,7 @@ def test_who_may_get_a_gradient():
     has_advantage = (x["advantage"] != 0)[:, None].expand(B, T)
     for config, expected in (
         (LossConfig(), has_advantage), (LossConfig("gspo"), has_advantage), (LossConfig(beta=0.1), None),
-        (LossConfig(entropy_coef=0.1), None),
+        (LossConfig(entropy_coef=0.1), None), (LossConfig("kl_cov"), None), (LossConfig("clip_cov"), has_advantage),
     ):  # fmt: skip
         found = linear_loss.candidates(x["advantage"], x["mask"], config)
         assert found is expected if expected is None else torch.equal(found, expected)

@@ -185,7 +185,9 @@ def test_extreme_ratios_are_those_of_the_general_path(loss_type, log_ratio):
         found, expected = run(FUSED, LossConfig(loss_type, **own), x), run("torch", LossConfig(loss_type, **own), x)
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6, equal_nan=True)
         assert torch.equal(found[1] == 0, expected[1] == 0)
-        assert found[1][[0, 2]].isfinite().all() and (found[1][[0, 2]] != 0).all()
+        assert found[1][[0, 2]].isfinite().all()
+        picked = int(found[3]["selected"]) if loss_type == "clip_cov" else 0
+        assert (found[1][[0, 2]] == 0).sum() <= picked <= 1
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
