@@ -6,11 +6,9 @@ TRL generates, scores and runs its fused lm_head; the loss after it is rlloss's,
 Same options, same metrics.
 """
 
+import contextlib
 import logging
-import math
-import statistics
 import warnings
-from collections.abc import Callable
 
 import torch
 from packaging.version import Version
@@ -21,14 +19,19 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl_grpo needs TRL: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
-from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig, SapoConfig, VespoConfig
+from rlloss.config import RATIO_LEVELS, READ_BY, CovarianceConfig, LossConfig, SapoConfig, VespoConfig
+from rlloss.diagnostics import diagnose
+from rlloss.entropy_control import bonus_now
+from rlloss.integrations.rollout import Rollout, ScaledModel
+from rlloss.integrations.trl_advantages import RewardsToAdvantages
 from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl_lm_head import patch_trl
 from rlloss.integrations.trl_lm_head import why_not as why_no_patch
+from rlloss.integrations.trl_metrics import LossMetrics
 from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.losses import LOSSES, default_denominator, means, policy_loss
 from rlloss.masks import entropy_cutoff, top_entropy_mask
-from rlloss.surrogates import cispo, clip, sapo, vespo
+from rlloss.surrogates import vespo
 
 TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
 # What `_get_per_token_logps_and_entropies` takes for models that see more than text.
@@ -48,27 +51,10 @@ OPTIONS = {
         trainer.args.vespo_k_pos, trainer.args.vespo_lambda_pos,
         trainer.args.vespo_k_neg, trainer.args.vespo_lambda_neg,
     ),
+    "covariance": lambda trainer: CovarianceConfig(**(getattr(trainer.args, "covariance", None) or {})),
 }  # fmt: skip
 # Among the losses that are divided by a count of tokens, those that take this micro-batch's own.
 OWN_TOKEN_COUNT = ("bnpo",)
-# What a surrogate counts: TRL's name -> that of rlloss's mean.
-MEANS: dict[Callable[..., object], dict[str, str]] = {
-    clip: {
-        "clip_ratio/low_mean": "clip_low",
-        "clip_ratio/high_mean": "clip_high",
-        "clip_ratio/region_mean": "clip_region",
-    },
-    cispo: {"cispo_clip_ratio": "clip_high"},
-    sapo: {},
-    vespo: {"vespo/phi_seq_mean": "weight"},
-}
-# What is not added up over ranks: rlloss's name -> TRL's, and how the ranks' numbers become one.
-OVER_RANKS = {
-    "clip_low_min": ("clip_ratio/low_min", min),
-    "clip_high_max": ("clip_ratio/high_max", max),
-    "policy_loss": ("policy_loss", statistics.fmean),
-}
-
 logger = logging.getLogger(__name__)
 
 _missing = [
@@ -98,6 +84,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._zero_advantage = ZeroAdvantage(self, MULTIMODAL)
+        self._rollout = Rollout(self, MULTIMODAL)
+        self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
+        self._loss_metrics = LossMetrics(self)
         if (theirs := self._why_trls_own()) is not None:
             logger.info("The loss with %s is TRL's own.", theirs)
         self._make_loss_config()  # a setting that does not fit raises now and not in the first step
@@ -123,27 +112,43 @@ class GRPOTrainer(trl.GRPOTrainer):
         entropy_denominator = getattr(self.args, "entropy_denominator", "all")
         theirs = self._why_trls_own()
         self._zero_advantage.check(theirs)
+        exact_k = getattr(self.args, "exact_k", False)
+        bonus_tokens = getattr(self.args, "entropy_bonus_tokens", "kept")
         if theirs is not None:
-            checks.require(
-                entropy_denominator == "all", "entropy_denominator", repr(entropy_denominator),
-                f"'all' with {theirs}, where the loss is TRL's own",
-            )  # fmt: skip
+            for name, found, expected in (
+                ("entropy_denominator", entropy_denominator, "all"),
+                ("exact_k", exact_k, False),
+                ("entropy_bonus_tokens", bonus_tokens, "kept"),
+            ):
+                checks.require(
+                    found == expected, name, repr(found), f"{expected!r} with {theirs}, where the loss is TRL's own"
+                )
+            self._rollout.check(None, theirs)
             return None
         checks.one_of("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
         corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
         read = READ_BY[self.loss_type]
         if corrected and LOSSES[self.loss_type].level == "product":
             read = read | {"ratio_level"}  # for the KL alone
-        return LossConfig(
+        entropy_coef = self._entropy_coef_now()
+        checks.require(
+            bonus_tokens == "kept" or self._has_entropy_bonus(), "entropy_bonus_tokens", repr(bonus_tokens),
+            "'kept' without an entropy bonus (entropy_coef or use_adaptive_entropy), where it has no effect",
+        )  # fmt: skip
+        config = LossConfig(
             loss_type=self.loss_type,
             top_entropy_quantile=self.top_entropy_quantile,
             entropy_denominator=entropy_denominator,
+            exact_k=exact_k,
             beta=self.beta,
             kl_bias_correction=corrected,
             off_policy_threshold=self.off_policy_mask_threshold,
-            entropy_coef=self._entropy_coef_now(),
+            entropy_coef=entropy_coef,
+            entropy_bonus_tokens=bonus_tokens if entropy_coef != 0.0 else "kept",
             **{name: option(self) for name, option in OPTIONS.items() if name in read},
         )
+        self._rollout.check(config, None)
+        return config
 
     def _compute_loss(self, model, inputs):
         config = self._make_loss_config()  # callbacks may change the trainer's settings between steps
@@ -152,15 +157,17 @@ class GRPOTrainer(trl.GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         whole = inputs
+        if config.top_entropy_quantile < 1.0:
+            self._rollout.open_window(whole, config)
+        if "temperatures" in whole:
+            model = ScaledModel(model)
         model, inputs = self._zero_advantage.apart(model, whole)
         mask = counted_tokens(inputs)
-        logp, entropy, aux_loss = self._token_stats(model, inputs)
+        with self._rollout.training(inputs):
+            logp, entropy, aux_loss = self._token_stats(model, inputs)
 
-        cutoff = None
-        if config.top_entropy_quantile < 1.0:
-            group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-            cutoff = entropy_cutoff(entropy, mask, config.top_entropy_quantile, process_group=group)
-        denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff)
+        cutoff, kept = self._selection(config, inputs, entropy, mask)
+        denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff, kept)
         if denominator is None and inputs is not whole:
             denominator = default_denominator(counted_tokens(whole), LOSSES[self.loss_type], config)
         loss, metrics = policy_loss(
@@ -175,9 +182,12 @@ class GRPOTrainer(trl.GRPOTrainer):
             entropy=entropy,
             cutoff=cutoff,
             denominator=denominator,
+            kept=kept,
+            selected=inputs.get("selected_tokens"),
         )
         if self._has_entropy_bonus():  # TRL logs the loss without it, and divided where its own divisor counts windows
-            without = loss.detach() + config.entropy_coef * means(metrics)["entropy_kept"]
+            of = "entropy_kept" if config.entropy_bonus_tokens == "kept" else "entropy"
+            without = loss.detach() + config.entropy_coef * means(metrics)[of]
             metrics["policy_loss"] = without if denominator is None else without / accumulation
         loss = loss / accumulation
         if aux_loss is not None:
@@ -185,15 +195,43 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         dead = dead_completions(whole).float()
         metrics |= {"dead": dead.sum(), "completions": torch.ones_like(dead).sum()}
-        self._log_loss_metrics(mode, metrics)
+        self._loss_metrics.log(mode, metrics, self._gauges(logp, entropy, mask, inputs))
+        if self.accelerator.sync_gradients:
+            self._rollout.close_window()
         return loss
+
+    def _gauges(self, logp, entropy, mask, inputs):
+        old_logp = inputs.get("old_per_token_logps")
+        return diagnose(
+            logp, inputs["advantages"], mask, entropy=entropy, old_logp=logp if old_logp is None else old_logp,
+            group=inputs.get("group_accuracy"),
+        )  # fmt: skip
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not before and self._why_trls_own() is None:
+        if self._why_trls_own() is not None:
+            return inputs
+        if not self.model.training:
+            self._rollout.select([inputs], self._make_loss_config(), self._step)
+        elif self._buffered_inputs is not before:
+            self._rollout.select(self._buffered_inputs or [], self._make_loss_config(), self._step)
             self._zero_advantage.look_ahead(self._buffered_inputs or [])
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    def _generate_and_score_completions(self, inputs):
+        return self._rewards_to_advantages.complete(inputs, self._generate_once)
+
+    def _generate_once(self, inputs):
+        """One generation batch, with what its micro-batches need; dynamic sampling makes several."""
+        with self._rollout.generation():
+            output = super()._generate_and_score_completions(inputs)
+            return self._rollout.complete(output, self._make_loss_config())
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with self._rollout.sampling():
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _why_trls_call(self) -> str | None:
         """Why the model has to be called by TRL or a subclass itself."""
@@ -204,13 +242,21 @@ class GRPOTrainer(trl.GRPOTrainer):
                 return f"{name} overridden"
         return None
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""
+        if self._rollout.wants_entropy:
+            kwargs["compute_entropy"] = True
+        model = self._rollout.fed(model, input_ids, attention_mask, logits_to_keep)
         plan = getattr(self.args, "lm_head_plan", "auto")
-        if plan == "trl" or why_no_patch() is not None:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        with patch_trl(plan=plan, memory_budget=getattr(self.args, "lm_head_memory_budget", None)):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        patch = contextlib.nullcontext()
+        if plan != "trl" and why_no_patch() is None:
+            patch = patch_trl(plan=plan, memory_budget=getattr(self.args, "lm_head_memory_budget", None))
+        with patch:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        self._rollout.remember(result)
+        return result
 
     def _token_stats(self, model, inputs):
         """(logp, entropy, aux loss or None) of the completions."""
@@ -233,7 +279,17 @@ class GRPOTrainer(trl.GRPOTrainer):
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         return inputs["importance_sampling_ratio"] if corrects else None
 
-    def _denominator(self, config, inputs, mode, entropy, mask, cutoff):
+    def _selection(self, config, inputs, entropy, mask):
+        """(cutoff or None, kept tokens or None) of top_entropy_quantile: made beforehand, or this micro-batch's own."""
+        cutoff, kept, rho = inputs.get("entropy_cutoff"), inputs.get("kept_tokens"), config.top_entropy_quantile
+        if rho == 1.0 or cutoff is not None or kept is not None:
+            return cutoff, kept
+        group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        if config.exact_k:
+            return None, top_entropy_mask(entropy, mask, rho, exact_k=True, process_group=group)
+        return entropy_cutoff(entropy, mask, rho, process_group=group), None
+
+    def _denominator(self, config, inputs, mode, entropy, mask, cutoff, kept):
         """For a mean over tokens this process's share of those of an average micro-batch; None: this call's own."""
         if LOSSES[self.loss_type].divided_by != "tokens" or self.loss_type in OWN_TOKEN_COUNT:
             return None
@@ -241,7 +297,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         if mode == "train":  # it counts the generation batch, which is steps_per_generation micro-batches
             denominator = denominator / self.args.steps_per_generation
         if config.entropy_denominator == "kept":
-            kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff)
+            if kept is None:
+                kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff)
             kept, tokens = self.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
             denominator = denominator * kept.clamp(min=1) / tokens.clamp(min=1)
         return denominator
@@ -253,61 +310,6 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Of the bonus in this accumulation window. Adaptive: none while the last window's entropy is above target."""
         if not self._has_entropy_bonus():
             return 0.0
-        needed = not self.use_adaptive_entropy or self._last_world_entropy <= self.args.entropy_target
-        return self.entropy_coef if needed else 0.0
-
-    def _entropy_window(self, mode, metrics):
-        """The sums over this rank's window that end with this micro-batch, if it ends one; {} otherwise.
-
-        The attributes are TRL's, which writes and reads them with its checkpoints.
-        """
-        if mode != "train" or not (self._has_entropy_bonus() and self.use_adaptive_entropy):
-            return {}
-        stats = torch.stack([metrics["entropy_kept"], metrics["kept"]])
-        if self._entropy_window_stats is not None:
-            stats = self._entropy_window_stats + stats
-        ends = self.accelerator.sync_gradients
-        self._entropy_window_stats = None if ends else stats
-        return dict(zip(("window_entropy", "window_kept"), stats, strict=True)) if ends else {}
-
-    def _adapt_entropy_coef(self, world_entropy):
-        """The controller of Skywork-OR1 (2505.22312): a step up at or below the target, a step down above it."""
-        args, self._last_world_entropy = self.args, world_entropy
-        if world_entropy <= args.entropy_target:
-            self.entropy_coef = min(self.entropy_coef + args.entropy_coef_delta, args.entropy_coef_max)
-        else:
-            self.entropy_coef = max(self.entropy_coef - args.entropy_coef_delta, args.entropy_coef_min)
-
-    def _log_loss_metrics(self, mode, metrics):
-        """TRL's metrics of this micro-batch and ours: one reduction of sums, at most one gather of the rest."""
-        log, surrogate = self._metrics[mode], LOSSES[self.loss_type].surrogate
-        sums = {name: value for name, value in metrics.items() if name not in OVER_RANKS}
-        sums |= self._entropy_window(mode, metrics)
-        reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
-        reduced = dict(zip(sums, reduced, strict=True))
-        averages = means(reduced) | {"zero_advantage_share": reduced["dead"] / reduced["completions"].clamp(min=1)}
-        if "window_kept" in reduced:
-            averages["window_entropy"] = reduced["window_entropy"] / reduced["window_kept"].clamp(min=1)
-        averages = dict(zip(averages, torch.stack(list(averages.values())).tolist(), strict=True))
-
-        log["zero_advantage_share"].append(averages["zero_advantage_share"])
-        names = {"entropy": "entropy", "live_share": "live_share", **MEANS[surrogate]}
-        if self.beta != 0.0:
-            names["kl"] = "kl"
-        if "entropy_cutoff" in averages:
-            names |= {"entropy/kept_share": "kept_share", "entropy/cutoff": "entropy_cutoff"}
-        for name, mean in names.items():
-            log[name].append(averages[mean])
-
-        logged = [name for name in OVER_RANKS if name in metrics and (surrogate is clip or name == "policy_loss")]
-        if logged:
-            gathered = self.accelerator.gather(torch.stack([metrics[name] for name in logged]).unsqueeze(0))
-            for name, of_ranks in zip(logged, gathered.T.tolist(), strict=True):
-                trls_name, one_of = OVER_RANKS[name]
-                known = [value for value in of_ranks if not math.isnan(value)]  # NaN: no sequence of that rank counts
-                log[trls_name].append(one_of(known) if known else math.nan)
-
-        if "window_entropy" in averages:
-            self._adapt_entropy_coef(averages["window_entropy"])
-        if self._has_entropy_bonus() and mode == "train" and self.accelerator.sync_gradients:
-            log["entropy_coef"].append(self.entropy_coef)
+        if not self.use_adaptive_entropy:
+            return self.entropy_coef
+        return bonus_now(self.entropy_coef, self._last_world_entropy, self.args.entropy_target)

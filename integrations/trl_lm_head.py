@@ -10,6 +10,8 @@ states and the lm_head's weight in, statistics of each token out (`add_fused_lm_
 is rlloss's: the same outputs and gradients, with no product in the backward for tokens whose gradient is zero.
 """
 
+import contextlib
+import contextvars
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
@@ -54,6 +56,19 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+_temperatures: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("temperatures", default=None)
+
+
+@contextlib.contextmanager
+def token_temperatures(temperatures: Tensor) -> Iterator[None]:
+    """Inside, the patched head divides the logits of each row by its own temperature [N], in the place of TRL's one."""
+    token = _temperatures.set(temperatures)
+    try:
+        yield
+    finally:
+        _temperatures.reset(token)
+
+
 class LmHead:
     """Takes the place of TRL's autograd.Function."""
 
@@ -73,9 +88,10 @@ class LmHead:
         outputs: tuple[str, ...] = tuple(OUTPUTS),
     ) -> tuple[Tensor | None, ...]:
         """hidden [N, D], weight [V, D], bias [V], targets [N] -> a tensor [N] per output of OUTPUTS, or None."""
+        per_row = _temperatures.get()
         call = prepare(
-            hidden, weight, targets, bias, None, temperature, final_logit_softcapping, logit_scale, self.plan,
-            self.memory_budget, self.batch_invariant,
+            hidden, weight, targets, bias, None, temperature if per_row is None else per_row,
+            final_logit_softcapping, logit_scale, self.plan, self.memory_budget, self.batch_invariant,
             # Looked up in the backward again, where an engine that shards the weight has taken it apart.
             gather=lambda: trl_utils.maybe_gather_lm_head_ctx(weight, bias),  # type: ignore[arg-type]
         )  # fmt: skip

@@ -263,9 +263,13 @@ class ZeroAdvantage:
         quantile = (
             f"top_entropy_quantile={trainer.top_entropy_quantile}" if trainer.top_entropy_quantile < 1.0 else None
         )
+        scope, kept = (getattr(trainer.args, name, None) for name in ("entropy_scope", "entropy_denominator"))
+        if scope in ("window", "generation") and kept != "kept":
+            quantile = None  # the cutoff is known before the micro-batch
+        looks = quantile or self._why_picks_here()
         checks.require(
-            choice != "drop" or quantile is None, "zero_advantage", repr(choice),
-            f"'forward_only' or 'keep' with {quantile}, whose cutoff looks at every completion",
+            choice != "drop" or looks is None, "zero_advantage", repr(choice),
+            f"'forward_only' or 'keep' with {looks}, whose selection looks at every completion",
         )  # fmt: skip
         if not spreads:
             return
@@ -277,7 +281,7 @@ class ZeroAdvantage:
             "micro-batches always share an optimizer step",
         )  # fmt: skip
         own_count = "loss_type='bnpo'" if trainer.loss_type == "bnpo" else None
-        mean = own_count or quantile or self._why_mean_of_call()
+        mean = own_count or looks or self._why_mean_of_call()
         checks.require(
             mean is None, "spread_live_rows", True,
             f"False with {mean}: the loss depends on which completions share a micro-batch",
@@ -355,7 +359,15 @@ class ZeroAdvantage:
         """What gives every completion a gradient."""
         if self.trainer.beta != 0.0:
             return f"beta={self.trainer.beta}"
+        if self.trainer.loss_type == "kl_cov":
+            return "loss_type='kl_cov'"
         return "an entropy bonus" if self.trainer._has_entropy_bonus() else None
+
+    def _why_picks_here(self) -> str | None:
+        """A loss that picks tokens among those of one micro-batch."""
+        settings = getattr(self.trainer.args, "covariance", None) or {}
+        picks = self.trainer.loss_type in ("clip_cov", "kl_cov") and settings.get("scope") != "generation"
+        return f"loss_type={self.trainer.loss_type!r}" if picks else None
 
     def _why_mean_of_call(self) -> str | None:
         """A term of the loss that is a mean over one micro-batch."""

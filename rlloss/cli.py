@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
         return _demo(arguments)
+    if arguments.command == "report":
+        return _report(arguments)
     parser.print_help()
     return 0
 
@@ -42,6 +44,14 @@ def _parser() -> argparse.ArgumentParser:
         help="train your own model by GRPO: --model DIR_OR_ID --dataset FILE_OR_ID --reward module:function",
         add_help=False,
     )
+    report = commands.add_parser(
+        "report",
+        help="make one HTML page of a training run: metrics, and completions coloured by entropy",
+        description="Make one HTML page, which opens offline, of the folder of a training run: the plots of "
+        "metrics.jsonl, the tokens of highest entropy, and the completions of tokens/*.jsonl token by token.",
+    )
+    report.add_argument("run_dir", metavar="RUN_DIR", help="folder with tokens/*.jsonl, metrics.jsonl, or both")
+    report.add_argument("--output", metavar="FILE", help="page to write (default: RUN_DIR/report.html)")
     return parser
 
 
@@ -86,6 +96,18 @@ def _train(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"rlloss train: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rlloss.run_report import write_run_report
+
+    try:
+        path = write_run_report(arguments.run_dir, arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"rlloss report: error: {error}", file=sys.stderr)
+        return 2
+    print(path)
     return 0
 
 

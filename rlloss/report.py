@@ -121,7 +121,8 @@ def _bounds(arms: Sequence[Arm], panel: Panel) -> tuple[float, float]:
     return low - (margin if panel.low is None else 0.0), high + (margin if panel.high is None else 0.0)
 
 
-def _chart(arms: Sequence[Arm], panel: Panel, index: int) -> str:
+def chart(arms: Sequence[Arm], panel: Panel, index: int) -> str:
+    """One figure: a line of `panel.key` per arm, against its steps. Its svg carries `index` as data-panel."""
     steps = [float(s) for arm in arms for s in arm.steps]
     x_low, x_high = min(steps, default=0.0), max(steps, default=1.0)
     if x_high <= x_low:
@@ -213,13 +214,13 @@ def _page(arms, panels, title, tables, paragraphs, command) -> str:
     explain = f"Thin: every step. Bold: centred mean over {lines} steps." if lines > 1 else "One value per step."
     text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
     repeat = f"<pre><code>{escape(command)}</code></pre>" if command else ""
-    charts = "".join(_chart(arms, panel, index) for index, panel in enumerate(panels))
+    charts = "".join(chart(arms, panel, index) for index, panel in enumerate(panels))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
         f"{_legend(arms)}{''.join(_table(table) for table in tables)}"
         f'<p class="absent">{explain}</p><div class="charts">{charts}</div>'
         f'<section><h2>What was run</h2>{text}{repeat}</section></main><script type="application/json" id="data">'
@@ -227,7 +228,7 @@ def _page(arms, panels, title, tables, paragraphs, command) -> str:
     )
 
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--page:#fbfbfa;--card:#fff;--ink:#1c1e21;--soft:#5d636b;--line:#e3e5e8;
 --a0:#2563b8;--a1:#d1630f;--a2:#2a8a4a;--a3:#8b46b5;--a4:#b8323f;--a5:#5b6470;--warn:#a33d00}
 @media (prefers-color-scheme:dark){:root{--page:#14161a;--card:#1c1f24;--ink:#e8eaed;--soft:#a3aab3;--line:#32373e;

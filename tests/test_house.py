@@ -33,10 +33,14 @@ FLOORS = {
     "rlloss.ratios": 1,
     "rlloss.surrogates": 1.5,
     "rlloss.token_pass": 1.7,
+    "rlloss.reward_resolution": 1.2,
+    "rlloss.overlong": 1,
+    "rlloss.entropy_control": 1,
     "rlloss.advantages": 1,
     "rlloss.sampling": 1,
     "rlloss.loss_inputs": 1.9,
     "rlloss.losses": 2,
+    "rlloss.token_states": 2.5,
     "rlloss.single_launch": 2.5,
     "rlloss.linear_loss": 2.5,
     "rlloss.explain": 2.6,
@@ -47,15 +51,23 @@ FLOORS = {
     "rlloss.integrations.zero_advantage": 3.7,
     "rlloss.integrations.trl_lm_head": 3.7,
     "rlloss.integrations.trl_config": 3.8,
+    "rlloss.integrations.transformers_sampling": 3.6,
+    "rlloss.integrations.rollout": 3.8,
+    "rlloss.integrations.trl_metrics": 3.7,
+    "rlloss.integrations.token_log": 3.7,
+    "rlloss.integrations.collapse_monitor": 3.7,
     "rlloss.arithmetic": 4,
     "rlloss.report": 4,
+    "rlloss.run_log": 4,
+    "rlloss.run_page": 4,
+    "rlloss.run_report": 4.5,
     "rlloss.demo": 5,
     "rlloss.train": 5,
     "rlloss.cli": 6,
 }
 PACKAGE_FLOORS = {"rlloss.kernels": 0, "rlloss.integrations": 4}
 CORE = 3.5
-STANDALONE = {"rlloss.arithmetic", "rlloss.report"}
+STANDALONE = {"rlloss.arithmetic", "rlloss.report", "rlloss.run_log", "rlloss.run_page"}
 CORE_LIBRARIES = {"torch", "triton"}
 
 

@@ -125,7 +125,8 @@ def test_training_runs_and_logs_trls_metrics_and_ours(tmp_path):
     assert len(history) == 4
     assert "reward" in history[0] and "rewards/<lambda>/mean" in history[0]
     for name in ("clip_ratio/region_mean", "clip_ratio/low_min", *OURS_ALONE):
-        assert all(math.isfinite(entry[name]) for entry in history), name
+        of_run = history[2:] if name.startswith("cov/entropy_change") else history
+        assert all(math.isfinite(entry[name]) for entry in of_run), name
     assert all(0 < entry["entropy/kept_share"] <= 1 and 0 <= entry["live_share"] <= 1 for entry in history)
 
 
@@ -203,7 +204,9 @@ def test_every_other_default_is_trls():
     ours = {f.name: f for f in dataclasses.fields(GRPOConfig)}
     assert set(ours) - set(theirs) == {
         "epsilon_low", "entropy_denominator", "zero_advantage", "spread_live_rows", "lm_head_plan",
-        "lm_head_memory_budget",
+        "lm_head_memory_budget", "exact_k", "entropy_scope", "entropy_bonus_tokens", "covariance",
+        "dynamic_temperature", "dynamic_sampling_rounds", "reward_conditions", "gdpo_token_weighted",
+        "soft_overlong_cache",
     }  # fmt: skip
     assert all(ours[name].default == field.default for name, field in theirs.items())
 

@@ -1,0 +1,189 @@
+"""TRL's GRPOConfig with rlloss's options."""
+
+import dataclasses
+
+try:
+    import trl
+except ImportError as error:
+    raise ImportError('rlloss.integrations.trl_config needs TRL: pip install "rlloss[trl]"') from error
+
+from rlloss import checks
+from rlloss.config import CovarianceConfig
+from rlloss.integrations.trl_lm_head import PLANS
+from rlloss.sampling import temperature_rule
+
+
+@dataclasses.dataclass
+class GRPOConfig(trl.GRPOConfig):
+    """TRL's GRPOConfig, its defaults unchanged, and options of rlloss."""
+
+    _VALID_DICT_FIELDS = trl.GRPOConfig._VALID_DICT_FIELDS + ["covariance", "dynamic_temperature", "reward_conditions"]
+
+    epsilon_low: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Lower clip bound: ratios below 1 - epsilon_low are clipped. Another name for `epsilon`: give one "
+            "of the two. (That `epsilon` was given at its default cannot be seen; epsilon_low then counts.)"
+        },
+    )
+    entropy_denominator: str = dataclasses.field(
+        default="all",
+        metadata={
+            "help": "What the policy loss is divided by when top_entropy_quantile < 1: 'all' tokens (TRL), or the "
+            "'kept' ones (Beyond the 80/20 Rule, 2506.01939 Eq. 6; for 'dapo', 'cispo' and 'vespo' the accumulation "
+            "window's token count times the share kept in the micro-batch)."
+        },
+    )
+    exact_k: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "With top_entropy_quantile < 1 keep exactly that share of the tokens, instead of every tie at the "
+            "cutoff (where the share reaches down to entropies of 0, ties keep everything)."
+        },
+    )
+    entropy_scope: str = dataclasses.field(
+        default="microbatch",
+        metadata={
+            "help": "Whose entropies set the cutoff of top_entropy_quantile: those of the 'microbatch', of all "
+            "processes (TRL); of the accumulation 'window' (one more pass without gradient over each of its "
+            "micro-batches); or of the whole 'generation' batch, by the policy that made it: its cutoff holds for all "
+            "steps on the batch. The last two do not depend on per_device_train_batch_size."
+        },
+    )
+    entropy_bonus_tokens: str = dataclasses.field(
+        default="kept",
+        metadata={"help": "Whose mean entropy `entropy_coef` rewards: of the 'kept' tokens (TRL), or of 'all'."},
+    )
+    covariance: dict | str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Which tokens loss_type 'clip_cov' leaves out or 'kl_cov' penalises (2505.22617), as fields of "
+            '`rlloss.CovarianceConfig`: {"ratio": 2e-4, "scope": "generation", ...}. None: its defaults.'
+        },
+    )
+    dynamic_temperature: dict | str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Sampling temperature by the entropy of each token's distribution, as a rule of rlloss.sampling: "
+            '{"rule": "two_level", "high": 1.2, "low": 1.0, "cutoff": 0.672} (2506.01939 Eq. 5), "edt" or '
+            '"dynatemp". The loss divides each token\'s logits by the same temperature. None: `temperature`.'
+        },
+    )
+    dynamic_sampling_rounds: int = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "At most so many times per generation batch, groups whose completions all got the same reward give "
+            "way to groups of fresh prompts (dynamic sampling, DAPO 2503.14476), drawn from the training set by `seed` "
+            "and step. Every process has to hold whole groups; text only, without tools. Metrics of generations and "
+            "rewards stay those of the first draw. 0: such groups stay."
+        },
+    )
+    reward_conditions: dict | str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Rewards that count as 0 where another one is below a threshold (GDPO, 2601.05242 Eq. 8), by the "
+            'names of the reward functions: {"length_reward": ["correct_reward", 1.0]}. Logged rewards stay as they '
+            "are. None: none."
+        },
+    )
+    gdpo_token_weighted: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "With multi_objective_aggregation='normalize_then_sum': mean and std of the batch weigh every "
+            "completion by its tokens, as verl does. Groups without a signal then get an advantage too."
+        },
+    )
+    soft_overlong_cache: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Adds the reward function 'soft_overlong' with weight 1: 0 up to max_completion_length - "
+            "soft_overlong_cache tokens, from there linearly down to -1 (DAPO, 2503.14476 Eq. 13). None: not added."
+        },
+    )
+    zero_advantage: str = dataclasses.field(
+        default="forward_only",
+        metadata={
+            "help": "What becomes of completions whose whole advantage is 0 (their group got one reward), which carry "
+            "no gradient: 'forward_only' runs them without one, for the metrics; 'drop' does not run them, and the "
+            "metrics of the loss (entropy, clip ratios, live_share) then cover the completions that ran; 'keep' runs "
+            "all in one call. Loss and gradient are the same. One call is also made where every completion has a "
+            "gradient (beta, an entropy bonus) or where completions of a call depend on one another (dropout, images)."
+        },
+    )
+    spread_live_rows: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Exchange completions among the micro-batches of an optimizer step so that each has as many with a "
+            "gradient. Loss and gradient of the step are the same; metrics that are means of micro-batches shift."
+        },
+    )
+
+    lm_head_plan: str = dataclasses.field(
+        default="auto",
+        metadata={
+            "help": "How log-probabilities and entropies are computed from the model's hidden states: 'recompute' or "
+            "'keep' (see `rlloss.linear_token_stats`), 'auto': what fits the memory, or 'trl': by TRL's own lm_head."
+        },
+    )
+    lm_head_memory_budget: int | None = dataclasses.field(
+        default=None, metadata={"help": "Bytes of logits that 'keep' may hold. None: 2 V D."}
+    )
+
+    def __post_init__(self):
+        checks.one_of("lm_head_plan", self.lm_head_plan, ("trl", *PLANS))
+        checks.require(
+            self.lm_head_plan != "trl" or self.lm_head_memory_budget is None, "lm_head_memory_budget",
+            self.lm_head_memory_budget, "None with lm_head_plan='trl', where it has no effect",
+        )  # fmt: skip
+        if self.epsilon_low is not None:
+            default = next(f.default for f in dataclasses.fields(trl.GRPOConfig) if f.name == "epsilon")
+            if self.epsilon not in (default, self.epsilon_low):
+                raise ValueError(
+                    f"epsilon_low: found {self.epsilon_low} and epsilon={self.epsilon}, expected one of the two: they "
+                    "are the same bound"
+                )
+            self.epsilon = self.epsilon_low
+        super().__post_init__()
+        for name in ("covariance", "dynamic_temperature", "reward_conditions"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"{name}: found {getattr(self, name)!r}, expected a dict (as JSON or YAML) or None")
+        checks.require(
+            self.covariance is None or self.loss_type in ("clip_cov", "kl_cov"), "covariance", self.covariance,
+            f"None with loss_type={self.loss_type!r}, where it has no effect",
+        )  # fmt: skip
+        if self.covariance is not None:
+            known = [field.name for field in dataclasses.fields(CovarianceConfig)]
+            for name in self.covariance:
+                checks.one_of("covariance", name, known)
+        if self.dynamic_temperature is not None:
+            temperature_rule(self.dynamic_temperature)
+            if self.use_vllm:  # read there by rlloss.integrations.vllm_sampling
+                extra = (self.generation_kwargs or {}).get("extra_args") or {}
+                extra = {**extra, "entropy_temperature": self.dynamic_temperature}
+                self.generation_kwargs = {**(self.generation_kwargs or {}), "extra_args": extra}
+        self._check_advantages()
+
+    def _check_advantages(self):
+        to_sum, scale = self.multi_objective_aggregation != "normalize_then_sum", self.scale_rewards
+        checks.require(
+            to_sum or scale == "group", "scale_rewards", repr(scale),
+            "'group' (the default) with multi_objective_aggregation='normalize_then_sum', where it has no effect",
+        )  # fmt: skip
+        checks.require(
+            not (to_sum and self.gdpo_token_weighted), "gdpo_token_weighted", True,
+            f"False with multi_objective_aggregation={self.multi_objective_aggregation!r}, where it has no effect",
+        )  # fmt: skip
+        rounds, cache, G = self.dynamic_sampling_rounds, self.soft_overlong_cache, self.num_generations
+        assert G is not None and self.steps_per_generation is not None  # TRL has seen to it
+        checks.require(rounds >= 0, "dynamic_sampling_rounds", rounds, "at least 0")
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        checks.require(
+            rounds == 0 or rows % G == 0, "dynamic_sampling_rounds", rounds,
+            f"0 with {rows} completions per process (per_device_train_batch_size * steps_per_generation), which are no "
+            f"whole groups of num_generations={G}",
+        )  # fmt: skip
+        longest = self.max_completion_length
+        checks.require(
+            cache is None or (longest is not None and 0 <= cache <= longest), "soft_overlong_cache", cache,
+            f"0 to max_completion_length = {longest}",
+        )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Logits rows -> entropy, the temperature that a rule gives for it, and the row divided by it, in one launch.
+
+One program takes one row. It reduces the row as `token_stats` does, chunk by chunk and merged in order, so that the
+entropy has the bits of `token_stats`, and scales the row while it is still in the cache.
+
+Bytes for V entries of b bytes, if the second read of a row hits the cache: b V read and b V written a row; b V read
+where only the temperature is asked for; none for a masked row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.online import LN_2, LOG2_E, collapse, fold, merge
+from rlloss.kernels.rows import device_of, launch_shape
+
+RULES = ("two_level", "edt", "dynatemp")
+
+
+@triton.jit
+def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(m, s, w, entries above -inf) of entries [start, min(stop, V))."""
+    LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    R: tl.constexpr = BLOCK_V // LANES
+    m = tl.full((R,), -float("inf"), tl.float32)
+    s = tl.zeros((R,), tl.float32)
+    w = tl.zeros((R,), tl.float32)
+    count = tl.zeros((R,), tl.int32)
+    lanes = tl.arange(0, R)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    # Full blocks carry no mask: a mask whose bound is not known to be a multiple of 16 would cost the 16-byte loads.
+    full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
+    for first in range(start, full, BLOCK_V):
+        offsets = first + lanes
+        u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
+        m, s, w, _ = fold(m, s, w, s, u, LOG2_E, True, False)
+        if COUNT:
+            count += tl.sum(tl.where(u > -float("inf"), 1, 0), axis=1)
+    if stop > full:
+        offsets = tl.maximum(start, full) + lanes
+        inside = offsets < V
+        u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=-float("inf")).to(tl.float32)
+        m, s, w, _ = fold(m, s, w, s, u, LOG2_E, True, False)
+        if COUNT:
+            count += tl.sum(tl.where(u > -float("inf"), 1, 0), axis=1)
+    m_row, s_row, w_row, _ = collapse(m, s, w, s, LOG2_E, True, False)
+    return m_row, s_row, w_row, tl.sum(count, axis=0)
+
+
+@triton.jit
+def _temperature(entropy, count, a, b, c, least, RULE: tl.constexpr):
+    """The rule, and 0 for what is below `least`. A NaN entropy gives NaN."""
+    if RULE == "two_level":
+        t = tl.where(entropy > c, a, b)
+        t = tl.where(entropy == entropy, t, entropy)
+    elif RULE == "edt":
+        at_zero = entropy <= 0.0
+        t = tl.where(at_zero, 0.0, a * tl.exp2(b / tl.where(at_zero, 1.0, entropy)))
+        t = tl.maximum(t, c, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        # One candidate has the entropy 0 of at most 0, which is no share of anything; entropy - entropy keeps a NaN.
+        several = count > 1
+        most = tl.log2(tl.where(several, count, 2).to(tl.float32)) * LN_2
+        share = tl.where(several, entropy / most, entropy - entropy)
+        share = tl.minimum(share, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        power = tl.exp2(c * tl.log2(tl.where(share == 0.0, 1.0, share)))
+        t = a + b * tl.where(share == 0.0, 0.0, power)
+    return tl.where(t < least, 0.0, t)
+
+
+@triton.jit
+def _scaled(u, bound, inverse, out_ptr):
+    return tl.where(u < bound, -float("inf"), u * inverse).to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _write_scaled(row_ptr, out_ptr, V, stride_v, out_v, bound, inverse, BLOCK_V: tl.constexpr):
+    """u * inverse, and -inf where u is below the bound. An entry is read before it is written: `out` may be the row."""
+    lanes = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V * BLOCK_V
+    for first in range(0, full, BLOCK_V):
+        offsets = (first + lanes).to(tl.int64)
+        u = tl.load(row_ptr + offsets * stride_v).to(tl.float32)
+        tl.store(out_ptr + offsets * out_v, _scaled(u, bound, inverse, out_ptr))
+    if V > full:
+        offsets = full + lanes
+        inside = offsets < V
+        u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offsets.to(tl.int64) * out_v, _scaled(u, bound, inverse, out_ptr), mask=inside)
+
+
+@triton.jit(do_not_specialize=["V", "stride_row", "out_row", "chunks"])
+def entropy_temperature_kernel(
+    logits_ptr,
+    mask_ptr,
+    temperature_ptr,
+    entropy_ptr,
+    out_ptr,
+    V: "i32",  # type: ignore  # noqa: F821
+    stride_row: "i64",  # type: ignore  # noqa: F821
+    stride_v,
+    out_row: "i64",  # type: ignore  # noqa: F821
+    out_v,
+    chunks: "i32",  # type: ignore  # noqa: F821
+    a: "fp32",  # type: ignore  # noqa: F821
+    b: "fp32",  # type: ignore  # noqa: F821
+    c: "fp32",  # type: ignore  # noqa: F821
+    least: "fp32",  # type: ignore  # noqa: F821
+    RULE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WRITE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):
+    """Grid (N,). A masked row is neither read nor written; its temperature is 1 and its entropy 0."""
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(temperature_ptr + row, 1.0)
+            tl.store(entropy_ptr + row, 0.0)
+            return
+    row_ptr = logits_ptr + row * stride_row
+    out_row_ptr = out_ptr + row * out_row
+    if ALIGNED:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+        out_row_ptr = tl.multiple_of(out_row_ptr, 16)
+    m = -float("inf")
+    s = 0.0
+    w = 0.0
+    count = 0
+    for chunk in range(chunks):
+        stop = tl.minimum(V, (chunk + 1) * CHUNK_V)
+        m_c, s_c, w_c, count_c = _chunk(  # type: ignore
+            row_ptr, chunk * CHUNK_V, stop, V, stride_v, RULE == "dynatemp", BLOCK_V
+        )
+        m, s, w, _ = merge(m, s, w, s, m_c, s_c, w_c, s_c, LOG2_E, True, False)
+        count += count_c
+    entropy = (tl.log2(s) - w / s) * LN_2
+    temperature = _temperature(entropy, count, a, b, c, least, RULE)
+    tl.store(temperature_ptr + row, temperature)
+    tl.store(entropy_ptr + row, entropy)
+    if WRITE:
+        greedy = temperature == 0.0
+        bound = tl.where(greedy, m, -float("inf"))
+        inverse = 1.0 / tl.where(greedy, 1.0, temperature)
+        _write_scaled(row_ptr, out_row_ptr, V, stride_v, out_v, bound, inverse, BLOCK_V)
+
+
+def entropy_temperature(
+    logits: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor | None,
+    rule: str,
+    constants: tuple[float, float, float],
+    least: float,
+    *,
+    block_v: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [N, V] with any strides -> (temperature, entropy), both fp32 [N]; the scaled rows go to `out`, if given.
+
+    mask [N] bool, contiguous. out: like logits in shape and dtype, or the logits themselves. With (a, b, c) =
+    constants the temperature is
+
+        two_level   a where entropy > c, else b
+        edt         max(a 2^(b / entropy), c)
+        dynatemp    a + b (entropy / log n)^c,   n entries above -inf
+
+    and 0 where it is below `least`: then the largest logits keep their value and all others become -inf.
+    """
+    N, V = logits.shape
+    temperature, entropy = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    if N == 0:
+        return temperature, entropy
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(V, block_v)
+    written = logits if out is None else out
+    with device_of(logits):
+        entropy_temperature_kernel[(N,)](
+            logits,
+            temperature if mask is None else mask,
+            temperature,
+            entropy,
+            written,
+            V,
+            *logits.stride(),
+            *written.stride(),
+            chunks,
+            *map(float, constants),
+            least,
+            RULE=rule,
+            HAS_MASK=mask is not None,
+            WRITE=out is not None,
+            ALIGNED=_aligned(logits) and _aligned(written),
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+        )
+    return temperature, entropy
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0

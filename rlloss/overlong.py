@@ -1,0 +1,65 @@
+"""The soft penalty on overlong completions: DAPO (2503.14476), Eq. 13."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+
+
+@torch.no_grad()
+def soft_overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
+    """0 up to max_length - cache tokens, from there linearly down to -1 at max_length, and -1 beyond.
+
+    Args:
+        lengths: `[...]` real, tokens of each completion.
+        max_length: tokens, >= 1. The paper: 20480.
+        cache: tokens of the interval in which the penalty grows, 0 to max_length; with 0 it jumps from 0 at max_length
+            to -1 beyond. The paper: 4096.
+
+    Returns:
+        Shaped like lengths, detached, on its device: fp64 for fp64 lengths, else fp32.
+
+    Raises:
+        TypeError: lengths is complex, bool or no tensor.
+        ValueError: max_length or cache is out of range.
+
+    Source: 2503.14476, Eq. 13: (max_length - cache - length) / cache in between.
+    """
+    _check(max_length, cache)
+    if not isinstance(lengths, Tensor) or lengths.dtype == torch.bool or lengths.is_complex():
+        found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths: found {found}, expected an integer or floating tensor")
+    left = max_length - cache - lengths.detach().double()
+    penalty = (left / cache).clamp(-1.0, 0.0) if cache else torch.where(left < 0, -1.0, left.new_zeros(()))
+    return penalty if lengths.dtype == torch.float64 else penalty.float()
+
+
+class SoftOverlongPenalty:
+    """`soft_overlong_penalty` as a reward function of TRL: `GRPOTrainer(reward_funcs=[..., SoftOverlongPenalty(...)])`.
+
+    It is logged as `rewards/soft_overlong/mean`. It can be pickled, as rollout workers need.
+    """
+
+    __name__ = "soft_overlong"
+
+    def __init__(self, max_length: int, cache: int):
+        _check(max_length, cache)
+        self.max_length, self.cache = max_length, cache
+
+    def __call__(self, completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
+        """One penalty for each completion, from its token ids. What else TRL hands over is not read."""
+        lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.float64)
+        return soft_overlong_penalty(lengths, max_length=self.max_length, cache=self.cache).tolist()
+
+    def __repr__(self) -> str:
+        return f"SoftOverlongPenalty(max_length={self.max_length}, cache={self.cache})"
+
+
+def _check(max_length: int, cache: int) -> None:
+    for name, value in (("max_length", max_length), ("cache", cache)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: found {type(value).__name__}, expected an int")
+    checks.require(max_length >= 1, "max_length", max_length, "at least 1")
+    checks.require(0 <= cache <= max_length, "cache", cache, f"0 to max_length = {max_length}")

@@ -1,0 +1,211 @@
+"""What a training run has written, read back: tokens/*.jsonl and metrics.jsonl, as `rlloss.integrations.token_log` has
+them. A run of millions of tokens is held in 7 bytes a token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCALE = 5000
+"""Steps per nat of the entropies held; 65534 steps, 13.1 nats, are more than the log of any vocabulary."""
+MISSING = 65535
+LIVE, MASKED = "lp", "m"
+
+
+@dataclass
+class Completion:
+    step: int
+    prompt: int  # index
+    tokens: array[int]  # indices of texts
+    entropy: array[int]  # in steps of 1 / SCALE nats, or MISSING
+    state: str
+    advantage: float | list[float] | None
+    rewards: dict[str, float | None]
+
+
+@dataclass
+class RunLog:
+    """What was read. texts and prompts: text -> index. metrics: name -> {step: value}. unreadable: "file:line"."""
+
+    texts: dict[str, int] = field(default_factory=dict)
+    prompts: dict[str, int] = field(default_factory=dict)
+    completions: list[Completion] = field(default_factory=list)
+    metrics: dict[str, dict[int, float | None]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def read_run(run_dir: Path) -> RunLog:
+    """Read a run.
+
+    A line that cannot be read is left out and noted. Where the steps of a file go back, the run was resumed, and what
+    it had written from that step on is left out.
+
+    Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
+    """
+    expected = "expected the folder of a run, with tokens/*.jsonl, metrics.jsonl or both"
+    if not run_dir.exists():
+        raise FileNotFoundError(f"run_dir: found no {str(run_dir)!r}, {expected}")
+    if not run_dir.is_dir():
+        raise NotADirectoryError(f"run_dir: found a file, {str(run_dir)!r}, {expected}")
+    files, metrics = sorted((run_dir / "tokens").glob("*.jsonl")), run_dir / "metrics.jsonl"
+    if not files and not metrics.is_file():
+        names = sorted(path.name for path in run_dir.iterdir())
+        more = ", ..." if len(names) > 8 else ""
+        held = f"only {', '.join(names[:8])}{more}" if names else "nothing"
+        held = "tokens/ without a .jsonl file" if names == ["tokens"] else held
+        raise ValueError(f"run_dir: found {held} in {str(run_dir)!r}, {expected}")
+    run = RunLog()
+    for path in files:
+        run.completions += _since_resumed(_parsed(run, path, _completion), lambda c: c.step)
+    run.completions.sort(key=lambda c: c.step)
+    if metrics.is_file():
+        for step, values in _since_resumed(_parsed(run, metrics, _log), lambda log: log[0]):
+            for name, value in values.items():
+                run.metrics.setdefault(name, {})[step] = value
+    if not run.completions and not run.metrics:
+        lines = f", {len(run.unreadable)} of them not readable" if run.unreadable else ""
+        raise ValueError(
+            f"run_dir: found no completion and no metric in the files of {str(run_dir)!r}{lines}, {expected}"
+        )
+    return run
+
+
+def _parsed(run: RunLog, path: Path, parse: Callable[[RunLog, Any], Any]) -> Iterator[Any]:
+    """What `parse` makes of each line; a line that does not fit is noted."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield parse(run, json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                run.unreadable.append(f"{path.name}:{number}")
+
+
+def _since_resumed(records: Iterator[Any], step_of: Callable[[Any], int]) -> list[Any]:
+    kept: list[Any] = []
+    for record in records:
+        if kept and step_of(record) < step_of(kept[-1]):
+            while kept and step_of(kept[-1]) >= step_of(record):
+                kept.pop()
+        kept.append(record)
+    return kept
+
+
+def _completion(run: RunLog, line: dict[str, Any]) -> Completion:
+    tokens, entropy, state = line["tokens"], line["entropy"], line["state"]
+    if not (isinstance(state, str) and state.isascii() and isinstance(line["prompt"], str)):
+        raise TypeError("not a completion")
+    if not len(tokens) == len(entropy) == len(state):
+        raise ValueError("not one completion")
+    if not all(isinstance(token, str) for token in tokens):
+        raise TypeError("not tokens")
+    quanta = [MISSING if nats is None else _quantum(nats) for nats in entropy]
+    advantage, texts, prompts = line["advantage"], run.texts, run.prompts
+    if isinstance(advantage, list):
+        advantage = [value for value in map(_finite, advantage) if value is not None]
+    else:
+        advantage = _finite(advantage)
+    return Completion(
+        step=_step(line),
+        rewards={_name(name): _finite(value) for name, value in (line.get("rewards") or {}).items()},
+        advantage=advantage,
+        state=state,
+        entropy=array("H", quanta),
+        prompt=prompts.setdefault(line["prompt"], len(prompts)),
+        tokens=array("I", [texts.setdefault(token, len(texts)) for token in tokens]),
+    )
+
+
+def _quantum(nats: float) -> int:
+    return max(0, min(MISSING - 1, round(nats * SCALE)))
+
+
+def _log(run: RunLog, line: dict[str, Any]) -> tuple[int, dict[str, float | None]]:
+    return _step(line), {_name(name): _finite(value) for name, value in line.items() if name != "step"}
+
+
+def _name(text: str) -> str:
+    """Names go into addresses and attributes, where a lone surrogate has no form."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _step(line: dict[str, Any]) -> int:
+    step = line["step"]
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
+        raise ValueError("not a step")
+    return step
+
+
+def _finite(value: Any) -> float | None:
+    """None for what is missing, not finite, or too large to draw."""
+    if value is None:
+        return None
+    value = float(value)
+    return value if abs(value) < 1e30 else None
+
+
+@dataclass
+class Counts:
+    """Of the tokens that count: how many have which entropy (by steps of 1 / SCALE), and the `top` texts by their mean.
+
+    states: letter -> how many, the masked ones too. rows: (index of the text, count, mean entropy in nats, share live),
+    of those that occur at least `at_least` times.
+    """
+
+    entropy: list[int]
+    states: dict[str, int]
+    rows: list[tuple[int, int, float, float]]
+    at_least: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(n for letter, n in self.states.items() if letter != MASKED)
+
+    @property
+    def live(self) -> int:
+        return sum(self.states.get(letter, 0) for letter in LIVE)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean entropy in nats; None if no token has one."""
+        known = sum(self.entropy)
+        return sum(quantum * n for quantum, n in enumerate(self.entropy)) / SCALE / known if known else None
+
+    def quantile(self, share: float) -> float | None:
+        """The smallest entropy in nats that at least this share of the tokens does not exceed."""
+        needed, below = share * sum(self.entropy), 0
+        for quantum, n in enumerate(self.entropy):
+            below += n
+            if n and below >= needed:
+                return quantum / SCALE
+        return None
+
+
+def count(run: RunLog, top: int) -> Counts:
+    entropy, states = [0] * MISSING, Counter()
+    n, known, nats, live = ([0] * len(run.texts) for _ in range(4))
+    for completion in run.completions:
+        states.update(completion.state)
+        for token, quantum, letter in zip(completion.tokens, completion.entropy, completion.state, strict=True):
+            if letter == MASKED:
+                continue
+            n[token] += 1
+            live[token] += letter in LIVE
+            if quantum != MISSING:
+                entropy[quantum] += 1
+                known[token] += 1
+                nats[token] += quantum
+    at_least = max(3, math.ceil(sum(n) / 10_000))
+    rows = [
+        (t, n[t], nats[t] / known[t] / SCALE, live[t] / n[t]) for t in range(len(n)) if n[t] >= at_least and known[t]
+    ]
+    rows.sort(key=lambda row: (-row[2], -row[1]))
+    return Counts(entropy, dict(states), rows[:top], at_least)
