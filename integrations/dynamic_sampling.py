@@ -18,7 +18,7 @@ from rlloss.integrations.zero_advantage import counted_tokens, has_rows
 # What stands where nothing counts, if not 0 (or the pad token, in ids): as TRL pads, and temperatures divide logits.
 PADDING = {"tool_mask": 1, "importance_sampling_ratio": 1, "temperatures": 1}
 
-Draw = Callable[[list[dict]], tuple[dict, Tensor]]
+Draw = Callable[[list[dict]], tuple[dict, Any]]
 
 
 def merge(output: dict, more: dict, places: list[int], rows: list[int], pad_token_id: int) -> dict:

@@ -72,6 +72,10 @@ class Rollout:
         self._window: list[dict] = []
 
     @property
+    def _by_engine(self) -> bool:
+        return self.trainer.use_vllm
+
+    @property
     def entropy_scope(self) -> str:
         return getattr(self.trainer.args, "entropy_scope", "microbatch")
 
@@ -105,6 +109,8 @@ class Rollout:
         checks.require(plan != "trl", name, found, "None with lm_head_plan='trl', whose head has one temperature")
         why = trainer._why_trls_call() or why_no_patch()
         checks.require(why is None, name, found, f"None with {why}")
+        checks.require(self.rule.lowest > 0.0, name, found,
+                       "temperatures above 0: a greedy token has no log-probability to train on")  # fmt: skip
         tools = getattr(trainer, "tools", None) or getattr(trainer, "environments", None)
         checks.require(not tools, name, found, "None with tools: what they write is not sampled")
         checks.require(getattr(trainer, "rollout_func", None) is None, name, found,
@@ -115,7 +121,7 @@ class Rollout:
     @contextlib.contextmanager
     def sampling(self):
         """transformers' `generate` samples by the rule, and the temperatures are kept."""
-        if self.rule is None or self.trainer.use_vllm:
+        if self.rule is None or self._by_engine:
             yield
             return
         processor = EntropyTemperatureProcessor(self.rule, record=True)
@@ -170,7 +176,7 @@ class Rollout:
         """[B, T]: as recorded in sampling, or, where an engine sampled, by the rule from the model's own entropies."""
         assert self.rule is not None
         if self._recorded is None:
-            if not self.trainer.use_vllm:
+            if not self._by_engine:
                 return None
             self._generating = False  # the pass that finds them is one at temperature 1
             try:
@@ -200,6 +206,7 @@ class Rollout:
         attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         if self.rule is not None and (temperatures := self._of_generation(ids, attention_mask, T)) is not None:
             output["temperatures"] = temperatures
+            self._log_temperatures(temperatures, counted_tokens(output))
         by_entropy = self.entropy_scope == "generation"
         by_covariance = config is not None and _picks_once(config)
         if by_entropy or by_covariance:
@@ -212,6 +219,14 @@ class Rollout:
             output |= {"rollout_logp": logp} if by_covariance else {}
             output |= {"rollout_entropy": entropy} if by_entropy else {}
         return output
+
+    def _log_temperatures(self, temperatures: Tensor, mask: Tensor) -> None:
+        trainer = self.trainer
+        t = torch.where(mask, temperatures, 0.0).double()
+        n, total, squares = trainer.accelerator.reduce(torch.stack([mask.sum(), t.sum(), t.square().sum()])).tolist()
+        log, mean = trainer._metrics["train" if trainer.model.training else "eval"], total / max(n, 1.0)
+        log["sampling/temperature/mean"].append(mean)
+        log["sampling/temperature/std"].append(max(squares / max(n, 1.0) - mean**2, 0.0) ** 0.5)
 
     def _without_gradient(self, ids: Tensor, attention_mask: Tensor, T: int, **more) -> tuple[Tensor, Tensor]:
         args, training = self.trainer.args, self.trainer.model.training

@@ -64,7 +64,7 @@ class RewardsToAdvantages:
     """The options of a trainer of TRL at work that concern the advantages of a generation batch.
 
     Logs in training and in evaluation, where there are several rewards, `reward_resolution/...`: the numbers of
-    `rlloss.reward_resolution` for the rewards as the functions gave them, of the first draw.
+    `rlloss.reward_resolution` for the rewards after their conditions, of the first draw.
     """
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
@@ -74,6 +74,8 @@ class RewardsToAdvantages:
         self.conditions = conditions_by_index(conditions, trainer.reward_func_names)
         self.dynamic_sampling = DynamicSampling(trainer, multimodal)
         self.dynamic_sampling.check()
+        self.rewards: Tensor | None = None
+        """[N, K], of all processes, of the generation batch made last; None: not known."""
 
     @property
     def token_weighted(self) -> bool:
@@ -90,13 +92,18 @@ class RewardsToAdvantages:
         own = self.conditions is not None or self.token_weighted
         samples = mode == "train" and self.dynamic_sampling.rounds > 0
 
-        def draw(inputs: list[dict]) -> tuple[dict, Tensor]:
+        def draw(inputs: list[dict]) -> tuple[dict, Tensor | None]:
             with self._kept_rewards() as kept:
                 output = generate(inputs)
-            checks.require(len(kept) == 1, "_calculate_rewards", f"{len(kept)} calls of it", "one per generation batch")
-            return output, kept[0]
+            one = len(kept) == 1
+            expected = "one per generation batch with options that read its rewards"
+            checks.require(one or not (own or samples), "_calculate_rewards", f"{len(kept)} calls of it", expected)
+            return output, kept[0] if one else None
 
+        self.rewards = None
         output, rewards = draw(inputs)
+        if rewards is None:  # a subclass has rewards of its own making, and no option asks for them
+            return output
         self._log_resolution(rewards, G, mode)
         if own:
             self._log_advantages(self._advantages(rewards, G, self._token_counts(output)))
@@ -108,6 +115,7 @@ class RewardsToAdvantages:
             B, process = output["advantages"].shape[0], trainer.accelerator.process_index
             advantages = self._advantages(rewards, G, self._token_counts(output))
             output["advantages"] = advantages[process * B : (process + 1) * B]
+        self.rewards = rewards
         return output
 
     def _log_advantages(self, advantages: Tensor) -> None:
@@ -170,6 +178,8 @@ class RewardsToAdvantages:
         if len(set(names)) < K:
             names = [f"{k}:{name}" for k, name in enumerate(names)]
         weights = trainer.reward_weights.cpu()
-        gauges = reward_resolution(rewards, num_generations=G, weights=weights, method=method, names=names)
+        gauges = reward_resolution(
+            rewards, num_generations=G, weights=weights, method=method, names=names, conditions=self.conditions
+        )
         for name, value in gauges.items():
             trainer._metrics[mode][f"reward_resolution/{name}"].append(value)

@@ -1,6 +1,7 @@
 """TRL's GRPOConfig with rlloss's options."""
 
 import dataclasses
+from typing import Any
 
 try:
     import trl
@@ -118,6 +119,21 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
 
+    collapse_monitor: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "Warn in words when the logs show the entropy collapse or explode, a clip that cannot act, or a "
+            "reward without a signal, each with what to try (`rlloss.integrations.collapse_monitor`)."
+        },
+    )
+    token_log_steps: int = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "Every so many optimizer steps, write the completions of the step with each token's entropy and "
+            "state to output_dir/tokens, and all metrics to output_dir/metrics.jsonl: `rlloss report output_dir` makes "
+            "a page of them. About 3 KB a completion. 0: never."
+        },
+    )
     lm_head_plan: str = dataclasses.field(
         default="auto",
         metadata={
@@ -155,12 +171,13 @@ class GRPOConfig(trl.GRPOConfig):
             known = [field.name for field in dataclasses.fields(CovarianceConfig)]
             for name in self.covariance:
                 checks.one_of("covariance", name, known)
-        if self.dynamic_temperature is not None:
+        if isinstance(self.dynamic_temperature, dict):
             temperature_rule(self.dynamic_temperature)
             if self.use_vllm:  # read there by rlloss.integrations.vllm_sampling
-                extra = (self.generation_kwargs or {}).get("extra_args") or {}
-                extra = {**extra, "entropy_temperature": self.dynamic_temperature}
-                self.generation_kwargs = {**(self.generation_kwargs or {}), "extra_args": extra}
+                given: Any = self.generation_kwargs or {}
+                extra = {**(given.get("extra_args") or {}), "entropy_temperature": self.dynamic_temperature}
+                self.generation_kwargs = {**given, "extra_args": extra}
+        checks.require(self.token_log_steps >= 0, "token_log_steps", self.token_log_steps, "at least 0")
         self._check_advantages()
 
     def _check_advantages(self):

@@ -9,6 +9,7 @@ Same options, same metrics.
 import contextlib
 import logging
 import warnings
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -22,7 +23,9 @@ from rlloss import checks
 from rlloss.config import RATIO_LEVELS, READ_BY, CovarianceConfig, LossConfig, SapoConfig, VespoConfig
 from rlloss.diagnostics import diagnose
 from rlloss.entropy_control import bonus_now
+from rlloss.integrations.collapse_monitor import CollapseMonitor
 from rlloss.integrations.rollout import Rollout, ScaledModel
+from rlloss.integrations.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl_advantages import RewardsToAdvantages
 from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl_lm_head import patch_trl
@@ -31,7 +34,9 @@ from rlloss.integrations.trl_metrics import LossMetrics
 from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.losses import LOSSES, default_denominator, means, policy_loss
 from rlloss.masks import entropy_cutoff, top_entropy_mask
+from rlloss.reward_resolution import group_accuracy
 from rlloss.surrogates import vespo
+from rlloss.token_states import token_states
 
 TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
 # What `_get_per_token_logps_and_entropies` takes for models that see more than text.
@@ -78,7 +83,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
 
     Logs TRL's metrics under their names, and `live_share` (tokens with a nonzero gradient), `zero_advantage_share`
-    (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and `entropy/cutoff`.
+    (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and `entropy/cutoff`; the gauges
+    of `rlloss.diagnostics` once an optimizer step, and with several rewards those of `rlloss.reward_resolution` once a
+    generation.
     """
 
     def __init__(self, *args, **kwargs):
@@ -87,9 +94,26 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._rollout = Rollout(self, MULTIMODAL)
         self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
         self._loss_metrics = LossMetrics(self)
+        self._token_log = self._make_token_log()
+        watches = getattr(self.args, "collapse_monitor", True)
+        if watches and not any(isinstance(c, CollapseMonitor) for c in self.callback_handler.callbacks):
+            self.add_callback(CollapseMonitor())
         if (theirs := self._why_trls_own()) is not None:
             logger.info("The loss with %s is TRL's own.", theirs)
         self._make_loss_config()  # a setting that does not fit raises now and not in the first step
+
+    def _make_token_log(self) -> TokenLog | None:
+        if getattr(self.args, "token_log_steps", 0) == 0:
+            return None
+        checks.require(
+            self._why_trls_own() is None, "token_log_steps", self.args.token_log_steps,
+            f"0 with {self._why_trls_own()}, where the loss is TRL's own",
+        )  # fmt: skip
+        folder = str(self.args.output_dir)
+        if self.accelerator.is_main_process:
+            self.add_callback(MetricsLog(folder))
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor
+        return TokenLog(folder, tokenizer, self.accelerator.process_index)
 
     def _why_trls_own(self) -> str | None:
         """Why the loss is TRL's own: a loss type of a newer TRL, or a hook of TRL that a subclass overrides."""
@@ -170,10 +194,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff, kept)
         if denominator is None and inputs is not whole:
             denominator = default_denominator(counted_tokens(whole), LOSSES[self.loss_type], config)
-        loss, metrics = policy_loss(
-            logp,
-            inputs["advantages"],
-            mask,
+        given: dict[str, Any] = dict(
             config=config,
             old_logp=inputs.get("old_per_token_logps"),
             ref_logp=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
@@ -185,6 +206,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             kept=kept,
             selected=inputs.get("selected_tokens"),
         )
+        loss, metrics = policy_loss(logp, inputs["advantages"], mask, **given)
+        self._write_tokens(logp, inputs, mask, given)
         if self._has_entropy_bonus():  # TRL logs the loss without it, and divided where its own divisor counts windows
             of = "entropy_kept" if config.entropy_bonus_tokens == "kept" else "entropy"
             without = loss.detach() + config.entropy_coef * means(metrics)[of]
@@ -207,21 +230,38 @@ class GRPOTrainer(trl.GRPOTrainer):
             group=inputs.get("group_accuracy"),
         )  # fmt: skip
 
+    def _write_tokens(self, logp, inputs, mask, given):
+        steps = getattr(self.args, "token_log_steps", 0)
+        if self._token_log is None or not self.model.training or self.state.global_step % steps:
+            return
+        states = token_states(logp, inputs["advantages"], mask, **given)
+        rewards = dict(zip(self.reward_func_names, inputs["rewards"].T, strict=True)) if "rewards" in inputs else None
+        self._token_log.write(
+            self.state.global_step, inputs["prompt_ids"], inputs["completion_ids"], mask, given["entropy"].detach(),
+            states, inputs["advantages"], rewards, prompt_mask=inputs["prompt_mask"].bool(),
+        )  # fmt: skip
+
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._why_trls_own() is not None:
+        config, buffered = self._make_loss_config(), self._buffered_inputs
+        if config is None:
             return inputs
         if not self.model.training:
-            self._rollout.select([inputs], self._make_loss_config(), self._step)
-        elif self._buffered_inputs is not before:
-            self._rollout.select(self._buffered_inputs or [], self._make_loss_config(), self._step)
-            self._zero_advantage.look_ahead(self._buffered_inputs or [])
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+            self._rollout.select([inputs], config, self._step)
+        elif buffered is not None and buffered is not before:
+            self._rollout.select(buffered, config, self._step)
+            self._zero_advantage.look_ahead(buffered)
         return inputs
 
     def _generate_and_score_completions(self, inputs):
-        return self._rewards_to_advantages.complete(inputs, self._generate_once)
+        output = self._rewards_to_advantages.complete(inputs, self._generate_once)
+        rewards, B = self._rewards_to_advantages.rewards, len(output["advantages"])
+        if rewards is not None:
+            G: Any = self.num_generations if self.model.training else self.num_generations_eval
+            own = slice(self.accelerator.process_index * B, (self.accelerator.process_index + 1) * B)
+            output |= {"rewards": rewards[own], "group_accuracy": group_accuracy(rewards, num_generations=G)[own]}
+        return output
 
     def _generate_once(self, inputs):
         """One generation batch, with what its micro-batches need; dynamic sampling makes several."""

@@ -87,7 +87,7 @@ def group_advantage(
     _check_settings(method, scale, eps, token_counts)
     rewards_NK = _checked_rewards(rewards, num_generations)
     weights_K = _checked_weights(weights, rewards_NK)
-    rewards_NK = _apply_conditions(rewards_NK, conditions)
+    rewards_NK = apply_conditions(rewards_NK, conditions)
     present_NK = ~rewards_NK.isnan()
     scorable_N = present_NK.any(dim=1)
 
@@ -208,9 +208,10 @@ def _checked_token_counts(token_counts: Tensor, like_N: Tensor) -> Tensor:
     return token_counts.to(like_N)
 
 
-def _apply_conditions(
+def apply_conditions(
     rewards_NK: Tensor, conditions: Mapping[int, tuple[int, float]] | Sequence[Condition] | None
 ) -> Tensor:
+    """Rewards [N, K] that count as 0 where a condition is not fulfilled; see `group_advantage`."""
     if conditions is None:
         return rewards_NK
     K = rewards_NK.shape[1]

@@ -189,8 +189,9 @@ def prepare_loss(
 
 def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:
     """Tokens [B, T] that may get a gradient: where the loss is a multiple of it, those with an advantage. None: all."""
-    penalised = config.loss_type == "kl_cov"
-    if penalised or config.beta != 0.0 or config.entropy_coef != 0.0 or advantage.shape not in (mask.shape[:1], mask.shape):
+    if config.loss_type == "kl_cov" or config.beta != 0.0 or config.entropy_coef != 0.0:
+        return None
+    if advantage.shape not in (mask.shape[:1], mask.shape):
         return None
     has_advantage = advantage.detach() != 0  # NaN is one
     if has_advantage.dim() == 1:

@@ -2,19 +2,32 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss import checks
-from rlloss.advantages import group_advantage
+from rlloss.advantages import Condition, apply_conditions, group_advantage
 
 # Advantages closer than this share of the largest are one: rewards in fp32 carry errors of 1e-7 of their size, which a
 # group's std that is a hundredth of that size turns into 1e-5, and no optimizer tells such advantages apart.
 _SAME_ADVANTAGE = 1e-5
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
+
+
+@torch.no_grad()
+def group_accuracy(rewards: Tensor, *, num_generations: int) -> Tensor:
+    """How often each completion's group is right: `[N]`, what `diagnose` takes as `group`.
+
+    rewards `[N]` or `[N, K]`, groups consecutive; the mean of the first reward over those of the group that have it.
+    All NaN (not known) where that reward is no accuracy: where any of its values lies outside [0, 1].
+    """
+    first = rewards if rewards.dim() == 1 else rewards[:, 0]
+    mean = first.detach().double().unflatten(0, (-1, num_generations)).nanmean(-1, keepdim=True)
+    is_accuracy = ~((first < 0) | (first > 1)).any()
+    return torch.where(is_accuracy, mean, torch.nan).expand(-1, num_generations).flatten()
 
 
 @torch.no_grad()
@@ -25,6 +38,7 @@ def reward_resolution(
     weights: Sequence[float] | Tensor | None = None,
     method: str = "gdpo",
     names: Sequence[str] | None = None,
+    conditions: Mapping[int, tuple[int, float]] | Sequence[Condition] | None = None,
 ) -> dict[str, float]:
     """Which rewards still carry a signal, and how many different groups the advantages still tell apart.
 
@@ -35,6 +49,7 @@ def reward_resolution(
         weights: `[K]`, default all 1.
         method: how advantages are made, "grpo", "dr_grpo", "rloo" or "gdpo", here without eps.
         names: of the K rewards; default "0", "1", ...
+        conditions: as `group_advantage` takes them; what is measured are the rewards after them.
 
     Returns:
         name -> number. The values belong to this batch: average them, do not add them up.
@@ -64,8 +79,11 @@ def reward_resolution(
 
     Source: 2601.05242, section 3 (groups told apart); the gauges are this library's.
     """
-    group_advantage(rewards, num_generations=num_generations, weights=weights, method=method)  # checks the arguments
+    group_advantage(  # checks the arguments
+        rewards, num_generations=num_generations, weights=weights, method=method, conditions=conditions
+    )
     rewards_NK = (rewards if rewards.ndim == 2 else rewards[:, None]).detach().double().cpu()
+    rewards_NK = apply_conditions(rewards_NK, conditions)
     K, G = rewards_NK.shape[1], num_generations
     weights_K = rewards_NK.new_ones(K) if weights is None else torch.as_tensor(weights).to(rewards_NK)
     names = [str(k) for k in range(K)] if names is None else list(names)

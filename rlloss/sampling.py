@@ -81,6 +81,11 @@ class TwoLevelTemperature:
         _check_temperature("low", self.low)
         _check("cutoff", self.cutoff, 0.0)
 
+    @property
+    def lowest(self) -> float:
+        """No temperature is below it; at 0 some are greedy, and have no log-probability to train on."""
+        return min(self.high, self.low)
+
     def constants(self) -> tuple[float, float, float]:
         """What the kernel takes."""
         return self.high, self.low, self.cutoff
@@ -120,6 +125,11 @@ class EDTemperature:
         _check_temperature("minimum", self.minimum)
         checks.require(self.minimum <= self.base, "minimum", self.minimum, f"at most base ({self.base})")
 
+    @property
+    def lowest(self) -> float:
+        """No temperature is below it; at 0 some are greedy, and have no log-probability to train on."""
+        return self.minimum
+
     def constants(self) -> tuple[float, float, float]:
         """What the kernel takes."""
         return self.base, self.theta * math.log2(self.N), self.minimum
@@ -157,6 +167,11 @@ class DynamicTemperature:
         _check_temperature("high", self.high)
         checks.require(self.low <= self.high, "low", self.low, f"at most high ({self.high})")
         _check("exponent", self.exponent, 0.0, open_low=True)
+
+    @property
+    def lowest(self) -> float:
+        """No temperature is below it; at 0 some are greedy, and have no log-probability to train on."""
+        return self.low
 
     def constants(self) -> tuple[float, float, float]:
         """What the kernel takes."""

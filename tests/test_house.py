@@ -53,6 +53,8 @@ FLOORS = {
     "rlloss.integrations.trl_config": 3.8,
     "rlloss.integrations.transformers_sampling": 3.6,
     "rlloss.integrations.rollout": 3.8,
+    "rlloss.integrations.dynamic_sampling": 3.8,
+    "rlloss.integrations.trl_advantages": 3.9,
     "rlloss.integrations.trl_metrics": 3.7,
     "rlloss.integrations.token_log": 3.7,
     "rlloss.integrations.collapse_monitor": 3.7,

@@ -1,12 +1,15 @@
 """What the README shows runs."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from test_advantages import readme_tables
+from test_reward_resolution import markdown
 
 README = Path(__file__).parents[1] / "README.md"
+REMEDIES = README.parent / "docs" / "remedies.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
 
 
@@ -21,6 +24,24 @@ def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
     for code in (BLOCKS[number],) if "trl" in BLOCKS[number] else BLOCKS[: number + 1]:
         if code is BLOCKS[number] or "trl" not in code:
             exec(compile(code, str(README), "exec"), names)
+
+
+def test_the_python_of_the_remedies_runs():
+    (block,) = re.findall(r"^```python\n(.*?)^```", REMEDIES.read_text(), re.M | re.S)
+    exec(compile(block, str(REMEDIES), "exec"), {})
+
+
+def test_the_options_of_the_remedies_exist():
+    pytest.importorskip("trl")
+    from rlloss.integrations.trl_config import GRPOConfig
+
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \|", REMEDIES.read_text(), re.M)
+    options = {name for row in rows for name in re.findall(r"`?\b([a-z_]+)=", row) if '": ' not in name}
+    assert len(options) >= 12 and options <= {field.name for field in dataclasses.fields(GRPOConfig)}
+
+
+def test_the_table_of_resolution_is_the_one_computed():
+    assert markdown() in REMEDIES.read_text()
 
 
 def test_there_are_blocks_to_run():

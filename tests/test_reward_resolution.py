@@ -13,7 +13,7 @@ import test_peers
 import torch
 
 from rlloss.advantages import METHODS, group_advantage
-from rlloss.reward_resolution import resolution_table, reward_resolution
+from rlloss.reward_resolution import group_accuracy, resolution_table, reward_resolution
 
 NAN = math.nan
 PAPER_PAIRS = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]  # totals (0,1), (0,2), (1,2)
@@ -272,6 +272,22 @@ def test_one_generation_and_one_reward():
     assert_gauges(found, groups=2, distinct_rewards=2, distinct_advantages=1, zero_advantage_groups=1, flat_0=1)
     missing = reward_resolution(torch.full((4, 2), NAN), num_generations=2)
     assert_gauges(missing, distinct_rewards=1, distinct_advantages=1, zero_advantage_groups=1, flat_0=1, weight_1=NAN)
+
+
+def test_conditions_come_first():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    changed = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    found = reward_resolution(rewards, num_generations=2, conditions={1: (0, 1.0)})
+    assert found == pytest.approx(reward_resolution(changed, num_generations=2), nan_ok=True)
+    assert found["zero_variance/1"] == 0.5 and reward_resolution(rewards, num_generations=2)["zero_variance/1"] == 1.0
+
+
+def test_the_accuracy_of_a_group_is_the_mean_of_the_first_reward():
+    rewards = torch.tensor([[1.0, 9.0], [0.0, 9.0], [NAN, 9.0], [1.0, 9.0]])
+    assert group_accuracy(rewards, num_generations=2).tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert group_accuracy(rewards[:, 0], num_generations=4).tolist() == pytest.approx([2 / 3] * 4)
+    assert group_accuracy(rewards[:, 1], num_generations=2).isnan().all()
+    assert group_accuracy(torch.full((2,), NAN), num_generations=2).isnan().all()
 
 
 @pytest.mark.parametrize("arguments, error, message", [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -42,9 +43,10 @@ def partial(completion_ids, **_):
 REWARDS = (odd, distinct, constant)
 
 
-def build(folder, rewards=REWARDS, which=(GRPOTrainer, GRPOConfig), **options):
+def build(folder, rewards=REWARDS, which: Any = (GRPOTrainer, GRPOConfig), **options) -> Any:
     options = {"num_generations": G, "per_device_train_batch_size": 12, "per_device_eval_batch_size": 12} | options
-    trainer = build_trainer(*which, folder, rewards if isinstance(rewards, list) else list(rewards), **options)
+    rewards = rewards if isinstance(rewards, list) else list(rewards)
+    trainer = build_trainer(which[0], which[1], folder, rewards, **options)
     trainer.model.train()
     return trainer
 
@@ -61,10 +63,6 @@ def rewards_of(output, rewards=REWARDS):
     return torch.tensor(values).T
 
 
-def equal_bits(a, b):
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("options", [{}, {"scale_rewards": "batch"}, {"scale_rewards": False}, GDPO])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_without_options_everything_is_trls_bit_for_bit(tmp_path, options, mode):
@@ -76,7 +74,9 @@ def test_without_options_everything_is_trls_bit_for_bit(tmp_path, options, mode)
         trainer.model.train(mode == "train")
         found.append((generate(trainer), trainer._metrics[mode], trainer._logs))
     ours, expected = found
-    assert equal_bits(ours[0], expected[0]) and (mode == "eval" or "old_per_token_logps" in ours[0])
+    assert all(torch.equal(ours[0][name], expected[0][name]) for name in expected[0])
+    assert set(ours[0]) - set(expected[0]) <= {"rewards", "group_accuracy"}  # which no loss reads
+    assert mode == "eval" or "old_per_token_logps" in ours[0]
     more = set(ours[1]) - set(expected[1])
     assert more and all(name.startswith("reward_resolution/") for name in more)
     assert {name: ours[1][name] for name in expected[1]} == dict(expected[1])
@@ -161,6 +161,21 @@ def test_rewards_that_a_subclass_changes_are_the_ones_that_count(tmp_path):
     rewards[0::2, 1] = 0.0
     assert torch.equal(output["advantages"], group_advantage(rewards, num_generations=G))
     assert "_calculate_rewards" not in vars(trainer)
+
+
+def test_a_subclass_that_scores_in_its_own_way_is_left_alone_without_options(tmp_path):
+    class Rescored(GRPOTrainer):
+        def _generate_once(self, inputs):
+            output = super()._generate_once(inputs)
+            self._calculate_rewards(inputs, PROMPTS, PROMPTS, [[1]] * 3)  # a second time
+            return output | {"advantages": torch.full((12,), 0.5)}
+
+    trainer = build(tmp_path, which=(Rescored, GRPOConfig))
+    output = generate(trainer)
+    assert (output["advantages"] == 0.5).all() and trainer._rewards_to_advantages.rewards is None
+    trainer = build(tmp_path, which=(Rescored, GRPOConfig), reward_conditions=CONDITIONS)
+    with pytest.raises(ValueError, match="_calculate_rewards: found 2 calls of it, expected one per generation batch"):
+        generate(trainer)
 
 
 @pytest.mark.parametrize("weights", [None, [2.0]])

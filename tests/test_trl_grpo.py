@@ -206,7 +206,7 @@ def test_every_other_default_is_trls():
         "epsilon_low", "entropy_denominator", "zero_advantage", "spread_live_rows", "lm_head_plan",
         "lm_head_memory_budget", "exact_k", "entropy_scope", "entropy_bonus_tokens", "covariance",
         "dynamic_temperature", "dynamic_sampling_rounds", "reward_conditions", "gdpo_token_weighted",
-        "soft_overlong_cache",
+        "soft_overlong_cache", "collapse_monitor", "token_log_steps",
     }  # fmt: skip
     assert all(ours[name].default == field.default for name, field in theirs.items())
 

@@ -10,8 +10,8 @@ utils = pytest.importorskip("trl.trainer.utils")
 if not hasattr(utils, "add_fused_lm_head"):
     pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
-from trl_harness import (
-    GAUGES_ALONE,  # noqa: E402
+from trl_harness import (  # noqa: E402
+    GAUGES_ALONE,
     TRL_LOSS_TYPES,
     TRLS_LOSS,
     Rivals,
