@@ -2,7 +2,8 @@
 
 Entries that are added to TRL's micro-batches: `temperatures` [B, T], by which each token was sampled; `rollout_logp`
 and `rollout_entropy` [B, T], of the pass without gradient; `entropy_cutoff` (0-d), `kept_tokens` and `selected_tokens`
-[B, T] bool, which the loss takes as `cutoff`, `kept` and `selected`.
+[B, T] bool, which the loss takes as `cutoff`, `kept` and `selected`; `kept_and_all` [2], how many tokens the selection
+kept, of how many.
 """
 
 import contextlib
@@ -278,14 +279,15 @@ class Rollout:
 
     def _keep(self, batches: list[dict], masks: list[Tensor], entropy: Tensor, config: LossConfig) -> None:
         mask, rho, group = torch.cat(masks), config.top_entropy_quantile, self._group()
-        if not config.exact_k:
-            cutoff = entropy_cutoff(entropy, mask, rho, process_group=group)
-            for inputs in batches:
-                inputs["entropy_cutoff"] = cutoff
-            return
-        kept = top_entropy_mask(entropy, mask, rho, exact_k=True, process_group=group)
+        cutoff = None if config.exact_k else entropy_cutoff(entropy, mask, rho, process_group=group)
+        if cutoff is None:
+            kept = top_entropy_mask(entropy, mask, rho, exact_k=True, process_group=group)
+        else:
+            kept = top_entropy_mask(entropy, mask, rho, cutoff=cutoff)
+        counts = self.trainer.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
         for inputs, part in zip(batches, kept.split([len(m) for m in masks]), strict=True):
-            inputs["kept_tokens"] = part
+            inputs["kept_and_all"] = counts
+            inputs |= {"kept_tokens": part} if cutoff is None else {"entropy_cutoff": cutoff}
 
     def _group(self):
         return torch.distributed.group.WORLD if self.trainer.accelerator.num_processes > 1 else None

@@ -31,8 +31,8 @@ class GRPOConfig(trl.GRPOConfig):
         default="all",
         metadata={
             "help": "What the policy loss is divided by when top_entropy_quantile < 1: 'all' tokens (TRL), or the "
-            "'kept' ones (Beyond the 80/20 Rule, 2506.01939 Eq. 6; for 'dapo', 'cispo' and 'vespo' the accumulation "
-            "window's token count times the share kept in the micro-batch)."
+            "'kept' ones (Beyond the 80/20 Rule, 2506.01939 Eq. 6; where all micro-batches share a "
+            "divisor, the window's token count times the share kept in the micro-batch, or in the entropy_scope)."
         },
     )
     exact_k: bool = dataclasses.field(

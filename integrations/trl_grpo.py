@@ -58,6 +58,9 @@ OPTIONS = {
     ),
     "covariance": lambda trainer: CovarianceConfig(**(getattr(trainer.args, "covariance", None) or {})),
 }  # fmt: skip
+# TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do not
+# read without a word.)
+NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
 # Among the losses that are divided by a count of tokens, those that take this micro-batch's own.
 OWN_TOKEN_COUNT = ("bnpo",)
 logger = logging.getLogger(__name__)
@@ -154,6 +157,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         read = READ_BY[self.loss_type]
         if corrected and LOSSES[self.loss_type].level == "product":
             read = read | {"ratio_level"}  # for the KL alone
+        for name, default in NOT_READ_BY_COVARIANCE.items():
+            if "covariance" in read and name not in read:
+                checks.require(
+                    OPTIONS[name](self) == default, name, OPTIONS[name](self),
+                    f"{default!r} with loss_type={self.loss_type!r}, where it has no effect",
+                )  # fmt: skip
         entropy_coef = self._entropy_coef_now()
         checks.require(
             bonus_tokens == "kept" or self._has_entropy_bonus(), "entropy_bonus_tokens", repr(bonus_tokens),
@@ -337,9 +346,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         if mode == "train":  # it counts the generation batch, which is steps_per_generation micro-batches
             denominator = denominator / self.args.steps_per_generation
         if config.entropy_denominator == "kept":
-            if kept is None:
-                kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff)
-            kept, tokens = self.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
+            counts = inputs.get("kept_and_all")
+            if counts is None:
+                if kept is None:
+                    kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff)
+                counts = self.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
+            kept, tokens = counts
             denominator = denominator * kept.clamp(min=1) / tokens.clamp(min=1)
         return denominator
 

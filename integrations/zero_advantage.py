@@ -263,8 +263,7 @@ class ZeroAdvantage:
         quantile = (
             f"top_entropy_quantile={trainer.top_entropy_quantile}" if trainer.top_entropy_quantile < 1.0 else None
         )
-        scope, kept = (getattr(trainer.args, name, None) for name in ("entropy_scope", "entropy_denominator"))
-        if scope in ("window", "generation") and kept != "kept":
+        if getattr(trainer.args, "entropy_scope", "microbatch") != "microbatch":
             quantile = None  # the cutoff is known before the micro-batch
         looks = quantile or self._why_picks_here()
         checks.require(

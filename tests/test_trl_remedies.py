@@ -92,6 +92,7 @@ def test_the_loss_of_a_micro_batch_is_that_of_the_formula(trainer, monkeypatch, 
 
     monkeypatch.setattr(trainer.args, "covariance", {"ratio": 0.2, "kl_coef": 0.5, "penalty": penalty})
     trainer.loss_type = "kl_cov"
+    trainer.epsilon_low = trainer.epsilon_high = 0.2
     loss, _, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     picked = largest(mask)
     expected = torch.where(mask, reference.kl_cov(ratio, advantage, picked, 0.5, penalty), 0.0).sum() / denominator
@@ -100,7 +101,7 @@ def test_the_loss_of_a_micro_batch_is_that_of_the_formula(trainer, monkeypatch, 
 
     monkeypatch.setattr(trainer.args, "covariance", {"ratio": 0.2, "low": 0.01, "high": 5.0, "selection": "top"})
     trainer.loss_type = "clip_cov"
-    low, high = trainer.epsilon_low, trainer.epsilon_high
+    trainer.epsilon_low, trainer.epsilon_high = low, high = 0.1, 0.28
     loss, _, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     surrogate = reference.clip_surrogate(ratio, advantage, low, high)
     clipped = surrogate != -ratio * advantage
@@ -132,6 +133,12 @@ GLOBAL = {
     "k of the window": {"top_entropy_quantile": 0.3, "entropy_scope": "window", "exact_k": True},
     "cutoff of the generation": {"top_entropy_quantile": 0.3, "entropy_scope": "generation"},
     "k of the generation": {"top_entropy_quantile": 0.3, "entropy_scope": "generation", "exact_k": True},
+    "divided by the kept of the window": {
+        "top_entropy_quantile": 0.3, "entropy_scope": "window", "entropy_denominator": "kept",
+    },
+    "divided by the kept of the generation": {
+        "top_entropy_quantile": 0.3, "entropy_scope": "generation", "exact_k": True, "entropy_denominator": "kept",
+    },
     "all at once": {
         "loss_type": "clip_cov", "covariance": COVARIANCE | {"low": 0.1, "high": 9.0}, "top_entropy_quantile": 0.3,
         "entropy_scope": "generation", "dynamic_temperature": TWO_LEVEL,
