@@ -58,8 +58,8 @@ OPTIONS = {
     ),
     "covariance": lambda trainer: CovarianceConfig(**(getattr(trainer.args, "covariance", None) or {})),
 }  # fmt: skip
-# TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do not
-# read without a word.)
+# TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do
+# not read without a word.)
 NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
 # Among the losses that are divided by a count of tokens, those that take this micro-batch's own.
 OWN_TOKEN_COUNT = ("bnpo",)
