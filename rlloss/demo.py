@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ from rich.table import Table as TerminalTable
 from transformers import TrainerCallback
 
 from rlloss import __version__, arithmetic, report
+from rlloss.arms import ARMS as ARMS
+from rlloss.arms import ArmResult as ArmResult
+from rlloss.arms import ArmSpec as ArmSpec
+from rlloss.arms import start_and_end as start_and_end
+from rlloss.arms import what_never_acted as what_never_acted
+from rlloss.integrations.collapse_monitor import CollapseMonitor
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
@@ -44,44 +51,6 @@ PANELS = (
     report.Panel("entropy/kept_share", "Kept by the entropy mask", "share of tokens", low=0.0, high=1.0),
     report.Panel("live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
 )
-
-
-@dataclass(frozen=True)
-class ArmSpec:
-    """A name and the GRPOConfig options in which this arm differs from the others."""
-
-    name: str
-    options: dict[str, Any]
-
-
-ARMS = (
-    ArmSpec(
-        "plain GRPO",
-        dict(
-            epsilon_low=0.2, epsilon_high=0.2, top_entropy_quantile=1.0,
-            multi_objective_aggregation="sum_then_normalize",
-        ),
-    ),
-    ArmSpec(
-        "remedies",
-        dict(
-            epsilon_low=0.2, epsilon_high=0.28, top_entropy_quantile=0.2,
-            multi_objective_aggregation="normalize_then_sum",
-        ),
-    ),
-)  # fmt: skip
-
-
-@dataclass
-class ArmResult:
-    """What one arm measured: a dict of metrics per step, held-out scores (mean, standard error) and seconds."""
-
-    name: str
-    options: dict[str, Any]
-    history: list[dict[str, float | None]]
-    held_out: dict[str, tuple[float, float]]
-    seconds: float
-    inactive: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -128,7 +97,7 @@ def run_demo(
     model.to(device)
     results: list[ArmResult] = []
     began = time.perf_counter()
-    with _one_thread(), _quiet(), _progress(console) as progress:
+    with one_thread(), quiet(), progress_bars(console) as progress:
         task = progress.add_task("warm start", total=warm_start_steps, note="")
         for loss in arithmetic.warm_start(model, tokenizer, training, steps=warm_start_steps, seed=seed):
             progress.update(task, advance=1, note=f"loss {loss:.2f}")
@@ -139,12 +108,12 @@ def run_demo(
             task = progress.add_task(arm.name, total=steps, note="")
             arm_began = time.perf_counter()
             model.load_state_dict(weights)
-            history = _train(model, tokenizer, dataset, arm, steps, seed, output, _Progress(progress, task))
+            callback = ShowProgress(progress, task)
+            history, warned = train_arm(model, tokenizer, dataset, arm.options, steps, seed, output, callback)
             arm_seconds = time.perf_counter() - arm_began
             scores = arithmetic.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
-            results.append(
-                ArmResult(arm.name, arm.options, history, scores, arm_seconds, what_never_acted(history, arm.options))
-            )
+            inactive = what_never_acted(history, arm.options)
+            results.append(ArmResult(arm.name, arm.options, history, scores, arm_seconds, inactive, warned))
             seconds[arm.name] = arm_seconds
     seconds["all"] = time.perf_counter() - began
     result = DemoResult(output / "report.html", output / "history.json", results, start_scores, seconds)
@@ -159,39 +128,16 @@ def run_demo(
     return result
 
 
-def what_never_acted(history: Sequence[dict[str, float | None]], options: dict[str, Any]) -> list[str]:
-    """The parts of an arm that changed nothing in any step: comparing it would be comparing nothing.
-
-    "clip": no token was ever clipped. "entropy mask": one was asked for, but it kept every token of every step.
-    """
-    found = []
-    clipped = [v for row in history if (v := row.get("clip_ratio/region_mean")) is not None]
-    if not any(v > 0.0 for v in clipped):
-        found.append("clip")
-    kept = [v for row in history if (v := row.get("entropy/kept_share")) is not None]
-    if options.get("top_entropy_quantile", 1.0) < 1.0 and not any(v < 1.0 for v in kept):
-        found.append("entropy mask")
-    return found
-
-
-def start_and_end(history: Sequence[dict[str, float | None]], metric: str) -> tuple[float, float]:
-    """Means over the first and the last tenth of the values (at least one); NaN where there are none.
-
-    Values, not steps: rewards are measured once per generation, which serves `UPDATES_PER_GENERATION` steps.
-    """
-    values = [v for row in history if (v := row.get(metric)) is not None]
-    if not values:
-        return math.nan, math.nan
-    tenth = max(1, len(values) // 10)
-    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-
-
-def _train(model, tokenizer, dataset, arm, steps, seed, output, callback) -> list[dict[str, float | None]]:
+def train_arm(
+    model, tokenizer, dataset, options, steps, seed, output, callback
+) -> tuple[list[dict[str, float | None]], list[str]]:
+    """Train in place; (metrics of each step, what the monitor of collapse found)."""
+    monitor = CollapseMonitor()
+    settings = {"loss_type": "dapo", **options}
     config = GRPOConfig(
         output_dir=str(output / "trainer"),
         max_steps=steps,
         seed=seed,
-        loss_type="dapo",
         num_generations=8,
         per_device_train_batch_size=64,
         steps_per_generation=STEPS_PER_GENERATION,
@@ -208,7 +154,7 @@ def _train(model, tokenizer, dataset, arm, steps, seed, output, callback) -> lis
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
-        **arm.options,
+        **settings,
     )
     trainer = GRPOTrainer(
         model=model,
@@ -216,15 +162,15 @@ def _train(model, tokenizer, dataset, arm, steps, seed, output, callback) -> lis
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[callback],
+        callbacks=[callback, monitor],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     history = [_finite(row) for row in trainer.state.log_history if "entropy" in row]
-    if arm.options.get("top_entropy_quantile", 1.0) >= 1.0:
+    if options.get("top_entropy_quantile", 1.0) >= 1.0:
         for row in history:  # no mask: every token is kept by definition
             row.setdefault("entropy/kept_share", 1.0)
-    return history
+    return history, [f"step {finding.step}: {finding.kind}" for finding in monitor.findings]
 
 
 def _finite(row: dict[str, Any]) -> dict[str, float | None]:
@@ -236,7 +182,7 @@ def _finite(row: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-class _Progress(TrainerCallback):
+class ShowProgress(TrainerCallback):
     def __init__(self, progress: Progress, task) -> None:
         self.progress, self.task, self.rewards = progress, task, ""
 
@@ -249,13 +195,13 @@ class _Progress(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step, note=note)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
     columns = (TextColumn("{task.description:<12}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("{task.fields[note]}", style="dim"), console=console)
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Matrices this small gain nothing from threads, and lose much where another process wants the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -266,16 +212,20 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Only errors from transformers, no bars from datasets, none of the warnings these libraries give each other."""
     verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    monitor = logging.getLogger(CollapseMonitor.__module__)  # what it finds is in the report
+    level = monitor.level
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|datasets|torch)\.")
         transformers.logging.set_verbosity_error()
         datasets.disable_progress_bars()
+        monitor.setLevel(logging.ERROR)
         try:
             yield
         finally:
+            monitor.setLevel(level)
             transformers.logging.set_verbosity(verbosity)
             if not bars:
                 datasets.enable_progress_bars()
@@ -301,6 +251,8 @@ def _training_table(result: DemoResult) -> report.Table:
     rows.append(["seconds", *(f"{arm.seconds:.0f}" for arm in result.arms)])
     if any(arm.inactive for arm in result.arms):
         rows.append(["inactive", *(", ".join(arm.inactive) or "no" for arm in result.arms)])
+    if any(arm.warnings for arm in result.arms):
+        rows.append(["the monitor's warnings", *(", ".join(arm.warnings) or "none" for arm in result.arms)])
     caption = "In training: mean over the first tenth of the steps → mean over the last tenth."
     return report.Table(["metric", *(arm.name for arm in result.arms)], rows, caption)
 
@@ -315,7 +267,7 @@ def _held_out_table(result: DemoResult) -> report.Table:
     return report.Table(["reward", "warm start", *(arm.name for arm in result.arms)], rows, caption)
 
 
-def _plotted(history: Sequence[dict[str, float | None]], metric: str) -> list[float | None]:
+def plotted(history: Sequence[dict[str, float | None]], metric: str) -> list[float | None]:
     """One value per step; a generation's rewards hold for all the steps that train on it."""
     values = [row.get(metric) for row in history]
     if metric in REWARD_METRICS:
@@ -333,7 +285,7 @@ def _write(
         report.Arm(
             arm.name,
             [row["step"] if row.get("step") is not None else i + 1 for i, row in enumerate(arm.history)],  # type: ignore[misc]
-            {panel.key: _plotted(arm.history, panel.key) for panel in PANELS},
+            {panel.key: plotted(arm.history, panel.key) for panel in PANELS},
             settings=", ".join(f"{key} {value}" for key, value in arm.options.items()),
             note=f"inactive: {', '.join(arm.inactive)}" if arm.inactive else "",
         )

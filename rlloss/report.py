@@ -62,11 +62,14 @@ def write_report(
     tables: Sequence[Table] = (),
     paragraphs: Sequence[str] = (),
     command: str = "",
+    groups: Sequence[tuple[str, Sequence[str]]] | None = None,
 ) -> Path:
     """Write the page and return its path; missing folders are made.
 
-    `paragraphs` say what was run and how; `command` is shown as the line that repeats it. Raises ValueError if there
-    is no arm, if a series and its steps differ in length, or if a panel names a metric that no arm has.
+    `paragraphs` say what was run and how; `command` is shown as the line that repeats it. groups: (title, names of its
+    arms), each a section with its own charts, for more arms than a chart can tell apart; None: all in one. Raises
+    ValueError if there is no arm, if a series and its steps differ in length, or if a panel or a group names what is
+    not there.
     """
     if not arms:
         raise ValueError("arms: found none, expected at least one")
@@ -83,7 +86,15 @@ def write_report(
             raise ValueError(f"panels: found {panel.key!r}, expected a metric that an arm has: {', '.join(known)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(arms, panels, title, tables, paragraphs, command), encoding="utf-8")
+    named = {arm.name: arm for arm in arms}
+    sections = [("", list(arms))]
+    if groups is not None:
+        for _, members in groups:
+            for name in members:
+                if name not in named:
+                    raise ValueError(f"groups: found {name!r}, expected names of arms: {', '.join(named)}")
+        sections = [(heading, [named[name] for name in members]) for heading, members in groups]
+    path.write_text(_page(sections, panels, title, tables, paragraphs, command), encoding="utf-8")
     return path
 
 
@@ -198,31 +209,39 @@ def _legend(arms: Sequence[Arm]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _page(arms, panels, title, tables, paragraphs, command) -> str:
+def _page(sections, panels, title, tables, paragraphs, command) -> str:
+    """sections: (heading, arms); the charts are numbered through."""
+    charted = [(arms, panel) for _, arms in sections for panel in panels]
     data = {
-        "arms": [{"name": arm.name, "steps": [float(s) for s in arm.steps]} for arm in arms],
+        "arms": [[{"name": arm.name, "steps": [float(s) for s in arm.steps]} for arm in arms] for arms, _ in charted],
         "panels": [
             [[v if v is not None and math.isfinite(v) else None for v in arm.series.get(p.key, ())] for arm in arms]
-            for p in panels
+            for arms, p in charted
         ],
         "left": LEFT / WIDTH,
         "right": 1 - RIGHT / WIDTH,
     }
     # Inside a script element only "</" could end it; as an escape it is the same JSON.
     inline = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    lines = _window(max(arms, key=_window))
+    lines = max(_window(arm) for arms, _ in charted for arm in arms)
     explain = f"Thin: every step. Bold: centred mean over {lines} steps." if lines > 1 else "One value per step."
     text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
     repeat = f"<pre><code>{escape(command)}</code></pre>" if command else ""
-    charts = "".join(chart(arms, panel, index) for index, panel in enumerate(panels))
+    figures = [chart(arms, panel, index) for index, (arms, panel) in enumerate(charted)]
+    charts = [
+        f'{f"<h2>{escape(heading)}</h2>{_legend(arms)}" if heading else ""}<div class="charts">'
+        f"{''.join(figures[number * len(panels) : (number + 1) * len(panels)])}</div>"
+        for number, (heading, arms) in enumerate(sections)
+    ]
+    legend = "".join(_legend(arms) for heading, arms in sections if not heading)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
-        f"{_legend(arms)}{''.join(_table(table) for table in tables)}"
-        f'<p class="absent">{explain}</p><div class="charts">{charts}</div>'
+        f"{legend}{''.join(_table(table) for table in tables)}"
+        f'<p class="absent">{explain}</p>{"".join(charts)}'
         f'<section><h2>What was run</h2>{text}{repeat}</section></main><script type="application/json" id="data">'
         f"{inline}</script><script>{_SCRIPT}</script></body></html>\n"
     )
@@ -270,7 +289,7 @@ for (const svg of document.querySelectorAll("svg[data-panel]")) {
     const box = svg.getBoundingClientRect(), across = (event.clientX - box.left) / box.width;
     const x = low + (across - data.left) / (data.right - data.left) * (high - low);
     if (x < low || x > high) return;
-    const found = data.arms.map((arm, a) => {
+    const found = data.arms[svg.dataset.panel].map((arm, a) => {
       let best = -1;
       arm.steps.forEach((s, i) => { if (best < 0 || Math.abs(s - x) < Math.abs(arm.steps[best] - x)) best = i; });
       const value = series[a][best];

@@ -63,7 +63,9 @@ FLOORS = {
     "rlloss.run_log": 4,
     "rlloss.run_page": 4,
     "rlloss.run_report": 4.5,
+    "rlloss.arms": 4,
     "rlloss.demo": 5,
+    "rlloss.comparison": 5.5,
     "rlloss.train": 5,
     "rlloss.cli": 6,
 }

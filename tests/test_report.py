@@ -64,7 +64,7 @@ def test_every_text_is_escaped(tmp_path):
     assert "alert" not in "".join(page.text["script"][1:])
     assert len(page.find("script")) == 2
     assert page.text["h1"] == [HOSTILE] and page.text["td"] == [HOSTILE] and page.text["code"] == [HOSTILE]
-    assert json.loads(page.text["script"][0])["arms"][0]["name"] == HOSTILE
+    assert json.loads(page.text["script"][0])["arms"][0][0]["name"] == HOSTILE
 
 
 def test_nothing_is_fetched(tmp_path):
@@ -104,6 +104,18 @@ def test_arms_keep_one_colour_and_the_note_is_shown(tmp_path):
     assert [a["class"] for a in page.find("i")] == ["arm0", "arm1"]
     assert {a["class"] for a in page.find("path")} == {"raw arm0", "mean arm0", "raw arm1", "mean arm1"}
     assert page.text["strong"] == ["inactive: clip"]
+
+
+def test_groups_are_sections_with_their_own_arms(tmp_path):
+    arms = [Arm(name, [1.0, 2.0], {"entropy": [value, value]}) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    groups = [("First", ["a", "b"]), ("Second", ["a", "c"])]
+    page = Page(write(tmp_path, arms, panels=PANELS[:1], groups=groups))
+    data = json.loads(page.text["script"][0])
+    assert data["panels"] == [[[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]]]
+    assert [[arm["name"] for arm in of] for of in data["arms"]] == [["a", "b"], ["a", "c"]]
+    assert page.text["h2"][:2] == ["First", "Second"]
+    with pytest.raises(ValueError, match="groups: found 'd', expected names of arms: a, b, c"):
+        write(tmp_path, arms, panels=PANELS[:1], groups=[("First", ["d"])])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""The arms that `rlloss demo` compares, what one of them measured, and whether its remedy acted at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """A name, the GRPOConfig options in which this arm differs from the others, and what it is."""
+
+    name: str
+    options: dict[str, Any]
+    about: str = ""
+
+
+ARMS = (
+    ArmSpec(
+        "plain GRPO",
+        dict(
+            epsilon_low=0.2, epsilon_high=0.2, top_entropy_quantile=1.0,
+            multi_objective_aggregation="sum_then_normalize",
+        ),
+    ),
+    ArmSpec(
+        "remedies",
+        dict(
+            epsilon_low=0.2, epsilon_high=0.28, top_entropy_quantile=0.2,
+            multi_objective_aggregation="normalize_then_sum",
+        ),
+    ),
+)  # fmt: skip
+
+_PLAIN = ARMS[0].options
+_COVARIANCE = {"ratio": 0.02, "scope": "generation"}
+"""2 % of a few thousand tokens. The papers' 2e-4 is of millions, and would be one token here."""
+
+PERCENTILE_80 = "80th percentile"
+"""In the place of a temperature's cutoff: that of the warm-started model's entropies."""
+
+REMEDIES = {
+    "Tokens and clips": [
+        ArmSpec("clip-higher", _PLAIN | {"epsilon_high": 0.28}, "DAPO, 2503.14476"),
+        ArmSpec("top-entropy, all", _PLAIN | {"top_entropy_quantile": 0.2}, "2506.01939, divided by all tokens (TRL)"),
+        ArmSpec(
+            "top-entropy, kept", _PLAIN | {"top_entropy_quantile": 0.2, "entropy_denominator": "kept"},
+            "2506.01939 Eq. 6, divided by the kept tokens",
+        ),
+        ArmSpec("dynamic temperature", _PLAIN | {
+            "dynamic_temperature": {"rule": "two_level", "high": 1.3, "low": 1.0, "cutoff": PERCENTILE_80},
+        }, "2506.01939 Eq. 5, the loss at the same temperatures"),
+    ],
+    "Covariance and entropy": [
+        ArmSpec("Clip-Cov", _PLAIN | {"loss_type": "clip_cov", "covariance": _COVARIANCE}, "2505.22617"),
+        ArmSpec("KL-Cov", {
+            "loss_type": "kl_cov", "covariance": _COVARIANCE, "multi_objective_aggregation": "sum_then_normalize",
+        }, "2505.22617"),
+        ArmSpec("entropy bonus", _PLAIN | {"entropy_coef": 0.03}, "a constant weight of 0.03"),
+        ArmSpec("adaptive bonus", _PLAIN | {
+            "use_adaptive_entropy": True, "entropy_target": 0.25, "entropy_coef_delta": 0.002, "entropy_coef_max": 0.1,
+        }, "Skywork-OR1, 2505.22312, towards 0.25 nats"),
+    ],
+    "Rewards": [
+        ArmSpec("GDPO", _PLAIN | {"multi_objective_aggregation": "normalize_then_sum"}, "2601.05242"),
+        ArmSpec("sum 2:1", _PLAIN | {"reward_weights": [2.0, 1.0]}, "the answer counts twice"),
+        ArmSpec("GDPO 2:1", _PLAIN | {
+            "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [2.0, 1.0],
+        }, "2601.05242 Eq. 7"),
+        ArmSpec("remedies", ARMS[1].options, "clip-higher, top-entropy and GDPO at once"),
+    ],
+}  # fmt: skip
+"""Section of the report -> its arms, each different from plain GRPO in one thing, but for the last."""
+
+
+@dataclass
+class ArmResult:
+    """What one arm measured: a dict of metrics per step, held-out scores (mean, standard error) and seconds."""
+
+    name: str
+    options: dict[str, Any]
+    history: list[dict[str, float | None]]
+    held_out: dict[str, tuple[float, float]]
+    seconds: float
+    inactive: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What the CollapseMonitor found, as "step 22: entropy_collapse"."""
+
+
+# A remedy's option -> the metric that shows it at work, how it has to differ from a number, and what it is called.
+_EVIDENCE = {
+    "entropy mask": ("entropy/kept_share", lambda v: v < 1.0, lambda o: o.get("top_entropy_quantile", 1.0) < 1.0),
+    "covariance": ("cov/selected_share", lambda v: v > 0.0, lambda o: o.get("loss_type") in ("clip_cov", "kl_cov")),
+    "entropy bonus": (
+        "entropy_coef", lambda v: v > 0.0, lambda o: bool(o.get("entropy_coef") or o.get("use_adaptive_entropy")),
+    ),
+    "temperature": ("sampling/temperature/std", lambda v: v > 0.0, lambda o: "dynamic_temperature" in o),
+}  # fmt: skip
+
+
+def what_never_acted(history: Sequence[dict[str, float | None]], options: dict[str, Any]) -> list[str]:
+    """The parts of an arm that changed nothing in any step: comparing it would be comparing nothing.
+
+    "clip": no token was ever clipped ("ratio", with a loss that does not clip: every ratio was always 1). The others
+    were asked for, but "entropy mask" kept every token of every step, "covariance" picked none, "entropy bonus" had no
+    weight, "temperature" was the same for all tokens.
+    """
+
+    def ever(metric: str, acts: Callable[[float], bool]) -> bool:
+        return any(acts(v) for row in history if (v := row.get(metric)) is not None)
+
+    found = []
+    if options.get("loss_type") == "kl_cov":
+        found += [] if ever("on_policy_share", lambda v: v < 1.0) else ["ratio"]
+    elif not ever("clip_ratio/region_mean", lambda v: v > 0.0):
+        found.append("clip")
+    for name, (metric, acts, asked_for) in _EVIDENCE.items():
+        if asked_for(options) and not ever(metric, acts):
+            found.append(name)
+    return found
+
+
+def start_and_end(history: Sequence[dict[str, float | None]], metric: str) -> tuple[float, float]:
+    """Means over the first and the last tenth of the values (at least one); NaN where there are none.
+
+    Values, not steps: rewards are measured once per generation, which serves `UPDATES_PER_GENERATION` steps.
+    """
+    values = [v for row in history if (v := row.get(metric)) is not None]
+    if not values:
+        return math.nan, math.nan
+    tenth = max(1, len(values) // 10)
+    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
