@@ -203,9 +203,9 @@ def tables(results: dict[str, list[ArmResult]]) -> list[report.Table]:
     return [
         _compared(
             results, held_out,
-            f"On held-out prompts. Mean ± standard deviation over {seeds} seeds. The difference to plain GRPO is paired "
-            "by seed, and marked * where its 95 % interval leaves out 0; all else is not distinguishable. No correction "
-            "for so many comparisons.",
+            f"On held-out prompts. Mean ± standard deviation over {seeds} seeds. The difference to plain GRPO is "
+            "paired by seed, and marked * where its 95 % interval leaves out 0; all else is not distinguishable. No "
+            "correction for so many comparisons.",
         ),
         _compared(
             results, training,

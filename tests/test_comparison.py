@@ -17,12 +17,8 @@ from rlloss.cli import main
 from rlloss.integrations.trl_grpo import GRPOConfig
 
 SMALL = {
-    "steps": 4,
-    "seeds": 2,
-    "arms": ["dynamic temperature", "KL-Cov"],
-    "warm_start_steps": 3,
-    "held_out_samples": 1,
-}
+    "steps": 4, "seeds": 2, "arms": ["dynamic temperature", "KL-Cov"], "warm_start_steps": 3, "held_out_samples": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,10 +30,9 @@ def without_the_interpreter():
 
 
 def run(folder, **changes):
-    console = Console(file=io.StringIO(), width=120)
-    return comparison.run_comparison(
-        folder, console=console, held_out_samples=1, **{**SMALL, **changes}
-    ), console.file.getvalue()
+    terminal = io.StringIO()
+    console = Console(file=terminal, width=120)
+    return comparison.run_comparison(folder, console=console, **{**SMALL, **changes}), terminal.getvalue()
 
 
 @pytest.fixture(scope="module")
