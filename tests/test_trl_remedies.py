@@ -161,13 +161,12 @@ def trained(folder, size: int, **options):
 @pytest.mark.parametrize("which", GLOBAL)
 def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_path, which):
     whole, logs = trained(tmp_path / "8", 8, **GLOBAL[which])
-    for size in (4, 2):
-        split, their_logs = trained(tmp_path / str(size), size, **GLOBAL[which])
-        # Adam's steps are signs at first: an element whose gradient is rounding noise may step the other way.
-        assert (split - whole).abs().gt(1e-4).float().mean() < 1e-3
-        for ours, theirs in zip(logs, their_logs, strict=True):
-            for name in ("cov/logp_advantage", "entropy/p80", "abs_log_ratio"):
-                assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
+    split, their_logs = trained(tmp_path / "2", 2, **GLOBAL[which])
+    # Adam's steps are signs at first: an element whose gradient is rounding noise may step the other way.
+    assert (split - whole).abs().gt(1e-4).float().mean() < 1e-3
+    for ours, theirs in zip(logs, their_logs, strict=True):
+        for name in ("cov/logp_advantage", "entropy/p80", "abs_log_ratio"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
     if "covariance" in GLOBAL[which]:
         assert all(entry["cov/selected_share"] > 0 for entry in logs)
     if "top_entropy_quantile" in GLOBAL[which]:
