@@ -110,8 +110,9 @@ def test_conditions_are_those_of_group_advantage(tmp_path, options, how, mode):
 
 def test_token_weights_are_those_of_group_advantage(tmp_path, monkeypatch):
     trainer = build(tmp_path, gdpo_token_weighted=True, mask_truncated_completions=True, **GDPO)
-    # Some completions end, some are truncated. (TRL 1.14 knows one token that ends them.)
-    monkeypatch.setattr(trainer, "eos_token_ids", list(range(1, 48, 8)), raising=False)
+    if not hasattr(trainer, "eos_token_ids"):
+        pytest.skip("TRL < 1.15 knows one token that ends a completion, which a random model hardly samples")
+    monkeypatch.setattr(trainer, "eos_token_ids", list(range(1, 48, 8)))  # some completions end, some are truncated
     output = generate(trainer)
     counts = output["completion_mask"].sum(1)
     assert 0 in counts and len(set(counts.tolist())) > 2
