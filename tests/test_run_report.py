@@ -177,7 +177,7 @@ def test_metrics_are_drawn_by_kind_and_none_is_lost(tmp_path):
 
 
 def test_a_chart_with_many_lines_is_split(tmp_path):
-    page = page_of(make_run(tmp_path, metrics=[{"step": 1, **{f"cov/{k}": 1.0 for k in range(8)}}]))
+    page = page_of(make_run(tmp_path, metrics=[{"step": 1, **{f"cov/logp_advantage/{k}": 1.0 for k in range(8)}}]))
     assert [len(chart) for chart in page.data["lines"]] == [6, 2]
 
 
