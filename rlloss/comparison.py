@@ -87,7 +87,7 @@ def run_comparison(
     held_out_samples: int = HELD_OUT_SAMPLES,
     console: Console | None = None,
 ) -> dict[str, list[ArmResult]]:
-    """Train every arm with every seed, print a table, write ``comparison.html`` and ``comparison.json``.
+    """Train every arm with every seed, print a table, write ``comparison.html``, ``.md`` and ``.json``.
 
     Returns arm -> its results by seed. `arms`: names of `REMEDIES`; None: all. A result in
     ``output_dir/seed-0/<arm>.json`` with the same settings and versions is taken as it is.
@@ -197,7 +197,7 @@ def tables(results: dict[str, list[ArmResult]]) -> list[report.Table]:
     training = {"entropy": ("entropy", 3), "its p80": ("entropy/p80", 3), "live share": ("live_share", 2)}
     seeds = len(results[BASE.name])
     acted = [
-        [name, _union(of_arm, "inactive") or "none", _union(of_arm, "warnings") or "none"]
+        [name, _union(of_arm, "inactive") or "none", _first_warnings(of_arm) or "none"]
         for name, of_arm in results.items()
     ]
     return [
@@ -213,7 +213,8 @@ def tables(results: dict[str, list[ArmResult]]) -> list[report.Table]:
             "temperatures that sampled.",
         ),
         report.Table(
-            ["arm", "inactive parts", "warnings of the monitor, seed by seed"], acted, "Whether each remedy acted."
+            ["arm", "inactive parts", "warnings of the monitor"], acted,
+            "Whether each remedy acted; and the step of each first warning, seed by seed (-: none).",
         ),
     ]  # fmt: skip
 
@@ -236,6 +237,19 @@ def _compared(results: dict[str, list[ArmResult]], columns: dict[str, tuple[str,
 
 def _union(results: list[ArmResult], field: str) -> str:
     return "; ".join(", ".join(getattr(result, field)) for result in results if getattr(result, field))
+
+
+def _first_warnings(results: list[ArmResult]) -> str:
+    """Each kind with the first step of every seed. A warning reads "step 22: entropy_collapse"."""
+    first: list[dict[str, str]] = []
+    for result in results:
+        of_seed: dict[str, str] = {}
+        for warning in result.warnings:
+            step, kind = warning.removeprefix("step ").split(": ", 1)
+            of_seed.setdefault(kind, step)
+        first.append(of_seed)
+    kinds = dict.fromkeys(kind for of_seed in first for kind in of_seed)
+    return "; ".join(f"{kind} {', '.join(of_seed.get(kind, '-') for of_seed in first)}" for kind in kinds)
 
 
 def mean_curve(histories: Sequence[Sequence[dict[str, float | None]]], metric: str) -> list[float | None]:
@@ -293,6 +307,8 @@ def _write(output: Path, results: dict, specs: list[ArmSpec], conditions: dict, 
             for name, of_arm in results.items()
         },
     }  # fmt: skip
+    text = "\n\n".join(f"{table.caption}\n\n{markdown(table)}" for table in tables(results))
+    (output / "comparison.md").write_text(f"`{command}`; {paragraphs[-1]}\n\n{text}\n", encoding="utf-8")
     (output / "comparison.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
 
 

@@ -49,6 +49,7 @@ def test_every_arm_runs_with_every_seed(ran):
         assert len(of_arm) == 2 and all(len(result.history) == 4 for result in of_arm)
         assert name in page and name in terminal
     assert page.count("<svg") == 2 * len(comparison.PANELS)  # two sections have an arm
+    assert "| KL-Cov |" in (folder / "comparison.md").read_text()
     record = json.loads((folder / "comparison.json").read_text())
     assert record["command"] == 'rlloss demo --full --steps 4 --seeds 2 --arms "dynamic temperature" "KL-Cov"'
     assert len(record["arms"]["KL-Cov"]["seeds"]) == 2
@@ -104,16 +105,20 @@ def result(name, entropy, answer, **more):
 
 
 def test_the_tables_by_hand():
+    warned = [
+        {"warnings": ["step 3: x", "step 9: x"]},
+        {"warnings": ["step 4: y: z", "step 5: x"], "inactive": ["clip"]},
+    ]
     results = {
         "plain GRPO": [result("plain GRPO", 0.1, 0.3), result("plain GRPO", 0.2, 0.5)],
-        "GDPO": [result("GDPO", 0.3, 0.3), result("GDPO", 0.4001, 0.7, inactive=["clip"], warnings=["step 3: x"])],
+        "GDPO": [result("GDPO", 0.3, 0.3, **warned[0]), result("GDPO", 0.4001, 0.7, **warned[1])],
     }
     held_out, training, acted = comparison.tables(results)
     assert held_out.rows[0][:3] == ["plain GRPO", "0.400 ± 0.141", ""]
     assert held_out.rows[1] == ["GDPO", "0.500 ± 0.283", "+0.100", "0.500 ± 0.000", "+0.000"]
     assert training.rows[1][:3] == ["GDPO", "0.350 ± 0.071", "+0.200 *"]
-    assert acted.rows == [["plain GRPO", "none", "none"], ["GDPO", "clip", "step 3: x"]]
-    assert comparison.markdown(acted).splitlines()[-1] == "| GDPO | clip | step 3: x |"
+    assert acted.rows == [["plain GRPO", "none", "none"], ["GDPO", "clip", "x 3, 5; y: z -, 4"]]
+    assert comparison.markdown(acted).splitlines()[-1] == "| GDPO | clip | x 3, 5; y: z -, 4 |"
 
 
 def test_curves_are_means_over_seeds():
