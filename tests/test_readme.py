@@ -44,6 +44,15 @@ def test_the_table_of_resolution_is_the_one_computed():
     assert markdown() in REMEDIES.read_text()
 
 
+def test_the_comparison_shown_is_the_one_that_was_run():
+    run = (README.parent / "benchmarks/results/cpu-2-cores/demo_full.md").read_text()
+    section = README.read_text().split("## What the demo shows")[1].split("\n## ")[0]
+    shown = re.findall(r"\d\.\d+ ± \d\.\d+", section)
+    assert len(shown) == 3 * 13 and all(cell in run for cell in shown)
+    differences = re.findall(r"[+-]\d\.\d{3}(?: \*)?", section)
+    assert len(differences) == 3 * 12 and all(f"| {cell} |" in run for cell in differences)
+
+
 def test_there_are_blocks_to_run():
     assert len(BLOCKS) >= 2
 
