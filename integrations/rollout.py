@@ -127,7 +127,7 @@ class Rollout:
             return
         processor = EntropyTemperatureProcessor(self.rule, record=True)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        generate = model.generate
+        generate, own = model.generate, vars(model).get("generate")
 
         def with_rule(*args, logits_processor=None, **kwargs):
             return generate(
@@ -139,6 +139,8 @@ class Rollout:
             yield
         finally:
             del model.generate
+            if own is not None:
+                model.generate = own
         self._recorded = processor.temperatures()
 
     @contextlib.contextmanager

@@ -100,9 +100,10 @@ class LossMetrics:
                 return
         found = gauges(unpack(reduced, like))
         values = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
-        bins = [name for name in values if name.startswith("cov/logp_advantage/") and not math.isnan(values[name])]
+        bins = [name for name in values if name.startswith("cov/logp_advantage/")]
         for name in (*GAUGES, *bins):
-            log[name].append(values[name])
+            if not math.isnan(values[name]):  # of no token
+                log[name].append(values[name])
         if values["nonfinite_share"] > 0.0:
             log["nonfinite_share"].append(values["nonfinite_share"])
         if mode != "train":

@@ -315,6 +315,22 @@ def test_where_an_engine_samples_the_temperatures_follow_from_the_models_entropi
     torch.testing.assert_close(output["old_per_token_logps"][mask], logp[mask], rtol=1e-4, atol=1e-4)
 
 
+def test_a_generate_of_the_models_own_is_called_and_stays(tmp_path):
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, distinct, dynamic_temperature=TWO_LEVEL)
+    calls, generate = [], trainer.model.generate
+
+    def own(*args, **kwargs):
+        calls.append(kwargs)
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = own
+    trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    assert len(calls) == 1 and calls[0]["logits_processor"] and trainer.model.generate is own
+    del trainer.model.generate
+    trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    assert "generate" not in vars(trainer.model)
+
+
 def test_vllm_is_told_the_rule(tmp_path):
     config = GRPOConfig(
         output_dir=str(tmp_path), bf16=False, use_vllm=True, dynamic_temperature=TWO_LEVEL,
