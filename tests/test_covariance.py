@@ -51,6 +51,7 @@ def test_hand_worked_covariances():
     ({"ratio": 0.25, "selection": "top"}, [[True, False], [False, False]]),  # of equal ones the first
     ({"ratio": 1.0, "high": 2.0, "selection": "top"}, [[False, True], [True, False]]),  # from 1 to 2
     ({"ratio": 1.0, "low": 1.5, "selection": "top"}, [[True, False], [False, True]]),
+    ({"ratio": 1.0, "low": 1.0, "high": 3.0, "selection": "top"}, [[True, True], [True, True]]),  # both bounds count
     ({"ratio": 0.2, "selection": "top"}, [[True, False], [False, False]]),  # floor(0.8) = 0, but at least one
     ({"ratio": 0.2, "selection": "top", "at_least_one": False}, [[False, False], [False, False]]),
     ({"ratio": 1.0, "low": 3.5}, [[False, False], [False, False]]),  # no candidate
@@ -204,6 +205,13 @@ def test_picked_once_the_gradient_does_not_depend_on_the_split(loss_type, parts)
     assert parts == 1 or not torch.equal(gradient(alone, parts, None), gradient(alone, 1, None))
 
 
+def test_what_is_picked_outside_the_mask_does_not_count():
+    config = LossConfig("clip_cov", covariance=CovarianceConfig(scope="generation"))
+    mask = torch.tensor([[True, True], [True, False]])
+    metrics = policy_loss(LOGP, ADVANTAGE, mask, config=config, old_logp=LOGP, selected=ALL).metrics
+    assert metrics["selected"] == 3 and metrics["live"] == 0
+
+
 def test_the_modules_take_what_was_picked_and_kept():
     g = torch.Generator().manual_seed(0)
     B, T, D, V = 4, 6, 8, 30
@@ -269,6 +277,7 @@ def _on_a_rank(rank: int, port: int, expected: dict) -> None:
             logp, advantage, mask, loss_type=loss_type, config=config, draw=draw, process_group=distributed.group.WORLD
         )
         assert torch.equal(found, whole[rows]), (rank, loss_type, draw)
+    distributed.destroy_process_group()
 
 
 def test_processes_pick_together_what_one_would_pick():

@@ -111,6 +111,22 @@ def test_the_loss_of_a_micro_batch_is_that_of_the_formula(trainer, monkeypatch, 
     assert metrics["cov/selected_share"] == pytest.approx(int(picked.sum()) / int(mask.sum()))
 
 
+def test_kl_cov_moves_completions_without_an_advantage(trainer, monkeypatch):
+    """So none of them runs without gradient."""
+    inputs = micro_batch(trainer, 1, on_policy=False, per_token_advantage=False, tool_mask=False)
+    inputs["advantages"] = torch.tensor([0.0, -2.0, 0.0, -1.0])  # the mean is below 0: a likely token of those covaries
+    trainer.loss_type = "kl_cov"
+    trainer.epsilon_low = trainer.epsilon_high = 0.2
+    monkeypatch.setattr(trainer.args, "covariance", {"ratio": 0.5})
+    found = {}
+    for choice in ("keep", "forward_only"):
+        monkeypatch.setattr(trainer.args, "zero_advantage", choice)
+        found[choice] = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    torch.testing.assert_close(found["forward_only"][1], found["keep"][1], rtol=1e-5, atol=1e-7)
+    tokens = inputs["completion_mask"].bool()
+    assert found["keep"][2]["live_share"] * int(tokens.sum()) > int(tokens[[1, 3]].sum()) + 0.5
+
+
 def test_a_bonus_on_all_tokens(trainer, monkeypatch):
     inputs = micro_batch(trainer, 1, entropy="static", entropy_coef=0.3, rho=0.5)
     _, entropy = token_numbers(trainer, inputs)
@@ -169,6 +185,9 @@ def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_pat
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
     if "covariance" in GLOBAL[which]:
         assert all(entry["cov/selected_share"] > 0 for entry in logs)
+    if "entropy/cutoff" in logs[0]:  # of the window: by the policy of each step
+        anew = GLOBAL[which]["entropy_scope"] == "window"
+        assert (logs[0]["entropy/cutoff"] != logs[1]["entropy/cutoff"]) == anew
     if "top_entropy_quantile" in GLOBAL[which]:
         assert all(0.1 < entry["entropy/kept_share"] < 0.5 for entry in logs)
 
@@ -266,6 +285,14 @@ def test_the_loss_is_at_the_temperatures_that_sampled(tmp_path, monkeypatch, rul
     exact = {name: value for name, value in output.items() if name != "old_per_token_logps"}
     *_, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, exact)
     assert metrics["on_policy_share"] == 1.0
+    # A pass of somebody else's is at temperature 1.
+    logp, _ = token_numbers(trainer, output)
+    plain = model_logits(trainer, output).log_softmax(-1)
+    plain = plain.gather(-1, output["completion_ids"][..., None]).squeeze(-1)
+    torch.testing.assert_close(logp[mask], plain[mask], rtol=1e-4, atol=2e-5)
+    ids, attention = (torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    ours = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.shape[1])[0].detach()
+    torch.testing.assert_close(ours[mask], plain[mask], rtol=1e-4, atol=2e-5)
 
 
 def test_the_gradient_is_that_of_the_scaled_logits(tmp_path):
