@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -344,18 +345,19 @@ def test_where_an_engine_samples_the_temperatures_follow_from_the_models_entropi
 
 def test_a_generate_of_the_models_own_is_called_and_stays(tmp_path):
     trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, distinct, dynamic_temperature=TWO_LEVEL)
-    calls, generate = [], trainer.model.generate
+    model: Any = trainer.model
+    calls, generate = [], model.generate
 
     def own(*args, **kwargs):
         calls.append(kwargs)
         return generate(*args, **kwargs)
 
-    trainer.model.generate = own
+    model.generate = own
     trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    assert len(calls) == 1 and calls[0]["logits_processor"] and trainer.model.generate is own
-    del trainer.model.generate
+    assert len(calls) == 1 and calls[0]["logits_processor"] and model.generate is own
+    del model.generate
     trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    assert "generate" not in vars(trainer.model)
+    assert "generate" not in vars(model)
 
 
 def test_vllm_is_told_the_rule(tmp_path):
