@@ -24,7 +24,7 @@ test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS)
 
 test-peers: $(PEERS) ## run the tests against Liger's and verl's own functions
-	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/test_peers.py
+	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/test_peers.py tests/test_diagnostics.py tests/test_reward_resolution.py
 
 bench: $(PEERS) ## time the kernels against their peers
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
