@@ -124,7 +124,9 @@ def _random(logp: Tensor, mask: Tensor, seed: int, draw: Tensor | int | None, pr
     if process_group is not None:
         start, _ = gathered(logp.new_ones(int(mask.sum()), dtype=torch.float32), process_group)
         place = place + start
-    draw = torch.as_tensor(draw, dtype=torch.int64, device=mask.device)
+    if not isinstance(draw, Tensor):
+        draw = torch.full((), draw, dtype=torch.int64, device=mask.device)
+    draw = draw.to(mask.device, torch.int64)
     return _mixed(place + _mixed(draw + _mixed(torch.full_like(draw, seed)))).double()
 
 

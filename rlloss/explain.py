@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from rlloss.config import LossConfig
-from rlloss.linear import ONLY_WITH_A_LOSS, choose
+from rlloss.linear import ONLY_WITH_A_LOSS, check_capacity, choose
 from rlloss.linear_loss import candidates, why_not_in_forward
-from rlloss.linear_op import counted_rows
 from rlloss.plans import PlanReport
 
 
@@ -24,6 +23,7 @@ def explain_plan(
     plan: str = "auto",
     memory_budget: int | None = None,
     batch_invariant: bool = False,
+    static_capacity: tuple[int, int] | None = None,
 ) -> PlanReport:
     """The plan, its products and its bytes, in numbers and one sentence: `print(explain_plan(hidden, weight, ...))`.
 
@@ -34,7 +34,7 @@ def explain_plan(
         config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
         live_share: the share of the rows that count which gets a gradient, where it is known; None:
             config.top_entropy_quantile of those with an advantage, or all.
-        plan, memory_budget, batch_invariant: as for the call.
+        plan, memory_budget, batch_invariant, static_capacity: as for the call.
 
     Returns:
         `PlanReport`. With tensors that need no gradient the plan is "forward".
@@ -43,7 +43,6 @@ def explain_plan(
         ValueError: the plan that is asked for cannot be taken; why.
     """
     readable = mask is not None and not mask.is_meta
-    counted = counted_rows(mask) if readable else None
     some = None
     why_not: str | None = ONLY_WITH_A_LOSS
     if config is not None:
@@ -52,8 +51,9 @@ def explain_plan(
             some = candidates(advantage, mask, config)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     V, D = weight.shape
+    target = hidden[..., 0]
     return choose(
-        hidden, weight, (V, D), counted, some if needs_gradient else None,
+        hidden, weight, (V, D), target, mask if readable else None, some if needs_gradient else None,
         None if config is None else config.top_entropy_quantile, plan, memory_budget, batch_invariant, needs_gradient,
-        why_not, live_share,
+        why_not, live_share, check_capacity(static_capacity, target, mask),
     )[0]  # fmt: skip

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import checks
-from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, flat, linear_token_stats_op
+from rlloss import checks, lm_head
+from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, linear_token_stats_op
 from rlloss.lm_head import Settings, Wanted
 from rlloss.ops import OUTPUTS, TokenStats, check_rows
+from rlloss.picked import Capacity, Picked, Survey
 from rlloss.plans import PlanReport, Work, make_plan
 from rlloss.vocab_shard import shard_of
 
@@ -33,6 +34,7 @@ def linear_token_stats(
     memory_budget: int | None = None,
     batch_invariant: bool = False,
     vocab_group: Any = None,
+    static_capacity: tuple[int, int] | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits `hidden @ weight.T + bias`, which are never there as a whole.
 
@@ -62,6 +64,10 @@ def linear_token_stats(
         vocab_group: process group over which the vocabulary is split: weight, and bias, are this rank's entries, in the
             order of the ranks; everything else is the same on every rank, target counts over the whole vocabulary.
             Statistics are merged and the gradient of hidden is added up over the group: every rank gets the whole.
+        static_capacity: (rows, live), room for so many rows that count and so many with a gradient. Products are run
+            for these numbers, whatever is in the mask; shapes are then fixed, nothing is read back from the device (no
+            host sync) and the call fits a CUDA graph. Where more count than there is room for, those are NaN, and
+            every gradient; where more get a gradient, every gradient is NaN. On a CPU either raises.
 
     Returns:
         `TokenStats`, its tensors shaped like `target`, fp32 (fp64 for fp64), in nats.
@@ -72,7 +78,7 @@ def linear_token_stats(
     """
     call = prepare(
         hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
-        vocab_group,
+        vocab_group, static_capacity,
     )  # fmt: skip
     return call.stats(outputs, entropy_grad)
 
@@ -80,7 +86,8 @@ def linear_token_stats(
 class Call(NamedTuple):
     """Arguments that fit each other, the rows that count and the plan. The last three are not known while compiling.
 
-    keep: what the forward keeps: the numbers of candidates among the rows counted, True for all of them, False.
+    keep: what the forward keeps: the candidates among the rows counted, True for all of them, False; and how many of
+    them come before each chunk of rows.
     """
 
     hidden: Tensor
@@ -90,9 +97,9 @@ class Call(NamedTuple):
     rows: Rows
     settings: Settings
     gather: Gather
-    counted: Tensor | None = None
+    counted: Picked | None = None
     report: PlanReport | None = None
-    keep: Tensor | bool = False
+    keep: tuple[Picked | bool, list[int] | None] = (False, None)
 
     def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
         unknown = [o for o in outputs if o not in OUTPUTS]
@@ -104,12 +111,13 @@ class Call(NamedTuple):
             "entropy" in outputs, "log_sum_sq_probs" in outputs, "mean_logit" in outputs, "is_top1" in outputs
         )
         if self.report is None:
-            target, temperature, softcap, logit_scale = self.rows
+            target, temperature, softcap, logit_scale, capacity = self.rows
             per_token = isinstance(temperature, Tensor)
             logp, entropy, lse, _, extra = linear_token_stats_op(
                 self.hidden, self.weight, self.bias, target, self.mask, temperature if per_token else None,
                 1.0 if per_token else temperature, softcap, logit_scale, *self.settings[:2],
                 wanted.entropy, entropy_grad, wanted.squares, wanted.mean, wanted.top1,
+                None if capacity is None else list(capacity),
             )  # fmt: skip
         else:
             logp, entropy, lse, extra = LinearTokenStats.apply(
@@ -139,6 +147,7 @@ def prepare(
     memory_budget: int | None,
     batch_invariant: bool,
     vocab_group: Any = None,
+    static_capacity: tuple[int, int] | None = None,
     *,
     candidates: Tensor | None = None,
     live_share: float | None = None,
@@ -165,6 +174,7 @@ def prepare(
         hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale,
         V if shard is None else shard.total,
     )  # fmt: skip
+    capacity = check_capacity(static_capacity, target, mask)
     dtype = compute_dtype(hidden, weight)
     per_token = isinstance(temperature, Tensor)
     rows = Rows(
@@ -172,16 +182,17 @@ def prepare(
         temperature.detach().to(torch.promote_types(dtype, torch.float32)) if per_token else float(temperature),
         None if softcap is None else float(softcap),
         float(logit_scale),
+        capacity,
     )
     call = Call(hidden, weight, bias, mask, rows, Settings(dtype, batch_invariant, shard), gather)
     if torch.compiler.is_compiling():
         checks.require(plan in ("auto", "recompute"), "plan", repr(plan), "'auto' or 'recompute' inside torch.compile")
         return call
-    counted = counted_rows(mask)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    report, keep = choose(
-        hidden, weight, (V if shard is None else shard.largest, D), counted, candidates if needs_gradient else None,
-        live_share, plan, memory_budget, batch_invariant, needs_gradient, no_gradient_in_forward,
+    report, counted, keep = choose(
+        hidden, weight, (V if shard is None else shard.largest, D), target, mask,
+        candidates if needs_gradient else None, live_share, plan, memory_budget, batch_invariant, needs_gradient,
+        no_gradient_in_forward, capacity=capacity,
     )  # fmt: skip
     return call._replace(counted=counted, report=report, keep=keep)
 
@@ -190,7 +201,8 @@ def choose(
     hidden: Tensor,
     weight: Tensor,
     shape: tuple[int, int],
-    counted: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
     candidates: Tensor | None,
     live_share: float | None,
     plan: str,
@@ -199,16 +211,23 @@ def choose(
     needs_gradient: bool,
     no_gradient_in_forward: str | None,
     known_share: float | None = None,
-) -> tuple[PlanReport, Tensor | bool]:
-    """The plan of a call, and what its forward keeps (see `Call`). live_share: of the candidates, known_share: of the
-    rows that count."""
-    rows = count = hidden[..., 0].numel() if counted is None else len(counted)
-    places = None
-    if candidates is not None:
-        places = flat(candidates, counted).nonzero().squeeze(-1)
-        count = len(places)
-    share = count / max(rows, 1)
-    live = share if live_share is None else live_share * share
+    capacity: Capacity | None = None,
+) -> tuple[PlanReport, Picked | None, tuple[Picked | bool, list[int] | None]]:
+    """The plan of a call, the rows that count and what its forward keeps (see `Call`). One host sync at most.
+
+    target: only its shape matters. live_share: of the candidates, known_share: of the rows that count.
+    """
+    N = target.numel()
+    if capacity is None:
+        survey = Survey(N, mask, candidates, lm_head.chunk_rows(hidden.device, batch_invariant))
+        counted, rows, count = survey.rows(), survey.n, survey.count
+        share = count / max(rows, 1)
+        live = share if live_share is None else live_share * share
+    else:
+        survey, counted = None, counted_rows(target, mask, capacity)
+        rows = count = N if counted is None else len(counted)
+        live = min(capacity.live, rows) / max(rows, 1)
+        no_gradient_in_forward = no_gradient_in_forward or "its chunks of rows have no static_capacity of their own"
     work = Work(
         rows, count, *shape, live if known_share is None else known_share,
         (hidden.requires_grad, weight.requires_grad), weight.element_size(), 8 if hidden.dtype == torch.float64 else 4,
@@ -217,8 +236,25 @@ def choose(
     forbidden = {"gradient_in_forward": no_gradient_in_forward}
     report = make_plan(work, plan, memory_budget, forbidden, needs_gradient=needs_gradient)
     if report.plan != "keep" or count == 0:
-        return report, False
-    return report, True if places is None or count == rows else places
+        return report, counted, (False, None)
+    some = None if survey is None else survey.candidates(counted)
+    return report, counted, (True, None) if some is None or survey is None else (some, survey.edges)
+
+
+def check_capacity(static_capacity: tuple[int, int] | None, target: Tensor, mask: Tensor | None) -> Capacity | None:
+    """(rows, live) as `Capacity`. Raises, naming the argument, where it does not fit."""
+    if static_capacity is None:
+        return None
+    pair = tuple(static_capacity)
+    checks.require(
+        len(pair) == 2 and all(isinstance(n, int) for n in pair) and 1 <= pair[1] <= pair[0],
+        "static_capacity", static_capacity, "(rows, live), two whole numbers with rows >= live >= 1",
+    )  # fmt: skip
+    checks.require(
+        mask is not None or pair[0] >= target.numel(), "static_capacity", static_capacity,
+        f"room for all {target.numel()} rows without a mask",
+    )  # fmt: skip
+    return Capacity(*pair)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

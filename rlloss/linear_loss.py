@@ -17,6 +17,7 @@ from rlloss.linear import Call, prepare
 from rlloss.linear_op import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
 from rlloss.lm_head import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.losses import LOSSES, PolicyLoss, policy_loss, row_local
+from rlloss.picked import Picked
 from rlloss.products import count_unit
 
 _PART = 4096  # rows of the weight's gradient that are multiplied at a time
@@ -48,10 +49,10 @@ class _GradientInForward(torch.autograd.Function):
             logp, entropy = (spread(x, counted, rows.target.shape) for x in (made.logp, made.entropy))
             loss, metrics = loss_of(logp, entropy)
         ctx.held = made.held
-        ctx.rest = rows, settings, entropy_grad
+        ctx.rest = rows, counted, settings, entropy_grad
         ctx.save_for_backward(
             hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
-            counted, made.saved, made.entropy, made.coefs,
+            made.saved, made.entropy, made.coefs,
         )  # fmt: skip
         ctx.mark_non_differentiable(*metrics.values())
         return loss, tuple(metrics), *metrics.values()
@@ -59,9 +60,9 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_loss, *_):
-        hidden, weight, bias, _, _, counted, saved, entropy, coefs = ctx.saved_tensors
+        hidden, weight, bias, _, _, saved, entropy, coefs = ctx.saved_tensors
         held, ctx.held = ctx.held, None
-        rows, settings, entropy_grad = ctx.rest
+        rows, counted, settings, entropy_grad = ctx.rest
         factor = g_loss.to(saved.dtype)
         with plain(hidden.device):
             if held is not None:
@@ -89,12 +90,12 @@ class _Held:
         """What the backward returns, made in the memory that is held."""
         of_hidden = None
         if self.hidden:
-            places = torch.cat(self.places)
+            N = hidden.shape[:-1].numel()
+            places = Picked(torch.cat(self.places), N if counted is None else len(counted))
             if counted is not None:
-                places = counted[places]
-            everything = len(places) == hidden.shape[:-1].numel()
+                places = counted.of(places)
             gradient = torch.cat(self.hidden) if len(self.hidden) > 1 else self.hidden[0]
-            of_hidden = spread_hidden(hidden, gradient.mul_(factor), None if everything else places)
+            of_hidden = spread_hidden(hidden, gradient.mul_(factor), None if len(places) == N else places)
         # Without a live row the gradient is 0 also where the factor is inf or NaN.
         for g in (self.weight, self.bias):
             if g is None:
@@ -139,7 +140,8 @@ class _Made:
             if len(live) == 0:
                 continue
             self.held.any_live = True
-            lm_head.keep_only(kept, live, r.stop - r.start)
+            if len(live) < r.stop - r.start:
+                lm_head.keep_only(kept, Picked(live, r.stop - r.start))
             own = target[r][live].contiguous()
             found = lm_head.backward(
                 h[r][live], head, own, transform.of(r).of(live),
@@ -175,14 +177,15 @@ class _Made:
 
 def prepare_loss(
     hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, plan, memory_budget,
-    batch_invariant, vocab_group, config: LossConfig, cutoff, denominator,
+    batch_invariant, vocab_group, static_capacity: tuple[int, int] | None, config: LossConfig, cutoff, denominator,
 ) -> Call:  # fmt: skip
     """`linear.prepare` with what the loss says about the gradient before there is one."""
     if mask is None:
         raise TypeError("mask: found None, expected a bool tensor [B, T], True where a token counts")
     return prepare(
         hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
-        vocab_group, candidates=candidates(advantage, mask, config), live_share=config.top_entropy_quantile,
+        vocab_group, static_capacity, candidates=candidates(advantage, mask, config),
+        live_share=config.top_entropy_quantile,
         no_gradient_in_forward=why_not_in_forward(hidden, weight, config, cutoff, denominator),
     )  # fmt: skip
 

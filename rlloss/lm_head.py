@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlloss import backends, tiled_linear
+from rlloss.picked import Picked
 from rlloss.products import multiply
 from rlloss.tiled import LOG2_E, row_scale
 from rlloss.vocab_shard import Shard
@@ -118,17 +119,21 @@ class Kept(NamedTuple):
     """Raw logits of some rows. blocks: one tensor [len(rows), width] a block of the vocabulary; rows: None: all."""
 
     blocks: list[Tensor | None]
-    rows: Tensor | None
+    rows: Picked | None
+
+
+def chunk_rows(device: torch.device, batch_invariant: bool) -> int:
+    """The most rows of a tile."""
+    if batch_invariant:
+        return INVARIANT_ROWS.get(device.type, GPU_INVARIANT_ROWS)
+    return CPU_ROWS if device.type == "cpu" else GPU_ROWS
 
 
 def tile_shape(rows: int, V: int, device: torch.device, batch_invariant: bool) -> tuple[int, int]:
     """(rows, vocabulary entries) of a tile, whatever the plan: the bits of a logit may depend on them."""
-    cpu = device.type == "cpu"
-    most = CPU_ROWS if cpu else GPU_ROWS
-    if batch_invariant:
-        most = rows = INVARIANT_ROWS.get(device.type, GPU_INVARIANT_ROWS)
-    rows = max(1, min(rows, most))
-    width = CPU_WIDTH if cpu else max(1024, GPU_ENTRIES // rows // 256 * 256)
+    most = chunk_rows(device, batch_invariant)
+    rows = most if batch_invariant else max(1, min(rows, most))
+    width = CPU_WIDTH if device.type == "cpu" else max(1024, GPU_ENTRIES // rows // 256 * 256)
     return rows, min(width, V)
 
 
@@ -167,29 +172,30 @@ def forward(
     target: Tensor,
     transform: Transform,
     wanted: Wanted,
-    keep: Tensor | bool = False,
+    keep: Picked | bool = False,
     tile_of: tuple[int, int] | None = None,
+    edges: list[int] | None = None,
 ) -> tuple[Stats, Kept | None]:
     """hidden [N, D] (an operand), target and temperature contiguous [N] -> statistics, and logits of the rows `keep`.
 
-    keep: True for all rows, or their numbers in ascending order. tile_of: the tile's shape where these are some rows of
-    more; None: `tile_shape` of these.
+    keep: True for all rows. edges: with rows to keep how many of them come before each chunk of `chunk_rows` rows.
+    tile_of: the tile's shape where these are some rows of more; None: `tile_shape` of these.
     """
     n, V = len(hidden), len(head.weight)
     rows, width = tile_shape(n, V, hidden.device, head.batch_invariant) if tile_of is None else tile_of
     dtype = head.sum_dtype
     state, folder = torch.zeros((STATE, n), dtype=dtype, device=hidden.device), _folder(hidden)
-    state[0] = state[5] = -math.inf
+    state[0].fill_(-math.inf)
+    state[5].fill_(-math.inf)
     kept: list[Tensor | None] = []
-    buffer = edges = None
-    if isinstance(keep, Tensor):
-        edges = torch.searchsorted(keep, torch.arange(0, n + rows, rows, device=keep.device)).tolist()
+    buffer = None
+    some_of = edges if isinstance(keep, Picked) else None
     for start, stop in blocks(V, width) if n else ():
         w = head.operand(head.weight[start:stop])
         whole = torch.empty((n, stop - start), dtype=dtype, device=hidden.device) if keep is True else None
         some = None
-        if edges is not None:
-            some = torch.empty((edges[-1], stop - start), dtype=dtype, device=hidden.device)
+        if some_of is not None:
+            some = torch.empty((some_of[-1], stop - start), dtype=dtype, device=hidden.device)
         for r in _chunks(n, rows):
             R = r.stop - r.start
             if whole is not None and not head.batch_invariant:
@@ -205,9 +211,9 @@ def forward(
             if whole is not None and head.batch_invariant:
                 whole[r] = tile
             if some is not None:
-                assert isinstance(keep, Tensor) and edges is not None
-                first, last = edges[r.start // rows], edges[r.start // rows + 1]
-                torch.index_select(tile, 0, keep[first:last] - r.start, out=some[first:last])
+                assert isinstance(keep, Picked) and some_of is not None
+                first, last = some_of[r.start // rows], some_of[r.start // rows + 1]
+                torch.index_select(tile, 0, keep.index[first:last] - r.start, out=some[first:last])
             folder.fold_tile(
                 tile,
                 head.offset + start,
@@ -224,7 +230,7 @@ def forward(
     stats = _finish(state, head.V, target, transform, wanted)
     if keep is False:
         return stats, None
-    return stats, Kept(kept, None if keep is True else keep)
+    return stats, Kept(kept, keep if isinstance(keep, Picked) else None)
 
 
 def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted: Wanted) -> Stats:
@@ -247,21 +253,17 @@ def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted:
     return Stats(logp, entropy, lse, torch.stack((m, log_s)), extra)
 
 
-def keep_only(kept: Kept, live: Tensor, n: int) -> None:
+def keep_only(kept: Kept, live: Picked) -> None:
     """Leave only the live rows in the kept logits, block by block, before anything else is allocated."""
-    if kept.rows is None:
-        if len(live) == n:
-            return
-        places = live
-    else:
-        places = torch.searchsorted(kept.rows, live)
+    if kept.rows is not None:
         if not len(kept.rows):
             return
         # A live row that was not kept can only be one whose coefficient is NaN, as is its gradient, whatever is read.
-        places = places.clamp_(max=len(kept.rows) - 1)
+        places = torch.searchsorted(kept.rows.index, live.index).clamp_(max=len(kept.rows) - 1)
+        live = Picked(places, len(kept.rows))
     for i, block in enumerate(kept.blocks):
         assert block is not None
-        kept.blocks[i] = block.index_select(0, places)
+        kept.blocks[i] = live.take(block)
 
 
 def poisoned(coefs: Coefs, target: Tensor, V: int) -> Coefs:

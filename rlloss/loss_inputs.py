@@ -85,3 +85,10 @@ def checked(
         None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
     )
     return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy
+
+
+def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """0-d, in the dtype and on the device of `like`, where a number is filled in: nothing is copied to the device."""
+    if isinstance(value, Tensor):
+        return value.to(like).reshape(())
+    return torch.full((), value, dtype=like.dtype, device=like.device)

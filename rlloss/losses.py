@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlloss import covariance, ratios
 from rlloss.config import READ_BY, LossConfig
-from rlloss.loss_inputs import checked
+from rlloss.loss_inputs import as_scalar, checked
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask, top_entropy_selection
 from rlloss.surrogates import Inputs, Surrogate, cispo, clip, clipped, kl_cov, sapo, vespo
 from rlloss.token_pass import fits, token_pass
@@ -279,7 +279,7 @@ def _selection(
         return None
     if cutoff is None:
         return top_entropy_selection(entropy, mask, rho, exact_k=config.exact_k)
-    return torch.as_tensor(cutoff, dtype=entropy.dtype, device=entropy.device).reshape(()), None
+    return as_scalar(cutoff, entropy), None
 
 
 def _kept(

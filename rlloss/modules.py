@@ -111,6 +111,8 @@ class LinearGRPOLoss(nn.Module):
         memory_budget: bytes that a plan may take above inputs, gradients and one tile. None: 2 V D.
         batch_invariant: the bits of a row's logp do not depend on the rows around it.
         vocab_group: process group over which the vocabulary is split, as for `linear_token_stats`.
+        static_capacity: (rows, live), room for so many tokens that count and so many with a gradient, as for
+            `linear_token_stats`: no host sync, and fit for a CUDA graph. Not for the plan "gradient_in_forward".
     """
 
     def __init__(
@@ -121,12 +123,13 @@ class LinearGRPOLoss(nn.Module):
         memory_budget: int | None = None,
         batch_invariant: bool = False,
         vocab_group: Any = None,
+        static_capacity: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.config = LossConfig() if config is None else config
         checks.one_of("plan", plan, ("auto", *PLANS))
         self.plan, self.memory_budget, self.batch_invariant = plan, memory_budget, batch_invariant
-        self.vocab_group = vocab_group
+        self.vocab_group, self.static_capacity = vocab_group, static_capacity
 
     def extra_repr(self) -> str:
         return f"{self.config!r}, plan={self.plan!r}"
@@ -160,7 +163,8 @@ class LinearGRPOLoss(nn.Module):
         }  # fmt: skip
         call = prepare_loss(
             hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, self.plan,
-            self.memory_budget, self.batch_invariant, self.vocab_group, self.config, cutoff, denominator,
+            self.memory_budget, self.batch_invariant, self.vocab_group, self.static_capacity, self.config, cutoff,
+            denominator,
         )  # fmt: skip
         if call.report is not None and call.report.plan == "gradient_in_forward":
             return gradient_in_forward(call, advantage, mask, self.config, given)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlloss import backends, ops
 from rlloss.config import KL_ESTIMATORS, LossConfig
+from rlloss.loss_inputs import as_scalar
 from rlloss.losses import LOSSES, PolicyLoss, checked, default_denominator, policy_loss, row_local
 from rlloss.token_pass import fits, kernel_bounds
 
@@ -96,7 +97,7 @@ def single_launch_loss(
     cispo, (low, _, gain, loss_bound) = kernel_bounds(loss_type.surrogate, config)
     cutoff = given["cutoff"]
     if cutoff is not None:
-        cutoff = torch.as_tensor(cutoff, dtype=torch.float32, device=logits.device).reshape(())
+        cutoff = as_scalar(cutoff, stand_in)
     settings = {
         "cispo": cispo,
         "low": low,

@@ -19,6 +19,7 @@ FLOORS = {
     "rlloss.tiled": 0,
     "rlloss.tiled_linear": 0.1,
     "rlloss.products": 0,
+    "rlloss.picked": 0,
     "rlloss.radix": 0,
     "rlloss.backends": 0.5,  # above the kernels, below whoever launches them
     "rlloss.vocab_shard": 0.1,
