@@ -12,6 +12,9 @@ the row costs no accuracy. With m, s and w of the whole row, in nats,
 
 Exponents are floored at EXP2_FLOOR: 2^-200 is 0 in fp32, and the product w then reads 0 * -200 and not 0 * -inf. The
 floor lets NaN through, so a NaN (or a +inf, through inf - inf) poisons its own row and no other.
+
+Exponentials: one an entry, and the rescales. `fold` of a tile of R running results takes one an entry and R more,
+`collapse` R, `merge` 2; `tanh`, of a softcap, one an entry.
 """
 
 import triton

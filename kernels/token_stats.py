@@ -4,7 +4,23 @@ Each logit is read from memory once (plus the one logit of the target). A row is
 reduced on its own and merged in order, whether one program walks the whole row or, when rows are few, one program
 takes one chunk: a row's bits do not depend on the rows around it (on 16-byte alignment they may, through the layout).
 
-Bytes read for V entries of b bytes: b V a row, none for a masked one.
+Costs, in the terms of `rlloss.kernels.rows`: b V bytes a row that counts, the target's own logit again, and what a row
+has besides. A tile has R running results:
+
+token_stats_forward_kernel:
+    visits = chunks if SPLIT else 1
+    read = b * V * n + visits * (HAS_MASK * N + (t + 4 * PER_ROW) * n) + b * n * (1 - SPLIT)
+    again = (visits - 1) * (HAS_MASK * N + (t + 4 * PER_ROW) * n) + b * n * (1 - SPLIT)
+    written = 24 * chunks * n if SPLIT else 4 * n * (4 + ENTROPY + MEAN + SQUARES + TOP1)
+    tiles = (V + BLOCK_V - 1) // BLOCK_V
+    R = BLOCK_V * b // 16
+    of_row = tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * R
+    exponentials = n * (of_row if SPLIT else of_row + 2 * chunks + HAS_SOFTCAP)
+
+token_stats_merge_kernel:
+    read = HAS_MASK * N + (24 * chunks + b + t + 4 * PER_ROW) * n
+    written = 4 * n * (4 + ENTROPY + MEAN + SQUARES + TOP1)
+    exponentials = n * (2 * chunks + HAS_SOFTCAP)
 """
 
 import torch
@@ -42,6 +58,9 @@ def chunk_stats(
     w = tl.zeros((R,), tl.float32)
     q = tl.zeros((R,), tl.float32)
     total = tl.zeros((R,), tl.float32)
+    rest = tl.zeros(
+        (R,), tl.float32
+    )  # of its own: a sum carried out of the loop into another breaks Triton 3.7's passes
     before = tl.full((R,), -float("inf"), tl.float32)
     lanes = tl.arange(0, R)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
@@ -63,11 +82,11 @@ def chunk_stats(
         u = tl.where(inside, softcapped(logits, softcap, logit_scale, HAS_SOFTCAP), -float("inf"))
         m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
         if MEAN:
-            total += tl.sum(tl.where(inside, u, 0.0), axis=1)
+            rest = tl.sum(tl.where(inside, u, 0.0), axis=1)
         if TOP1:
             before = tl.maximum(before, tl.max(tl.where(offsets < target, u, -float("inf")), axis=1))
     m_row, s_row, w_row, q_row = collapse(m, s, w, q, k, ENTROPY, SQUARES)
-    return m_row, s_row, w_row, q_row, tl.sum(total, axis=0), tl.max(before, axis=0)
+    return m_row, s_row, w_row, q_row, tl.sum(total + rest, axis=0), tl.max(before, axis=0)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ Bytes that the products themselves move, by kind and for those that a plan runs,
 moved once a product: hidden states have D entries of g bytes (on a CPU, which widens operands, 4), and the vocabulary
 is walked in `blocks`, the rows that count in `chunks`, live rows in `live_chunks`: of the live rows, with
 gradient_in_forward the chunks in which there is one. w: bytes of an entry of the weight's gradient as products write
-it, the weight's own with one chunk, else 4.
+it, the weight's own with one chunk of live rows (with gradient_in_forward, of rows that count), else 4.
 
 products:
     logits = 4 * n * V + g * D * (blocks * n + chunks * V)

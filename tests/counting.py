@@ -1,0 +1,178 @@
+"""What kernels read, write and launch, counted by Triton's interpreter, against the formulas of their docstrings."""
+
+import ast
+import collections
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlloss import backends
+
+needs_interpreter = pytest.mark.skipif(
+    backends.triton_forward is None or torch.cuda.is_available(), reason="counts in Triton's interpreter"
+)
+READ, WRITE = 1, 2
+QUANTITIES = ("read", "again", "written", "exponentials")
+
+
+@dataclasses.dataclass
+class Launch:
+    """One launch of a kernel. accesses: (addresses, bytes of an entry, READ, WRITE or both), masked ones left out."""
+
+    kernel: str
+    arguments: dict[str, Any]
+    accesses: list[tuple[np.ndarray, int, int]] = dataclasses.field(default_factory=list)
+    exponentials: int = 0
+
+    def counted(self) -> dict[str, int]:
+        """`QUANTITIES`: bytes read, those of them that the launch had touched before, bytes written, exponentials."""
+        addresses = np.concatenate([a for a, _, _ in self.accesses])
+        sizes = np.concatenate([np.full(len(a), size) for a, size, _ in self.accesses])
+        kinds = np.concatenate([np.full(len(a), kind) for a, _, kind in self.accesses])
+        again = np.ones(len(addresses), bool)
+        again[np.unique(addresses, return_index=True)[1]] = False
+        reads = kinds & READ != 0
+        found = (sizes[reads].sum(), sizes[reads & again].sum(), sizes[kinds & WRITE != 0].sum(), self.exponentials)
+        return dict(zip(QUANTITIES, map(int, found), strict=True))
+
+    def bytes_of(self, argument: str, kind: int) -> int:
+        """Bytes read from, or written to, the memory of one tensor among the arguments."""
+        first, last = _memory(self.arguments[argument])
+        return sum(int(((a >= first) & (a < last)).sum()) * size for a, size, kinds in self.accesses if kinds & kind)
+
+    def numbers(self) -> dict[str, Any]:
+        """The arguments that are no tensors, flags as 1 and 0, and `programs`."""
+        plain = {name: x for name, x in self.arguments.items() if not isinstance(x, torch.Tensor)}
+        return {name: int(x) if isinstance(x, bool) else x for name, x in plain.items()}
+
+
+class Traffic:
+    """The launches inside `counted`, in their order."""
+
+    def __init__(self):
+        self.all: list[Launch] = []
+
+    @property
+    def launches(self) -> collections.Counter:
+        """By the name of the kernel."""
+        return collections.Counter(launch.kernel for launch in self.all)
+
+    def of(self, x: torch.Tensor, kind: int) -> torch.Tensor:
+        """How often each entry of `x`, which may have any strides, was READ or WRITTEN: int64, shaped like it."""
+        first, last = _memory(x)
+        size = x.element_size()
+        counts = torch.zeros((last - first) // size, dtype=torch.int64)
+        for launch in self.all:
+            for addresses, _, kinds in launch.accesses:
+                if kinds & kind:
+                    own = addresses[(addresses >= first) & (addresses < last)] - np.uint64(first)
+                    places = torch.from_numpy(own.astype(np.int64) // size)
+                    counts.index_add_(0, places, torch.ones_like(places))
+        return counts.as_strided(x.shape, x.stride())
+
+
+def _memory(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses from the first entry of `x` to behind the last one."""
+    entries = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + entries * x.element_size()
+
+
+@contextlib.contextmanager
+def counted(monkeypatch) -> Iterator[Traffic]:
+    from triton.runtime import interpreter
+
+    traffic, builder, executor = Traffic(), interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    rmw, exp2, exp = builder.create_atomic_rmw, builder.create_exp2, builder.create_exp
+
+    def note(pointers, mask, kind):
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        traffic.all[-1].accesses.append((pointers.data[mask.data].ravel(), size, kind))
+
+    def counting_load(self, pointers, mask, *rest):
+        note(pointers, mask, READ)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        note(pointers, mask, WRITE)
+        return store(self, pointers, value, mask, *rest)
+
+    def counting_rmw(self, operation, pointers, value, mask, *rest):
+        note(pointers, mask, READ | WRITE)
+        return rmw(self, operation, pointers, value, mask, *rest)
+
+    def counting(function):
+        def wrapped(self, x):
+            traffic.all[-1].exponentials += x.data.size
+            return function(self, x)
+
+        return wrapped
+
+    def launched(self, *args, **kwargs):
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        traffic.all.append(Launch(self.fn.__name__, given | {"programs": math.prod(self.grid)}))
+        return launch(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, backends.backend("interpreter"):
+        patch.setattr(builder, "create_masked_load", counting_load)
+        patch.setattr(builder, "create_masked_store", counting_store)
+        patch.setattr(builder, "create_atomic_rmw", counting_rmw)
+        patch.setattr(builder, "create_exp2", counting(exp2))
+        patch.setattr(builder, "create_exp", counting(exp))
+        patch.setattr(executor, "__call__", launched)
+        yield traffic
+
+
+def stated(docstring: str) -> dict[str, dict[str, str]]:
+    """{block: {name: formula}} of a docstring.
+
+    A block is a line `its name:`, and under it lines `name = formula`, indented by 4, in Python; a line that is
+    indented further goes on with the formula above it.
+    """
+    found: dict[str, dict[str, str]] = {}
+    block: dict[str, str] | None = None
+    name = ""
+    for line in docstring.splitlines():
+        indent = len(line) - len(line.lstrip())
+        head, equals, formula = (part.strip() for part in line.partition(" = "))
+        if indent == 0:
+            word = line.strip().removesuffix(":")
+            block = found.setdefault(word, {}) if line.endswith(":") and word.isidentifier() else None
+        elif block is not None and indent == 4 and equals and head.isidentifier():
+            name = head
+            block[name] = formula
+        elif block:
+            block[name] += " " + line.strip()
+    return {name: block for name, block in found.items() if block}
+
+
+def evaluated(formulas: dict[str, str], names: dict[str, Any]) -> dict[str, Any]:
+    """The values of formulas, each of which may use the ones above it."""
+    values: dict[str, Any] = {}
+    for name, formula in formulas.items():
+        code = compile(ast.parse(formula, mode="eval"), name, "eval")
+        values[name] = eval(code, {"__builtins__": {}}, names | values)
+    return values
+
+
+def assert_costs(launch: Launch, docstring: str, **names: Any) -> None:
+    """The formulas of the launched kernel, with its arguments and these names, against what was counted.
+
+    A quantity without a formula is stated to be 0.
+    """
+    formulas = stated(docstring)[launch.kernel]
+    missing = [name for name in ("read", "written") if name not in formulas]
+    assert not missing, f"{launch.kernel}: no formula for {', '.join(map(repr, missing))}"
+    numbers = launch.numbers()
+    different = {name for name in numbers.keys() & names.keys() if numbers[name] != names[name]}
+    assert not different, f"{launch.kernel}: {different} of the launch are not those of the test"
+    values = evaluated(formulas, numbers | names)
+    found = launch.counted()
+    wrong = {name: (values.get(name, 0), found[name]) for name in QUANTITIES if values.get(name, 0) != found[name]}
+    assert not wrong, f"{launch.kernel}: (stated, counted) differ in {wrong}"
