@@ -180,7 +180,7 @@ def entropy_temperature(
     temperature, entropy = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     if N == 0:
         return temperature, entropy
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(V, block_v)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, V, block_v)
     written = logits if out is None else out
     with device_of(logits):
         entropy_temperature_kernel[(N,)](

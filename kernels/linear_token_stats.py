@@ -175,7 +175,7 @@ def fold_tile(
     rows = Rows(tile)
     if rows.N == 0:
         return
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", tile, rows.V)
     per_row = isinstance(temperature, torch.Tensor)
     with device_of(tile):
         fold_tile_kernel[(rows.N,)](
@@ -229,7 +229,7 @@ def gradient_tile(
     if rows.N == 0:
         return out
     out_rows = Rows(out)
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
     per_row = isinstance(temperature, torch.Tensor)
     with device_of(tile):
         gradient_tile_kernel[(rows.N * chunks,)](

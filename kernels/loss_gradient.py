@@ -200,7 +200,7 @@ def loss_gradient(
     saved = torch.empty((2, B * T), dtype=torch.float32, device=logits.device)
     coef = torch.empty(B * T, dtype=torch.float32, device=logits.device)
     g_entropy = torch.empty_like(coef) if bonus else None
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
     per_row = isinstance(temperature, torch.Tensor)
     given = (temperature if per_row else None, advantage, old_logp, ref_logp, sampler_ratio, cutoff)
     with device_of(logits):

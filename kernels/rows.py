@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LOG2_E
+from rlloss.kernels.tuned import choice
 
 CHUNK_BLOCKS = 8
-MAX_BLOCK_V = 2048
 
 
 @triton.jit
@@ -69,11 +69,20 @@ class Rows:
         return self.stride_v == 1 and self.tensor.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in bytes_apart)
 
 
-def launch_shape(V: int, block_v: int | None = None) -> tuple[int, int, int, int]:
-    """(BLOCK_V, CHUNK_V, chunks, num_warps) for a vocabulary; a function of V alone, so that bits are too."""
-    block_v = block_v or min(MAX_BLOCK_V, max(256, triton.next_power_of_2(V)))
+def launch_shape(kernel: str, x: torch.Tensor, V: int, block_v: int | None = None) -> tuple[int, int, int, int]:
+    """(BLOCK_V, CHUNK_V, chunks, num_warps) of "statistics" or "gradient" over rows like those of x.
+
+    A function of device, dtype and V alone, so that the bits of a row are.
+    """
+    return shape_of(choice(kernel, x.device, x.dtype, V), V, block_v)
+
+
+def shape_of(chosen: tuple[int, ...], V: int, block_v: int | None = None) -> tuple[int, int, int, int]:
+    """`launch_shape` from an entry of the table; a smaller block, of a small vocabulary, has fewer warps."""
+    most, warps = chosen
+    block_v = block_v or min(most, max(256, triton.next_power_of_2(V)))
     chunk_v = block_v * CHUNK_BLOCKS
-    return block_v, chunk_v, triton.cdiv(V, chunk_v), max(1, min(8, block_v // 256))
+    return block_v, chunk_v, triton.cdiv(V, chunk_v), max(1, min(warps, block_v * warps // most))
 
 
 def processors(device: torch.device) -> int:

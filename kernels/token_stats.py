@@ -29,6 +29,7 @@ import triton.language as tl
 
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
 from rlloss.kernels.rows import Rows, device_of, launch_shape, processors, row_offset, scales
+from rlloss.kernels.tuned import choice
 
 
 @triton.jit
@@ -58,9 +59,7 @@ def chunk_stats(
     w = tl.zeros((R,), tl.float32)
     q = tl.zeros((R,), tl.float32)
     total = tl.zeros((R,), tl.float32)
-    rest = tl.zeros(
-        (R,), tl.float32
-    )  # of its own: a sum carried out of the loop into another breaks Triton 3.7's passes
+    rest = tl.zeros((R,), tl.float32)  # of its own: one sum in loop and tail stops a pass of Triton 3.7
     before = tl.full((R,), -float("inf"), tl.float32)
     lanes = tl.arange(0, R)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
@@ -310,9 +309,10 @@ def token_stats_forward(
     outputs = (logp, entropy_out, lse, saved, extra)
     if rows.N == 0:
         return outputs
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
     if split is None:
-        split = chunks > 1 and logits.is_cuda and rows.N < 2 * processors(logits.device)
+        (few,) = choice("split", logits.device, logits.dtype, rows.V)
+        split = chunks > 1 and logits.is_cuda and rows.N < few * processors(logits.device)
     partial = torch.empty((6, rows.N * chunks if split else 0), dtype=torch.float32, device=logits.device)
     per_row = isinstance(temperature, torch.Tensor)
     arguments = (

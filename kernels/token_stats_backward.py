@@ -228,7 +228,7 @@ def token_stats_backward(
     if rows.N == 0:
         return grad
     out = Rows(grad)
-    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape(rows.V, block_v)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", logits, rows.V, block_v)
     per_row = isinstance(temperature, torch.Tensor)
     with device_of(logits):
         token_stats_backward_kernel[(rows.N * chunks,)](

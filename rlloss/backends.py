@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlloss import checks
+from rlloss.kernels.tuned import choice as choice
 
 triton_forward: Any
 triton_backward: Any

@@ -219,7 +219,7 @@ def choose(
     """
     N = target.numel()
     if capacity is None:
-        survey = Survey(N, mask, candidates, lm_head.chunk_rows(hidden.device, batch_invariant))
+        survey = Survey(N, mask, candidates, lm_head.chunk_rows(hidden.device, shape[0], batch_invariant))
         counted, rows, count = survey.rows(), survey.n, survey.count
         share = count / max(rows, 1)
         live = share if live_share is None else live_share * share

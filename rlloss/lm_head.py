@@ -20,7 +20,6 @@ from rlloss.vocab_shard import Shard
 
 STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
 CPU_ROWS, CPU_WIDTH = 1024, 2048
-GPU_ROWS, GPU_ENTRIES = 4096, 1 << 26
 INVARIANT_ROWS = {"cpu": 128}
 GPU_INVARIANT_ROWS = 512
 
@@ -122,19 +121,21 @@ class Kept(NamedTuple):
     rows: Picked | None
 
 
-def chunk_rows(device: torch.device, batch_invariant: bool) -> int:
+def chunk_rows(device: torch.device, V: int, batch_invariant: bool) -> int:
     """The most rows of a tile."""
     if batch_invariant:
         return INVARIANT_ROWS.get(device.type, GPU_INVARIANT_ROWS)
-    return CPU_ROWS if device.type == "cpu" else GPU_ROWS
+    return CPU_ROWS if device.type == "cpu" else backends.choice("tile", device, torch.float32, V)[0]
 
 
 def tile_shape(rows: int, V: int, device: torch.device, batch_invariant: bool) -> tuple[int, int]:
     """(rows, vocabulary entries) of a tile, whatever the plan: the bits of a logit may depend on them."""
-    most = chunk_rows(device, batch_invariant)
+    most = chunk_rows(device, V, batch_invariant)
     rows = most if batch_invariant else max(1, min(rows, most))
-    width = CPU_WIDTH if device.type == "cpu" else max(1024, GPU_ENTRIES // rows // 256 * 256)
-    return rows, min(width, V)
+    if device.type == "cpu":
+        return rows, min(CPU_WIDTH, V)
+    _, entries = backends.choice("tile", device, torch.float32, V)
+    return rows, min(max(1024, entries // rows // 256 * 256), V)
 
 
 def blocks(V: int, width: int) -> Iterator[tuple[int, int]]:
@@ -178,7 +179,7 @@ def forward(
 ) -> tuple[Stats, Kept | None]:
     """hidden [N, D] (an operand), target and temperature contiguous [N] -> statistics, and logits of the rows `keep`.
 
-    keep: True for all rows. edges: with rows to keep how many of them come before each chunk of `chunk_rows` rows.
+    keep: True for all rows. edges: with rows to keep how many of them come before each chunk of `chunk_rows`.
     tile_of: the tile's shape where these are some rows of more; None: `tile_shape` of these.
     """
     n, V = len(hidden), len(head.weight)

@@ -84,9 +84,7 @@ def fitting(flags: Tensor, room: int, what: str) -> Picked:
     picked = fixed(flags, room)
     if checks.values_checked(flags):
         found = int(flags.sum())
-        checks.require(
-            found <= room, "static_capacity", f"room for {room} {what}", f"room for the {found} here"
-        )
+        checks.require(found <= room, "static_capacity", f"room for {room} {what}", f"room for the {found} here")
     return picked
 
 

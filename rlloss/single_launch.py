@@ -17,8 +17,6 @@ from rlloss.loss_inputs import as_scalar
 from rlloss.losses import LOSSES, PolicyLoss, checked, default_denominator, policy_loss, row_local
 from rlloss.token_pass import fits, kernel_bounds
 
-_THREADS_A_ROW = 256
-
 
 def why_two_launches(
     logits: Tensor, config: LossConfig, cutoff: Tensor | float | None, denominator: Tensor | float | None
@@ -40,11 +38,15 @@ def worthwhile(logits: Tensor) -> bool:
     if not logits.is_cuda:
         return True
     device = torch.cuda.get_device_properties(logits.device)
-    rows = logits[..., 0].numel()
-    if rows < 2 * device.multi_processor_count:  # the forward of two launches would split them
+    rows, V = logits[..., 0].numel(), logits.shape[-1]
+    (few,), (_, warps), (percent,) = (
+        backends.choice(kernel, logits.device, logits.dtype, V) for kernel in ("split", "statistics", "single_launch")
+    )
+    if rows < few * device.multi_processor_count:  # the forward of two launches would split them
         return False
-    at_once = device.multi_processor_count * (device.max_threads_per_multi_processor // _THREADS_A_ROW)
-    return min(rows, at_once) * logits.shape[-1] * logits.element_size() <= device.L2_cache_size
+    at_once = device.multi_processor_count * (device.max_threads_per_multi_processor // (warps * device.warp_size))
+    in_flight = min(rows, at_once) * V * logits.element_size()
+    return 100 * in_flight <= percent * device.L2_cache_size
 
 
 class _SingleLaunch(torch.autograd.Function):

@@ -220,7 +220,7 @@ def test_the_plans_make_their_logits_in_the_same_products(monkeypatch, batch_inv
         return multiply(out, a, b, kind, **more)
 
     monkeypatch.setattr(lm_head, "tile_shape", tile_shape)
-    monkeypatch.setattr(lm_head, "chunk_rows", lambda device, batch_invariant: 4 if batch_invariant else 7)
+    monkeypatch.setattr(lm_head, "chunk_rows", lambda device, V, batch_invariant: 4 if batch_invariant else 7)
     monkeypatch.setattr(lm_head, "multiply", spied)
     x = batch(dtype=torch.float32)
     leaves = [x[n].requires_grad_() for n in ("hidden", "weight")]

@@ -293,7 +293,7 @@ def test_every_pair_of_switches_gives_one_gradient():
 ])  # fmt: skip
 def test_it_is_chosen_where_the_rows_in_flight_fit_the_cache(monkeypatch, sizes, pays):
     class Logits:  # bf16 logits on a GPU that is not here
-        is_cuda, device, shape = True, "cuda", sizes
+        is_cuda, device, shape, dtype = True, torch.device("cuda", 7), sizes, torch.bfloat16
 
         def __getitem__(self, _):
             return torch.empty(sizes[:-1], device="meta")
@@ -302,8 +302,9 @@ def test_it_is_chosen_where_the_rows_in_flight_fit_the_cache(monkeypatch, sizes,
             return 2
 
     hopper = types.SimpleNamespace(
-        multi_processor_count=132, max_threads_per_multi_processor=2048, L2_cache_size=50 * 2**20
-    )
+        multi_processor_count=132, max_threads_per_multi_processor=2048, L2_cache_size=50 * 2**20, warp_size=32,
+        major=9, minor=0,
+    )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
     assert worthwhile(Logits()) is pays
     assert worthwhile(torch.zeros(1, 1, 4))
