@@ -140,7 +140,7 @@ def search(
 
 
 def _search_split(key: Key, device: torch.device, rounds: int, limit: float, clock: Callable):
-    """The most rows a multiprocessor, out of the candidates, of which three quarters are done faster split than whole."""
+    """The most rows a multiprocessor, of the candidates, of which three quarters are faster split than whole."""
     whole, *some = sorted(CANDIDATES["split"])
     value, samples = whole, {}
     for few in reversed(some):

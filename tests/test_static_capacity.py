@@ -4,7 +4,17 @@ import pytest
 import torch
 from host_reads import host_reads
 
-from rlloss import LinearGRPOLoss, LossConfig, checks, count_products, explain_plan, linear_token_stats, ops, reference
+from rlloss import (
+    LinearGRPOLoss,
+    LossConfig,
+    checks,
+    count_products,
+    explain_plan,
+    linear_token_stats,
+    lm_head,
+    ops,
+    reference,
+)
 
 B, T, D, V = 3, 7, 8, 50
 BACKENDS = ["torch", *(["interpreter"] if ops.triton_forward and not torch.cuda.is_available() else [])]
@@ -183,6 +193,15 @@ def test_without_it_once_in_the_forward_and_once_in_the_backward(monkeypatch, pl
     with ops.backend(backend):
         forward, backward = reads_of(monkeypatch, linear_forward(x, CONFIGS[config], plan, None))
     assert (forward, backward) == (["tolist"], ["nonzero"])
+
+
+def test_gradients_made_in_the_forward_are_asked_for_once_a_chunk_of_rows(monkeypatch):
+    monkeypatch.setattr(lm_head, "CPU_ROWS", 5)
+    x = batch()
+    chunks = -(-int(x["mask"].sum()) // 5)
+    with ops.backend("torch"):
+        forward, backward = reads_of(monkeypatch, linear_forward(x, LossConfig(), "gradient_in_forward", None))
+    assert (forward, backward) == (["tolist", *["nonzero"] * chunks], []) and chunks == 3
 
 
 def test_inside_torch_compile():
