@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.rows import device_of, processors
+from rlloss.kernels.rows import device_of, on_16_bytes, processors
 
 BITS = 8  # a warp counts every bin in its registers: 11 bits would take three passes, and spill
 BINS = 1 << BITS
@@ -254,7 +254,7 @@ def entropy_quantile(
     every shard the quantile of all. Bit for bit torch.quantile of the values that count, but for the sign of a zero.
     """
     with device_of(entropy):
-        return _select(entropy, mask, rho, reduce, interpolate=True)[0]
+        return _select(on_16_bytes(entropy), _flags(mask), rho, reduce, interpolate=True)[0]
 
 
 def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,7 +264,7 @@ def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) 
     The top k are those that count with entropy > cutoff, or entropy == cutoff and index <= last. If nothing counts,
     (+inf, -1).
     """
-    N = entropy.numel()
+    entropy, mask, N = on_16_bytes(entropy), _flags(mask), entropy.numel()
     tiles = max(triton.cdiv(N, BLOCK), 1)
     ties = torch.empty(tiles, dtype=torch.int32, device=entropy.device)
     last = torch.empty((), dtype=torch.int64, device=entropy.device)
@@ -275,6 +275,10 @@ def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) 
         entropy_ties_kernel[(tiles,)](*arguments, N, **flags)
         entropy_last_tie_kernel[(1,)](*arguments, last, N, tiles, **flags)
     return cutoff, last
+
+
+def _flags(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else on_16_bytes(mask)
 
 
 def _select(entropy, mask, rho, reduce, interpolate) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,13 +21,13 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LN_2, LOG2_E, collapse, fold, merge
-from rlloss.kernels.rows import device_of, launch_shape
+from rlloss.kernels.rows import as_rows, device_of, launch_shape, registers, tile_offsets
 
 RULES = ("two_level", "edt", "dynatemp")
 
 
 @triton.jit
-def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, BLOCK_V: tl.constexpr):
+def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr):
     """(m, s, w, entries above -inf) of entries [start, min(stop, V))."""
     LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     R: tl.constexpr = BLOCK_V // LANES
@@ -35,19 +35,20 @@ def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, BLOCK_V: tl.c
     s = tl.zeros((R,), tl.float32)
     w = tl.zeros((R,), tl.float32)
     count = tl.zeros((R,), tl.int32)
-    lanes = tl.arange(0, R)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tile_offsets(R, LANES, ALIGNED)
     # Full blocks carry no mask: a mask whose bound is not known to be a multiple of 16 would cost the 16-byte loads.
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
-        u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
+        u = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
         m, s, w, _ = fold(m, s, w, s, u, LOG2_E, True, False)
         if COUNT:
             count += tl.sum(tl.where(u > -float("inf"), 1, 0), axis=1)
     if stop > full:
         offsets = tl.maximum(start, full) + lanes
         inside = offsets < V
-        u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=-float("inf")).to(tl.float32)
+        u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=-float("inf"))
+        u = as_rows(u, ALIGNED).to(tl.float32)
         m, s, w, _ = fold(m, s, w, s, u, LOG2_E, True, False)
         if COUNT:
             count += tl.sum(tl.where(u > -float("inf"), 1, 0), axis=1)
@@ -140,7 +141,7 @@ def entropy_temperature_kernel(
     for chunk in range(chunks):
         stop = tl.minimum(V, (chunk + 1) * CHUNK_V)
         m_c, s_c, w_c, count_c = _chunk(  # type: ignore
-            row_ptr, chunk * CHUNK_V, stop, V, stride_v, RULE == "dynatemp", BLOCK_V
+            row_ptr, chunk * CHUNK_V, stop, V, stride_v, RULE == "dynatemp", ALIGNED, BLOCK_V
         )
         m, s, w, _ = merge(m, s, w, s, m_c, s_c, w_c, s_c, LOG2_E, True, False)
         count += count_c
@@ -182,6 +183,7 @@ def entropy_temperature(
         return temperature, entropy
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, V, block_v)
     written = logits if out is None else out
+    aligned = _aligned(logits) and _aligned(written)
     with device_of(logits):
         entropy_temperature_kernel[(N,)](
             logits,
@@ -198,10 +200,11 @@ def entropy_temperature(
             RULE=rule,
             HAS_MASK=mask is not None,
             WRITE=out is not None,
-            ALIGNED=_aligned(logits) and _aligned(written),
+            ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
+            **registers(logits, num_warps, simple=aligned),
         )
     return temperature, entropy
 

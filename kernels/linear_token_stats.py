@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import merge, softcapped
-from rlloss.kernels.rows import Rows, device_of, launch_shape, scales
+from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, scales
 from rlloss.kernels.token_stats import chunk_stats
 from rlloss.kernels.token_stats_backward import write_gradient
 
@@ -74,7 +74,7 @@ def fold_tile_kernel(
     for chunk in range(chunks):
         m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
             row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, 1, target, k, softcap, logit_scale,
-            HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, BLOCK_V,
+            HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
         )  # fmt: skip
         m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
         total += total_c
@@ -176,7 +176,7 @@ def fold_tile(
     if rows.N == 0:
         return
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", tile, rows.V)
-    per_row = isinstance(temperature, torch.Tensor)
+    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned()
     with device_of(tile):
         fold_tile_kernel[(rows.N,)](
             tile,
@@ -197,10 +197,11 @@ def fold_tile(
             SQUARES=squares,
             MEAN=mean,
             TOP1=top1,
-            ALIGNED=rows.aligned(),
+            ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
+            **registers(tile, num_warps, simple=aligned and softcap is None and not (squares or mean or top1)),
         )
 
 
@@ -230,7 +231,7 @@ def gradient_tile(
         return out
     out_rows = Rows(out)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
-    per_row = isinstance(temperature, torch.Tensor)
+    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out_rows.aligned()
     with device_of(tile):
         gradient_tile_kernel[(rows.N * chunks,)](
             tile,
@@ -256,9 +257,10 @@ def gradient_tile(
             LOGP_GRAD=g_logp is not None,
             ENTROPY_GRAD=g_entropy is not None,
             LSE_GRAD=g_lse is not None,
-            ALIGNED=rows.aligned() and out_rows.aligned(),
+            ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
+            **registers(tile, num_warps, simple=aligned and softcap is None),
         )
     return out

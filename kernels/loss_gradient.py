@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LN_2, merge, softcapped
-from rlloss.kernels.rows import Rows, device_of, launch_shape, row_offset, scales
+from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, row_offset, scales
 from rlloss.kernels.surrogates import clamped, divergence, selected, surrogate
 from rlloss.kernels.token_stats import chunk_stats
 from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
@@ -97,7 +97,7 @@ def loss_gradient_kernel(
         for chunk in range(chunks):
             m_c, s_c, w_c, q_c, _, _ = chunk_stats(
                 row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
-                logit_scale, HAS_SOFTCAP, True, False, False, False, BLOCK_V,
+                logit_scale, HAS_SOFTCAP, True, False, False, False, ALIGNED, BLOCK_V,
             )  # fmt: skip
             m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, True, False)
         inside = (target >= 0) & (target < V)
@@ -201,7 +201,7 @@ def loss_gradient(
     coef = torch.empty(B * T, dtype=torch.float32, device=logits.device)
     g_entropy = torch.empty_like(coef) if bonus else None
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
-    per_row = isinstance(temperature, torch.Tensor)
+    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out.aligned()
     given = (temperature if per_row else None, advantage, old_logp, ref_logp, sampler_ratio, cutoff)
     with device_of(logits):
         loss_gradient_kernel[(B * T,)](
@@ -224,9 +224,10 @@ def loss_gradient(
             KL_BIAS_CORRECTION=kl_bias_correction,
             SELECT=cutoff is not None,
             BONUS=bonus,
-            ALIGNED=rows.aligned() and out.aligned(),
+            ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
+            **registers(logits, num_warps, simple=aligned and softcap is None),
         )  # fmt: skip
     return grad, logp, entropy, saved, coef, g_entropy

@@ -35,6 +35,29 @@ def row_offset(row, rows_inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def tile_offsets(R: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the entries of a tile lie in its block, in the shape in which they are loaded; see `as_rows`.
+
+    Statistics run over the rows of a tile without leaving a thread, which has whole rows of it. Aligned: LANES entries
+    next to each other, one 16-byte load. Otherwise a row's entries lie R apart, and neighbouring threads load
+    neighbouring entries one by one; the compiler gives them to threads in that order in the shape [LANES, R].
+    """
+    if ALIGNED:
+        return tl.arange(0, R)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    else:
+        return tl.arange(0, LANES)[:, None] * R + tl.arange(0, R)[None, :]
+
+
+@triton.jit
+def as_rows(x, ALIGNED: tl.constexpr):
+    """What has the shape of `tile_offsets`, as [R, LANES]. Nothing moves."""
+    if ALIGNED:
+        return x
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
 def scales(row, temperature, temperature_ptr, logit_scale, PER_ROW: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """(1 / temperature, k): what u is multiplied by, in nats and in log2 units."""
     if PER_ROW:
@@ -83,6 +106,25 @@ def shape_of(chosen: tuple[int, ...], V: int, block_v: int | None = None) -> tup
     block_v = block_v or min(most, max(256, triton.next_power_of_2(V)))
     chunk_v = block_v * CHUNK_BLOCKS
     return block_v, chunk_v, triton.cdiv(V, chunk_v), max(1, min(warps, block_v * warps // most))
+
+
+def registers(x: torch.Tensor, num_warps: int, *, simple: bool) -> dict[str, int]:
+    """Launch options for rows like those of x. simple: aligned rows, and no more computed than a loss asks for.
+
+    Otherwise ptxas, left to itself, takes fewer registers than it needs and spills. It is told how many it may take:
+    three programs of 8 warps still fit a multiprocessor, or five of 4, whose threads may have twice the entries.
+    """
+    nvidia = x.is_cuda and torch.version.hip is None
+    return {"maxnreg": most_registers(num_warps)} if nvidia and not simple else {}
+
+
+def most_registers(num_warps: int) -> int:
+    return 80 if num_warps >= 8 else 96
+
+
+def on_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x, or where it begins elsewhere a copy: for kernels that read tile after tile of it by 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def processors(device: torch.device) -> int:

@@ -28,7 +28,17 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
-from rlloss.kernels.rows import Rows, device_of, launch_shape, processors, row_offset, scales
+from rlloss.kernels.rows import (
+    Rows,
+    as_rows,
+    device_of,
+    launch_shape,
+    processors,
+    registers,
+    row_offset,
+    scales,
+    tile_offsets,
+)
 from rlloss.kernels.tuned import choice
 
 
@@ -48,10 +58,10 @@ def chunk_stats(
     SQUARES: tl.constexpr,
     MEAN: tl.constexpr,
     TOP1: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Statistics of entries [start, min(stop, V)): (m, s, w, q, sum u, largest u before the target)."""
-    # As many contiguous entries a thread as one 16-byte load brings: the maximum of a tile stays inside the thread.
     LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     R: tl.constexpr = BLOCK_V // LANES
     m = tl.full((R,), -float("inf"), tl.float32)
@@ -61,29 +71,30 @@ def chunk_stats(
     total = tl.zeros((R,), tl.float32)
     rest = tl.zeros((R,), tl.float32)  # of its own: one sum in loop and tail stops a pass of Triton 3.7
     before = tl.full((R,), -float("inf"), tl.float32)
-    lanes = tl.arange(0, R)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tile_offsets(R, LANES, ALIGNED)
 
     # Full blocks carry no mask: a mask whose bound is not known to be a multiple of 16 would cost the 16-byte loads.
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
-        logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
+        logits = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
         u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
         m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
         if MEAN:
             total += tl.sum(u, axis=1)
         if TOP1:
-            before = tl.maximum(before, tl.max(tl.where(offsets < target, u, -float("inf")), axis=1))
+            before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
     if stop > full:
         offsets = tl.maximum(start, full) + lanes
         inside = offsets < V
-        logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+        logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0)
+        logits, inside = as_rows(logits, ALIGNED).to(tl.float32), as_rows(inside, ALIGNED)
         u = tl.where(inside, softcapped(logits, softcap, logit_scale, HAS_SOFTCAP), -float("inf"))
         m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
         if MEAN:
             rest = tl.sum(tl.where(inside, u, 0.0), axis=1)
         if TOP1:
-            before = tl.maximum(before, tl.max(tl.where(offsets < target, u, -float("inf")), axis=1))
+            before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
     m_row, s_row, w_row, q_row = collapse(m, s, w, q, k, ENTROPY, SQUARES)
     return m_row, s_row, w_row, q_row, tl.sum(total + rest, axis=0), tl.max(before, axis=0)
 
@@ -192,7 +203,7 @@ def token_stats_forward_kernel(
         chunk = (pid - row * chunks).to(tl.int32)
         m, s, w, q, total, before = chunk_stats(
             row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
-            logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, BLOCK_V,
+            logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
         )  # fmt: skip
         slots = N * chunks
         tl.store(partial_ptr + pid, m)
@@ -211,7 +222,7 @@ def token_stats_forward_kernel(
         for chunk in range(chunks):
             m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
                 row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
-                logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, BLOCK_V,
+                logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
             )  # fmt: skip
             m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
             total += total_c
@@ -342,15 +353,17 @@ def token_stats_forward(
         "MEAN": mean,
         "TOP1": top1,
     }
+    aligned = rows.aligned()
     with device_of(logits):
         token_stats_forward_kernel[(rows.N * chunks if split else rows.N,)](
             *arguments,
             **flags,
             SPLIT=split,
-            ALIGNED=rows.aligned(),
+            ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
+            **registers(logits, num_warps, simple=aligned and softcap is None and not (squares or mean or top1)),
         )
         if split:
             token_stats_merge_kernel[(rows.N,)](*arguments, **flags, num_warps=1)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.online import LN_2, floored, softcapped, tanh
-from rlloss.kernels.rows import Rows, device_of, launch_shape, row_offset, scales
+from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, row_offset, scales
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def token_stats_backward(
         return grad
     out = Rows(grad)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", logits, rows.V, block_v)
-    per_row = isinstance(temperature, torch.Tensor)
+    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out.aligned()
     with device_of(logits):
         token_stats_backward_kernel[(rows.N * chunks,)](
             rows.tensor,
@@ -263,9 +263,10 @@ def token_stats_backward(
             ENTROPY_GRAD=g_entropy is not None,
             LSE_GRAD=g_lse is not None,
             HELD=held is not None,
-            ALIGNED=rows.aligned() and out.aligned(),
+            ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
+            **registers(logits, num_warps, simple=aligned and softcap is None),
         )
     return grad

@@ -230,15 +230,21 @@ def views(kind: str) -> torch.Tensor:
 def test_any_strides_and_leading_shapes(backend, kind):
     view = views(kind)
     target = torch.randint(0, view.shape[-1], view.shape[:-1], generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    results = []
+    results, aligned = [], set()
     for logits in (view, view.contiguous()):
+        if backend != "torch":
+            from rlloss.kernels.rows import Rows
+
+            aligned.add(Rows(logits).aligned())
         leaf = logits.detach().requires_grad_()
         stats = token_stats(leaf, target, entropy_grad=True)
         assert stats.logp.shape == target.shape
         (stats.logp * stats.logp.detach() + stats.entropy).sum().backward()
         results.append((*(s.detach() for s in stats[:3]), leaf.grad))
+    # The kernels add up rows that are aligned in another order than rows that are not.
+    tolerance = {"rtol": 2e-6, "atol": 1e-6} if len(aligned) > 1 else {"rtol": 0, "atol": 0}
     for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
+        torch.testing.assert_close(x, y, **tolerance)
 
 
 def test_offsets_beyond_two_to_the_31(backend):
