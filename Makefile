@@ -8,13 +8,14 @@ PEERS := $(VENV)/.peers
 DEMO_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadgroup
 BENCH_ARGS ?=
+TRITONS ?= 3.6.0 newest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench lint clean
+.PHONY: help demo test test-peers test-triton bench bench-pytest lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
-	@echo "Settings: PYTHON=$(PYTHON), DEMO_ARGS, TEST_ARGS=$(TEST_ARGS), BENCH_ARGS"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
+	@echo "Settings: PYTHON=$(PYTHON), DEMO_ARGS, TEST_ARGS=$(TEST_ARGS), BENCH_ARGS, TRITONS=$(TRITONS)"
 
 demo: $(READY) ## train a small model with GRPO, plain and with the remedies; write report.html
 	$(BIN)/rlloss demo $(DEMO_ARGS)
@@ -26,8 +27,19 @@ test: $(READY) ## run the tests
 test-peers: $(PEERS) ## run the tests against Liger's and verl's own functions
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/test_peers.py tests/test_diagnostics.py tests/test_reward_resolution.py
 
-bench: $(PEERS) ## time the kernels against their peers
+bench: $(PEERS) ## test, time everything against its peers, write tables and plots to benchmarks/results/
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-pytest: $(PEERS) ## the same contenders one after the other under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+
+# Each version into a folder of its own, which Python finds before the installed one.
+test-triton: $(READY) ## compile every kernel under other versions of Triton: TRITONS="3.6.0 newest"
+	@for version in $(TRITONS); do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version \
+			triton$$([ $$version = newest ] || echo "==$$version") || exit 1; \
+		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python benchmarks/compile_report.py --check || exit 1; \
+	done
 
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
@@ -49,5 +61,5 @@ $(READY): pyproject.toml constraints.txt
 
 # --no-deps: a peer must not move the versions under test. What compares with a peer that is missing is left out.
 $(PEERS): $(READY)
-	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel verl==0.9.1 \
-		&& touch $@ || echo "liger-kernel and verl could not be installed: what compares with them is left out"
+	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel verl==0.9.1 cut-cross-entropy \
+		&& touch $@ || echo "a peer could not be installed: what compares with it is left out"

@@ -1,7 +1,7 @@
 """Time and memory from hidden states to the gradient of the loss: `rlloss.LinearGRPOLoss` against its peers, each first
 checked against fp64.
 
-Under pytest (`make bench`) pytest-benchmark times one contender after the other. As a program,
+Under pytest (`make bench-pytest`) pytest-benchmark times one contender after the other. As a program,
 
     python benchmarks/bench_linear.py [--rounds 9] [--scaling]
 
@@ -14,33 +14,27 @@ import argparse
 import functools
 import gc
 import json
+import math
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]  # in a checkout
 
+import errors  # noqa: E402
 import linear_scaling  # noqa: E402
-from bench_token_stats import CUDA, DEVICE, ROOT, conditions, peak_bytes, refuse_interpreter, seconds  # noqa: E402
-from linear_peers import (  # noqa: E402
-    Case,
-    Peer,
-    Reference,
-    Shape,
-    bare_products,
-    explained,
-    make_case,
-    peers,
-    products,
-    solve,
-)
+from conditions import ROOT, conditions, sentence  # noqa: E402
+from limits import bare_products  # noqa: E402
+from linear_case import Case, Reference, Result, Shape, make_case, solve  # noqa: E402
+from linear_peers import Peer, explained, peers, products  # noqa: E402
+from timing import CUDA, DEVICE, Start, in_turns, phases, refuse_interpreter, split, warm, with_peak  # noqa: E402
 
 SHAPE_A = Shape(8, 128, 896, 32768)
 SHAPES = [SHAPE_A, Shape(8, 1024, 2048, 151936), Shape(16, 512, 4096, 128256)] if CUDA else [SHAPE_A]
@@ -90,14 +84,8 @@ def solved(shape: Shape, dtype: torch.dtype, rho: float) -> tuple[Case, dict[flo
     return replace(case, cutoff=found[rho].cutoff), found
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """Of the whole; inf where what was found is not finite."""
-    error = (found.double() - expected).norm() / expected.norm().clamp(min=torch.finfo(expected.dtype).tiny)
-    return error.nan_to_num(nan=torch.inf).item()
-
-
-def check(peer: Peer, case: Case, references: dict[float, Reference]) -> dict[str, float]:
-    """The errors of loss, mean entropy and gradients.
+def check(name: str, own: Case, found: Result, reference: Reference) -> dict[str, float]:
+    """The errors of loss, mean entropy and gradients of a step of the contender `name` on its `own` case.
 
     The loss of an on-policy batch says only which tokens are kept and what it is divided by; the gradients say more.
     The weight's rows of the targets stand apart: they are far larger than the others.
@@ -105,93 +93,118 @@ def check(peer: Peer, case: Case, references: dict[float, Reference]) -> dict[st
     Raises:
         ArithmeticError: an error above what rounding to the dtype explains, or a dead row of hidden that is not 0.
     """
-    own = peer.case(case)
-    expected, live, _ = references[own.rho]
-    found = peer.step(own)
+    expected, rows, live, _ = reference
     if found.hidden.flatten(0, 1)[~live].ne(0).any():  # NaN is not 0 either
-        raise ArithmeticError(f"{peer.name}: the gradient of a dead row is not 0")
-    is_target = torch.zeros_like(expected.weight[:, 0], dtype=torch.bool)
-    is_target[own.target.flatten()[live]] = True
+        raise ArithmeticError(f"{name}: the gradient of a dead row is not 0")
+    if not found.weight.sum(dtype=torch.float32).isfinite():
+        raise ArithmeticError(f"{name}: the gradient of the weight is not finite")
+    is_target = torch.isin(rows, own.target.flatten()[live])
     scale = own.advantage.abs().mean().double()
-    errors = {
+    weight = found.weight[rows]
+    of = {
         "loss": ((found.loss.double() - expected.loss).abs() / scale).nan_to_num(nan=torch.inf).item(),
-        "gradient of hidden": _relative(found.hidden, expected.hidden),
-        "gradient of weight at targets": _relative(found.weight[is_target], expected.weight[is_target]),
-        "gradient of weight elsewhere": _relative(found.weight[~is_target], expected.weight[~is_target]),
+        "gradient of hidden": errors.relative(found.hidden, expected.hidden),
+        "gradient of weight at targets": errors.relative(weight[is_target], expected.weight[is_target]),
+        "gradient of weight elsewhere": errors.relative(weight[~is_target], expected.weight[~is_target]),
     }
     if found.entropy is not None:
         assert expected.entropy is not None
-        errors["entropy"] = _relative(found.entropy, expected.entropy)
-    rounding = 4 * torch.finfo(found.weight.dtype).eps
-    for name, error in errors.items():
-        allowed = 1e-5 + (0.0 if name == "loss" else rounding)
-        if not error <= allowed:
-            raise ArithmeticError(f"{peer.name}: {name} is off by {error:.2g}, allowed {allowed:.2g}")
-    return errors
+        of["entropy"] = errors.relative(found.entropy, expected.entropy)
+    allowed = dict.fromkeys(of, errors.allowed(len(found.weight), found.weight.dtype))
+    errors.require(name, of, allowed | {"loss": 1e-5})
+    return of
 
 
-def examine(peer: Peer, case: Case, references: dict[float, Reference]) -> dict:
-    """{"status"} and, of a peer that is there and right, "errors", "rho", "units", "plan" and "peak_bytes"."""
+def examine(
+    peer: Peer,
+    case: Case,
+    references: dict[float, Reference],
+    *,
+    strict: bool = True,
+    longest_step: float = math.inf,
+) -> dict:
+    """{"status"} and, of a peer that is there and right, "errors", "rho", "units", "plan" and "peak_bytes".
+
+    strict: rlloss being wrong raises, and so does every error but those of arithmetic and of memory. longest_step:
+    seconds above which a peer is not timed.
+    """
     if reason := peer.absent():
         return {"status": reason}
+    own = peer.case(case)
+    if own.rho not in references:
+        return {"status": f"keeps every token: at rho {own.rho:g} only"}
     try:
-        errors = check(peer, case, references)
-        own = peer.case(case)
-        units = products(peer, own)
-        gc.collect()
-        entry = {"status": "measured", "errors": errors, "rho": own.rho, "units": units}
-        entry["plan"] = None if peer.plan is None else explained(peer.plan, own)
-        return entry | {"peak_bytes": peak_bytes(lambda: peer.step(own))}
-    except (ArithmeticError, torch.OutOfMemoryError) as error:
-        if peer.plan is not None:
+        begin = time.monotonic()
+        (found, units), peak = with_peak(lambda: products(peer, own))
+        took = time.monotonic() - begin
+        of = check(peer.name, own, found, references[own.rho])
+        del found
+        if CUDA or peer.compiled:
+            peer.step(own)  # what compiles and tunes kernels, and the counter of products, take memory of their own
+            gc.collect()
+            begin = time.monotonic()
+            _, peak = with_peak(lambda: peer.step(own))
+            took = time.monotonic() - begin
+        if took > longest_step and peer.plan is None:
+            return {"status": f"not measured: a step takes {took:.2g} s"}
+        entry = {"status": "measured", "errors": of, "rho": own.rho, "units": units, "peak_bytes": peak}
+        plan = None if peer.plan is None else explained(peer.plan, own)
+        return entry | ({} if plan is None else {"plan": str(plan), "plan_name": plan.plan})
+    except Exception as error:
+        if strict and (peer.plan is not None or not isinstance(error, ArithmeticError | torch.OutOfMemoryError)):
             raise
-        return {"status": f"wrong: {error}" if isinstance(error, ArithmeticError) else "out of memory"}
-
-
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, after a turn to warm up."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            elapsed = seconds(runs[name])
-            if turn:
-                samples[name].append(elapsed)
-    return samples
+        return {"status": errors.failure(error)}
 
 
 def compare(shape: Shape, dtype: torch.dtype, rho: float, contenders: list[Peer], rounds: int) -> dict:
-    """Everyone in turns, and the bare products: {"peers": {name: see `examine`, "seconds"}, "bare": {name: ...}}.
-
-    Of the bare products in tiles and whole those that are faster are taken.
-    """
+    """Everyone in turns, and the bare products: see `contest`. Of the bare products in tiles and whole those that are
+    faster are taken."""
     case, references = solved(shape, dtype, rho)
-    found = {peer.name: examine(peer, case, references) for peer in contenders}
-    runs: dict[str, Callable[[], object]] = {}
-    for peer in contenders:
-        if found[peer.name]["status"] == "measured":
-            runs[peer.name] = functools.partial(peer.step, peer.case(case))
-    for name, (again, fresh) in BARE.items():
-        for how in ("in tiles", "whole"):
-            runs[f"{name}, {how}"] = bare_products(case, again=again, tiled=how == "in tiles", fresh=fresh)
-    samples = in_turns(runs, rounds)
-    for peer in contenders:
-        found[peer.name]["seconds"] = samples.get(peer.name, [])
-    bare = {}
+    bare = {
+        f"{name}, {how}": bare_products(case, again=again, tiled=how == "in tiles", fresh=fresh)
+        for name, (again, fresh) in BARE.items()
+        for how in ("in tiles", "whole")
+    }
+    found = contest(case, references, contenders, bare, rounds)
+    timed = found.pop("bare")
+    found["bare"] = {}
     for name, (again, _) in BARE.items():
-        ways = {how: samples[f"{name}, {how}"] for how in ("in tiles", "whole")}
-        fastest = min(ways, key=lambda how: statistics.median(ways[how]))
-        bare[name] = {"status": "measured", "seconds": ways[fastest], "taken": fastest, "all": ways}
-        bare[name]["units"] = 1 + (3 if again else 2) * case.live / case.counted
+        ways = {how: timed[f"{name}, {how}"]["seconds"] for how in ("in tiles", "whole")}
+        taken = min(ways, key=lambda how: statistics.median(ways[how]))
+        found["bare"][name] = {"status": "measured", **timed[f"{name}, {taken}"], "taken": taken, "all": ways}
+        found["bare"][name]["units"] = 1 + (3 if again else 2) * case.live / case.counted
+    return {"shape": shape._asdict(), "dtype": str(dtype)[6:], "rho": rho, **found}
+
+
+def contest(
+    case: Case,
+    references: dict[float, Reference],
+    contenders: list[Peer],
+    bare: Mapping[str, Start],
+    rounds: int,
+    limit: float = math.inf,
+    **how,
+) -> dict:
+    """Everyone in turns: {"counted", "live", "unit_flop", "peers": {name: see `examine`, "forward", "backward",
+    "seconds"}, "bare": {name: those three}}. limit: seconds that it may take. how: see `examine`."""
+    begin = time.monotonic()
+    found = {peer.name: examine(peer, case, references, **how) | {"seconds": []} for peer in contenders}
+    clocks = {
+        peer.name: functools.partial(phases, functools.partial(peer.start, peer.case(case)))
+        for peer in contenders
+        if found[peer.name]["status"] == "measured"
+    }
+    clocks |= {name: functools.partial(phases, start) for name, start in bare.items()}
+    samples = in_turns(clocks, rounds, limit - (time.monotonic() - begin), warm=warm(limit))
+    for peer in contenders:
+        if peer.name in samples:
+            found[peer.name] |= split(samples[peer.name])
     return {
-        "shape": shape._asdict(),
-        "dtype": str(dtype)[6:],
-        "rho": rho,
         "counted": case.counted,
         "live": case.live,
         "unit_flop": case.unit,
         "peers": found,
-        "bare": bare,
+        "bare": {name: split(samples[name]) for name in bare},
     }
 
 
@@ -240,21 +253,18 @@ def _row(name: str, entry: dict, rho: float) -> str:
     low, median, high = statistics.quantiles(entry["seconds"], n=4, method="inclusive")
     other = f" (rho {entry['rho']:g})" if entry.get("rho", rho) != rho else ""
     memory = f"{entry['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in entry else ""
-    errors = ", ".join(f"{error:.0e}" for error in entry.get("errors", {}).values())
+    off = ", ".join(f"{error:.0e}" for error in entry.get("errors", {}).values())
     how = f", {entry['taken']}" if "taken" in entry else ""
+    units = "" if entry["units"] is None else f"{entry['units']:.2f}"
     return (
-        f"| {name}{how} | {1e3 * median:.4g} [{1e3 * low:.4g}, {1e3 * high:.4g}]{other} | {memory} | "
-        f"{entry['units']:.2f} | {errors} |"
+        f"| {name}{how} | {1e3 * median:.4g} [{1e3 * low:.4g}, {1e3 * high:.4g}]{other} | {memory} | {units} | {off} |"
     )
 
 
 def markdown(report: dict, contenders: list[Peer]) -> str:
     where = report["conditions"]
-    load = f" Load average before: {where['load'][0]}, after: {where['load_after'][0]}." if where["load"] else ""
     lines = [
-        f"{where['device']}, {where['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-        + f"; commit {where['commit']}, {where['date']}; {where['rounds']} rounds in turns.{load}",
+        sentence(where),
         "",
         "From hidden states to the gradients of hidden and weight, entropies included. Products: matrix products that "
         "ran, in logits of all rows that count. Errors against fp64: loss, gradient of hidden, of weight at the "
@@ -292,7 +302,7 @@ def test_linear(benchmark, shape, dtype, rho, peer):
     entry = examine(peer, case, references)
     if entry["status"] != "measured":
         pytest.skip(f"{peer.name}: {entry['status']}")
-    benchmark.extra_info.update(entry["errors"] | {"peak_bytes": entry["peak_bytes"], "units": entry["units"]})
+    benchmark.extra_info.update(conditions() | shape._asdict() | {"dtype": str(dtype)[6:]} | entry)
     own = peer.case(case)
 
     def synchronised():

@@ -3,9 +3,9 @@ first checked to give the same loss, gradients and metrics.
 
     python benchmarks/bench_step.py [--rounds 9]
 
-Under pytest (`make bench`) pytest-benchmark times one contender after the other. As a program the contenders take
-turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}, or files
-of another --name. --beta adds the KL to a reference model, by which every completion gets a gradient.
+Under pytest (`make bench-pytest`) pytest-benchmark times one contender after the other. As a program the contenders
+take turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}, or
+files of another --name. --beta adds the KL to a reference model, by which every completion gets a gradient.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]  # in a checkout
 
-from bench_token_stats import CUDA, ROOT, conditions, peak_bytes, refuse_interpreter, seconds  # noqa: E402
+from conditions import ROOT, conditions, sentence  # noqa: E402
 from step_trainers import (  # noqa: E402
     MODES,
     RHO,
@@ -35,6 +35,7 @@ from step_trainers import (  # noqa: E402
     contenders,
     make_batch,
 )
+from timing import CUDA, peak_bytes, refuse_interpreter, seconds  # noqa: E402
 
 from rlloss import count_products  # noqa: E402
 
@@ -187,12 +188,9 @@ def _times(values: list[float]) -> str:
 
 def markdown(report: dict) -> str:
     where, found = report["conditions"], report["result"]
-    load = f" Load average before: {where['load'][0]}, after: {where['load_after'][0]}." if where["load"] else ""
     size = Size(**found["size"])
     lines = [
-        f"{where['device']}, {where['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-        + f"; commit {where['commit']}, {where['date']}; {where['rounds']} rounds in turns.{load}",
+        sentence(where),
         "",
         f"Loss and backward of one micro-batch, fp32: {size.B} completions of {size.T} columns after {size.P} of "
         f"prompt, {found['counted']} tokens count, {found['with_signal']} of them in a group with a signal, "
@@ -237,7 +235,7 @@ def test_step(benchmark, name):
     assert not entry["status"].startswith("wrong"), entry["status"]
     if entry["status"] != "measured":
         pytest.skip(f"{name}: {entry['status']}")
-    benchmark.extra_info.update(entry["errors"] | {"peak_bytes": entry["peak_bytes"]})
+    benchmark.extra_info.update(conditions() | Size()._asdict() | {"dtype": "float32"} | entry)
 
     def synchronised():
         contender.step(inputs)

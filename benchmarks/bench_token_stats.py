@@ -1,6 +1,6 @@
 """Time and memory of `rlloss.token_stats` against its peers, each first checked against `rlloss.reference` in fp64.
 
-Under pytest (`make bench`) pytest-benchmark times one contender after the other. As a program,
+Under pytest (`make bench-pytest`) pytest-benchmark times one contender after the other. As a program,
 
     python benchmarks/bench_token_stats.py [--rounds 15] [--compile]
 
@@ -10,17 +10,13 @@ with all samples to benchmarks/results/<device>/token_stats.{md,json}.
 
 import argparse
 import functools
+import gc
 import json
-import os
-import platform
-import re
+import math
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,24 +24,23 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # as a program, in a checkout that is not installed
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]  # in a checkout
 
-from peers import Case, Peer, peers, versions  # noqa: E402
+import errors  # noqa: E402
+from conditions import ROOT, conditions, sentence  # noqa: E402
+from peers import Case, Peer, peers  # noqa: E402
+from shapes import lengths  # noqa: E402
+from timing import CUDA, DEVICE, in_turns, peak_bytes, phases, refuse_interpreter, seconds, split, warm  # noqa: E402
 
 from rlloss import reference  # noqa: E402
-from rlloss.ops import choose_backend  # noqa: E402
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPES = [(8192, 151936), (8192, 32768), (1024, 151936)] if CUDA else [(512, 32768)]  # (N, V)
 DTYPES = (torch.float32, torch.bfloat16)
 SEQUENCES = 8
-SAMPLED_ROWS = 32  # of the rows that count, and again of the live ones, are compared with the reference
 
 
 class Measure(NamedTuple):
-    """What is timed: the forward alone, or forward and backward ("step") with a share `rho` of live rows.
+    """What is timed: the forward without gradient, or forward and backward ("step") with a share `rho` of live rows.
 
     fill: share of the rows that the mask lets count; below 1 each sequence is padded on the right.
     """
@@ -70,7 +65,7 @@ MEASURES += [Measure("step", 1.0, rho) for rho in (1.0, 0.2, 0.05)] + [Measure("
 
 
 @functools.lru_cache(maxsize=1)
-def _logits(N: int, V: int, dtype: torch.dtype) -> Tensor:
+def make_logits(N: int, V: int, dtype: torch.dtype) -> Tensor:
     """`[1, N + 1, V]`. A standard deviation of 4: entropies of about 4 nats, a model neither sure nor lost."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     padded = torch.empty((1, N + 1, V), dtype=dtype, device=DEVICE)
@@ -83,24 +78,12 @@ def make_case(N: int, V: int, dtype: torch.dtype, measure: Measure) -> Case:
     generator = torch.Generator().manual_seed(1)
     target = torch.randint(0, V, (N,), generator=generator)
     T = N // SEQUENCES
-    # Lengths rise evenly from sequence to sequence, with `fill` as their mean share of T.
-    lengths = [round(T * measure.fill * (2 * b + 1) / SEQUENCES) for b in range(SEQUENCES)]
-    mask = torch.arange(T) < torch.tensor(lengths).unsqueeze(-1)
-    mask = mask.flatten() if measure.fill < 1 else torch.ones(N, dtype=torch.bool)
+    mask = torch.arange(T) < torch.tensor(lengths(SEQUENCES, T, measure.fill)).unsqueeze(-1)
+    mask = mask.flatten()
     counted = mask.nonzero().squeeze(-1)
     live = counted[torch.randperm(len(counted), generator=generator)[: round(len(counted) * measure.rho)]]
     grad = torch.zeros(N).index_copy_(0, live, torch.randn(len(live), generator=generator).add_(0.01))
-    given_mask = mask.to(DEVICE) if measure.fill < 1 else None
-    return Case(_logits(N, V, dtype), target.to(DEVICE), given_mask, grad.to(DEVICE))
-
-
-def _spread(rows: Tensor) -> Tensor:
-    return rows[torch.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows)), device=rows.device).long()]
-
-
-def _worst(found: Tensor, expected: Tensor) -> float:
-    """The largest difference; inf where what was found is not finite."""
-    return (found.double() - expected).abs().nan_to_num(nan=torch.inf).max().item()
+    return Case(make_logits(N, V, dtype), target.to(DEVICE), mask.to(DEVICE), grad.to(DEVICE))
 
 
 def check(peer: Peer, case: Case, measure: Measure) -> dict[str, float]:
@@ -110,18 +93,19 @@ def check(peer: Peer, case: Case, measure: Measure) -> dict[str, float]:
         ArithmeticError: an error above what rounding to the result's dtype explains, or a dead row that is not 0.
     """
     counts = torch.ones_like(case.target, dtype=torch.bool) if case.mask is None else case.mask
-    rows = _spread(counts.nonzero().squeeze(-1))
+    rows = errors.spread(counts.nonzero().squeeze(-1))
     if measure.kind == "step":
-        rows = torch.cat([rows, _spread((case.grad != 0).nonzero().squeeze(-1))]).unique()
+        rows = torch.cat([rows, errors.spread((case.grad != 0).nonzero().squeeze(-1))]).unique()
     x = case.logits[rows].double().requires_grad_(measure.kind == "step")
     logp, entropy, _ = reference.token_stats(x, case.target[rows])
-    errors, allowed = {}, {}
+    found_errors, allowed = {}, {}
     if measure.kind == "forward":
         found_logp, found_entropy = peer.forward(case)
         for name, found, expected in (("logp", found_logp, logp), ("entropy", found_entropy, entropy)):
             if found is not None:
-                errors[name] = _worst(found[rows], expected)
-                allowed[name] = 1e-5 + 4 * torch.finfo(found.dtype).eps * expected.abs().max().item()
+                found_errors[name] = errors.worst(found[rows], expected)
+                scale = max(1.0, expected.abs().max().item())
+                allowed[name] = scale * errors.allowed(case.logits.shape[-1], found.dtype)
                 if found[~counts].ne(0).any():
                     raise ArithmeticError(f"{peer.name}: {name} of a masked row is not 0")
     else:
@@ -129,65 +113,45 @@ def check(peer: Peer, case: Case, measure: Measure) -> dict[str, float]:
         found = peer.step(case)
         if (found.ne(0).any(-1) & (case.grad == 0)).any():  # NaN is not 0 either
             raise ArithmeticError(f"{peer.name}: the gradient of a dead row is not 0")
-        # Relative to the row, and the target's entry apart from the rest: it is far larger than they are.
         live = case.grad[rows] != 0
         assert x.grad is not None
-        d, expected, place = found[rows][live].double(), x.grad[live], case.target[rows][live].unsqueeze(-1)
-        g = case.grad[rows][live].double().unsqueeze(-1)
-        errors["gradient at the target"] = _worst(d.gather(-1, place) / g, expected.gather(-1, place) / g)
-        rest = (d - expected).scatter(-1, place, 0.0).norm(dim=-1) / expected.scatter(-1, place, 0.0).norm(dim=-1)
-        errors["gradient elsewhere"] = _worst(rest, torch.zeros_like(rest))
-        allowed = dict.fromkeys(errors, 1e-5 + 4 * torch.finfo(found.dtype).eps)
-    for name, error in errors.items():
-        if not error <= allowed[name]:
-            raise ArithmeticError(f"{peer.name}: {name} is off by {error:.2g}, allowed {allowed[name]:.2g}")
-    return errors
+        of_live = found[rows][live], x.grad[live], case.target[rows][live], case.grad[rows][live]
+        found_errors = errors.of_rows(*of_live)
+        allowed = dict.fromkeys(found_errors, errors.allowed(found.shape[-1], found.dtype))
+    errors.require(peer.name, found_errors, allowed)
+    return found_errors
+
+
+def examine(peer: Peer, case: Case, measure: Measure, *, strict: bool = True, longest_step: float = math.inf) -> dict:
+    """{"status"} and, of a peer that is there and right, "errors" and "peak_bytes".
+
+    strict: rlloss being wrong raises, and so does every error but those of arithmetic and of memory. longest_step:
+    seconds above which a peer is not timed.
+    """
+    if reason := peer.absent(DEVICE):
+        return {"status": reason}
+    try:
+        entry = {"status": "measured", "errors": check(peer, case, measure)}
+        gc.collect()
+        begin = time.monotonic()
+        entry["peak_bytes"] = peak_bytes(runner(peer, case, measure))
+        if (took := time.monotonic() - begin) > longest_step and not peer.ours:
+            return {"status": f"not measured: a step takes {took:.2g} s"}
+        return entry
+    except Exception as error:
+        if strict and (peer.ours or not isinstance(error, ArithmeticError | torch.OutOfMemoryError)):
+            raise
+        return {"status": errors.failure(error)}
 
 
 def runner(peer: Peer, case: Case, measure: Measure) -> Callable[[], object]:
     return functools.partial(peer.forward if measure.kind == "forward" else peer.step, case)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Of one call; on a GPU between two events on the stream."""
-    if not CUDA:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory a call holds above its inputs, its results included."""
-    if CUDA:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # Every allocation and release of torch's CPU allocator; the resident set would also count what malloc keeps.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
-def refuse_interpreter() -> None:
-    if choose_backend(torch.empty(1, device=DEVICE)) == "interpreter":
-        raise RuntimeError("TRITON_INTERPRET: found 1, expected unset: the interpreter's speed says nothing")
+def clock(peer: Peer, case: Case, measure: Measure) -> Callable[[], tuple[float, ...]]:
+    if measure.kind == "forward":
+        return lambda: (seconds(functools.partial(peer.forward, case)),)
+    return lambda: phases(functools.partial(peer.start, case))
 
 
 CASES = [(N, V, dtype, measure) for N, V in SHAPES for dtype in DTYPES for measure in MEASURES]
@@ -197,16 +161,13 @@ CASES = [(N, V, dtype, measure) for N, V in SHAPES for dtype in DTYPES for measu
 @pytest.mark.parametrize("N, V, dtype, measure", CASES, ids=[f"{N}x{V}-{str(d)[6:]}-{m.label}" for N, V, d, m in CASES])
 def test_token_stats(benchmark, N, V, dtype, measure, peer):
     refuse_interpreter()
-    if reason := peer.absent(DEVICE):
-        pytest.skip(f"{peer.name}: {reason}")
-    benchmark.group = f"N {N}, V {V}, {str(dtype)[6:]}: {measure.label}"
     case = make_case(N, V, dtype, measure)
-    try:
-        benchmark.extra_info.update(check(peer, case, measure))
-    except ArithmeticError as error:
-        if peer.name == "rlloss":
-            raise
-        pytest.skip(f"wrong: {error}")
+    entry = examine(peer, case, measure)
+    if entry["status"] != "measured":
+        pytest.skip(f"{peer.name}: {entry['status']}")
+    benchmark.group = f"N {N}, V {V}, {str(dtype)[6:]}: {measure.label}"
+    shape = {"N": N, "V": V, "dtype": str(dtype)[6:], "measure": measure.label}
+    benchmark.extra_info.update(conditions() | shape | entry)
     run = runner(peer, case, measure)
 
     def synchronised():
@@ -217,40 +178,37 @@ def test_token_stats(benchmark, N, V, dtype, measure, peer):
     benchmark.pedantic(synchronised, rounds=20 if CUDA else 7, warmup_rounds=1)
 
 
-def compare(N: int, V: int, dtype: torch.dtype, measure: Measure, contenders: list[Peer], rounds: int) -> dict:
+def compare(
+    N: int,
+    V: int,
+    dtype: torch.dtype,
+    measure: Measure,
+    contenders: list[Peer],
+    rounds: int,
+    limit: float = math.inf,
+    **how,
+) -> dict:
     """One measure of everyone in turns.
 
-    "peers": {name: {"status", "seconds", "peak_bytes", "errors"}}; "copy" of the logits into memory that was there, and
-    "zeros", a fresh gradient, which no step out of place goes below: {"bytes", "seconds"}.
+    "peers": {name: {"status", "errors", "peak_bytes", "seconds", and of a step its "forward" and "backward"}}; "copy"
+    of the logits into memory that was there, and "zeros", a fresh gradient, which no step out of place goes below:
+    {"bytes", "seconds"}. limit: seconds that it may take. how: see `examine`.
     """
+    begin = time.monotonic()
     case = make_case(N, V, dtype, measure)
-    found: dict[str, dict] = {}
-    runs = {}
-    for peer in contenders:
-        found[peer.name] = entry = {"status": peer.absent(DEVICE) or "measured", "seconds": []}
-        if entry["status"] != "measured":
-            continue
-        try:
-            entry["errors"] = check(peer, case, measure)
-            entry["peak_bytes"] = peak_bytes(runner(peer, case, measure))
-            runs[peer.name] = runner(peer, case, measure)
-        except (ArithmeticError, torch.OutOfMemoryError) as error:
-            if peer.name == "rlloss":
-                raise
-            entry["status"] = f"wrong: {error}" if isinstance(error, ArithmeticError) else "out of memory"
+    found = {peer.name: examine(peer, case, measure, **how) | {"seconds": []} for peer in contenders}
     buffer = torch.empty_like(case.logits)
-    runs["copy"] = lambda: buffer.copy_(case.logits)
-    runs["zeros"] = lambda: torch.zeros_like(buffer)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        names = list(runs)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            elapsed = seconds(runs[name])
-            if turn:  # the first turn warms up
-                samples[name].append(elapsed)
-    copy, zeros = samples.pop("copy"), samples.pop("zeros")
+    clocks: dict[str, Callable[[], tuple[float, ...]]] = {
+        "copy": lambda: (seconds(lambda: buffer.copy_(case.logits)),),
+        "zeros": lambda: (seconds(lambda: torch.zeros_like(buffer)),),
+    }
+    for peer in contenders:
+        if found[peer.name]["status"] == "measured":
+            clocks[peer.name] = clock(peer, case, measure)
+    samples = in_turns(clocks, rounds, limit - (time.monotonic() - begin), warm=warm(limit))
+    copy, zeros = ([x for (x,) in samples.pop(name)] for name in ("copy", "zeros"))
     for name, values in samples.items():
-        found[name]["seconds"] = values
+        found[name] |= {"seconds": [x for (x,) in values]} if measure.kind == "forward" else split(values)
     return {
         "N": N,
         "V": V,
@@ -260,31 +218,6 @@ def compare(N: int, V: int, dtype: torch.dtype, measure: Measure, contenders: li
         "copy": {"bytes": 2 * buffer.nbytes, "seconds": copy},
         "zeros": {"bytes": buffer.nbytes, "seconds": zeros},
         "peers": found,
-    }
-
-
-def conditions(rounds: int) -> dict:
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return result.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "rlloss", "kernels", "benchmarks/*.py")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if CUDA:
-        name = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-        name = f"{model.group(1) if model else platform.processor() or platform.machine()}, {cores} cores"
-    return {
-        "device": name,
-        "slug": re.sub(r"[^a-z0-9]+", "-", name.lower()) if CUDA else f"cpu-{cores}-cores",
-        "threads": torch.get_num_threads(),
-        "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "versions": versions() | {"python": platform.python_version(), "CUDA": torch.version.cuda},
-        "commit": git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else ""),
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "rounds": rounds,
     }
 
 
@@ -299,11 +232,8 @@ def _cell(entry: dict, ideal_bytes: float, copy_rate: float) -> str:
 
 def markdown(report: dict, contenders: list[Peer]) -> str:
     where = report["conditions"]
-    load = f" Load average before: {where['load'][0]}, after: {where['load_after'][0]}." if where["load"] else ""
     lines = [
-        f"{where['device']}, {where['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-        + f"; commit {where['commit']}, {where['date']}; {where['rounds']} rounds in turns.{load}",
+        sentence(where),
         "",
         "Cells: median ms [lower, upper quartile] · bytes that have to be moved per second, as a share of what a copy "
         "of the logits reached in the same rounds.",

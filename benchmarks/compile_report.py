@@ -1,199 +1,286 @@
-"""Compile the kernels for GPUs that need not be present, and read registers, spills and instructions off the result.
+"""Compile the kernels for GPUs that need not be present, and hold what the compiler made of them against what they are
+meant to be: no spills, 16-byte accesses to the vocabulary, one exponential an entry, room for enough threads.
 
-    python benchmarks/compile_report.py [--json] [TARGET, KERNEL or FLAGS ...]
+    python benchmarks/compile_report.py [--json | --check | --write] [--everywhere] [TARGET, KERNEL or FLAGS ...]
+
+--check: exit 1 and list what falls short. --write: the table of the installed Triton in benchmarks/results/compile/.
+--everywhere: any two settings meet on each target, and not only on some (--write implies it).
 
 Not under TRITON_INTERPRET=1: kernels imported under it cannot be compiled. What a GPU would do with them is not
-measured here.
+measured here. For another Triton: `pip install --no-deps --target FOLDER triton==VERSION`, and PYTHONPATH=FOLDER.
 """
 
-import collections
+import argparse
+import datetime
+import fractions
+import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
+import compile_assembly
+import compile_variants
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_assembly import Assembly, Loop
+from compile_variants import KERNELS, TARGETS, Variant
 
-from rlloss.kernels import (
-    clip_surrogate,
-    entropy_quantile,
-    entropy_temperature,
-    linear_token_stats,
-    loss_gradient,
-    token_stats,
-    token_stats_backward,
-)
-
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
-TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-# What a flag is unless a variant says otherwise. The names mean the same in every kernel.
-FLAGS = dict.fromkeys((
-    "PER_ROW", "HAS_SOFTCAP", "SQUARES", "MEAN", "TOP1", "SPLIT", "ENTROPY_GRAD", "LSE_GRAD", "HELD", "FIRST", "LAST",
-    "INTERPOLATE", "CISPO", "SEQUENCE", "MEAN_OF_SEQUENCE", "HAS_DENOMINATOR", "KEPT_COUNTS", "PER_TOKEN_ADVANTAGE",
-    "HAS_SAMPLER_RATIO", "PER_TOKEN_RATIO", "KL_BIAS_CORRECTION", "OFF_POLICY", "HAS_BEHAVIOR", "SELECT", "EXACT_K",
-    "BONUS",
-), False) | dict.fromkeys((
-    "HAS_MASK", "ENTROPY", "ALIGNED", "LOGP_GRAD", "TOKENS", "HAS_OLD", "HAS_ENTROPY", "WRITE",
-), True) | {
-    "KL": 0, "BLOCK_V": 2048, "CHUNK_V": 16384, "BLOCK": entropy_quantile.BLOCK, "BINS": entropy_quantile.BINS,
-    "BLOCK_T": clip_surrogate.BLOCK_T, "BLOCK_B": 64, "FIELDS": clip_surrogate.FIELDS, "RULE": "two_level",
-}  # fmt: skip
-OF_LOGITS = dict.fromkeys(
-    ("PER_ROW", "HAS_SOFTCAP", "SQUARES", "MEAN", "TOP1", "ENTROPY_GRAD", "LSE_GRAD"), True
-)  # fmt: skip
-OF_LOSS = dict.fromkeys((
-    "PER_TOKEN_ADVANTAGE", "HAS_SAMPLER_RATIO", "PER_TOKEN_RATIO", "KL_BIAS_CORRECTION", "SELECT", "BONUS",
-), True) | {"KL": 3}  # fmt: skip
-OF_BATCH = dict.fromkeys((
-    "MEAN_OF_SEQUENCE", "HAS_DENOMINATOR", "KEPT_COUNTS", "OFF_POLICY", "HAS_BEHAVIOR", "EXACT_K",
-), True) | {"TOKENS": False}  # fmt: skip
-DTYPES = {
-    "logits_ptr": None, "grad_ptr": None, "out_ptr": None, "target_ptr": "*i64", "mask_ptr": "*i1", "kept_ptr": "*i8",
-    "ticket_ptr": "*i32", "state_ptr": "*i64", "next_state_ptr": "*i64", "histogram_ptr": "*i64", "ties_ptr": "*i32",
-    "last_ptr": "*i64",
-}  # fmt: skip
+RESULTS = Path(__file__).parent / "results" / "compile"
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+# Threads of a multiprocessor at most, and 32-bit registers: of a quarter of it (NVIDIA) or a lane of a SIMD (AMD).
+THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
+QUARTER = {"sm_80": 16384, "sm_90": 16384, "sm_100": 16384, "sm_120": 16384, "gfx942": 512 * 64}
 
 
-def of_logits(everything: dict, *more: tuple[str, str, dict]) -> list[tuple[str, str, dict]]:
-    """Variants (dtype of the logits, name, flags) of a kernel that reads a vocabulary."""
-    plain = [(dtype, "plain", {}) for dtype in ("bf16", "fp16", "fp32")]
-    return [*plain, ("bf16", "all", everything), ("fp32", "all", everything), *more]
+def threads(target: str, registers: int, warps: int) -> int:
+    """Threads of whole programs whose registers fit a multiprocessor, which hands them out by 8 a thread."""
+    lanes = TARGETS[target].warp_size
+    a_quarter = QUARTER[target] // (lanes * -(-registers // 8) * 8)
+    return min(4 * a_quarter * lanes, THREADS[target]) // (warps * lanes) * warps * lanes
 
 
-PLAIN = [("fp32", "plain", {})]
-EXACT = {"enable_fp_fusion": False}
-_quantile, _narrow = entropy_quantile, (entropy_quantile.entropy_narrow_kernel, entropy_quantile.NARROW_WARPS)
-# name -> (kernel, warps, variants, launch options)
-KERNELS = {
-    "forward": (token_stats.token_stats_forward_kernel, 8, of_logits(OF_LOGITS), {}),
-    "merge": (
-        token_stats.token_stats_merge_kernel,
-        1,
-        [("bf16", "plain", {}), ("fp32", "plain", {}), ("bf16", "all", OF_LOGITS)],
-        {},
-    ),
-    "backward": (
-        token_stats_backward.token_stats_backward_kernel,
-        8,
-        of_logits(OF_LOGITS, *((dtype, "held", {"HELD": True}) for dtype in ("bf16", "fp16", "fp32"))),
-        {},
-    ),
-    "loss gradient": (
-        loss_gradient.loss_gradient_kernel,
-        8,
-        of_logits(OF_LOGITS | OF_LOSS, ("fp16", "all", OF_LOGITS | OF_LOSS), ("bf16", "cispo", {"CISPO": True})),
-        {},
-    ),
-    "fold tile": (
-        linear_token_stats.fold_tile_kernel,
-        8,
-        [("fp32", "plain", {}), ("fp32", "all", OF_LOGITS)],
-        {},
-    ),
-    # dtype: of the gradient; the tile is fp32.
-    "gradient tile": (linear_token_stats.gradient_tile_kernel, 8, of_logits(OF_LOGITS), {}),
-    "entropy temperature": (
-        entropy_temperature.entropy_temperature_kernel,
-        8,
-        [
-            *((dtype, "plain", {}) for dtype in ("bf16", "fp16", "fp32")),
-            *((dtype, rule, {"RULE": rule}) for rule in ("edt", "dynatemp") for dtype in ("bf16", "fp32")),
-        ],
-        {},
-    ),
-    "token pass": (
-        clip_surrogate.clip_surrogate_kernel,
-        clip_surrogate.NUM_WARPS,
-        [
-            *PLAIN,
-            ("fp32", "all, by token", OF_LOSS | OF_BATCH),
-            ("fp32", "all, by sequence", OF_LOSS | OF_BATCH | {"SEQUENCE": True}),
-            ("fp32", "cispo", {"CISPO": True}),
-        ],
-        {},
-    ),
-    "histogram": (_quantile.entropy_histogram_kernel, _quantile.HISTOGRAM_WARPS, PLAIN, {}),
-    "narrow": (
-        *_narrow,
-        [
-            *PLAIN,
-            ("fp32", "first", {"FIRST": True}),
-            ("fp32", "to quantile", {"LAST": True, "INTERPOLATE": True}),
-            ("fp32", "to top k", {"LAST": True}),
-        ],
-        EXACT,
-    ),
-    "ties": (_quantile.entropy_ties_kernel, _quantile.TIES_WARPS, PLAIN, {}),
-    "last tie": (_quantile.entropy_last_tie_kernel, _quantile.TIES_WARPS, PLAIN, {}),
-}
+def register_bound(variant: Variant) -> int:
+    """64: 1024 threads a multiprocessor, with 16 KiB of 16-byte loads in flight, which is what 3 TB/s shared by 132 of
+    them need to hide 700 ns. For aligned rows and what a loss asks for.
+
+    128: 512 threads. For what arithmetic or narrow loads hold up: a softcap, statistics that no loss reads, rows that
+    are not aligned (of which NVIDIA's compiler is told to take 96 at most); for a vocabulary of one or two warps; and
+    for kernels that do not read the vocabulary, where the 16 warps of `entropy_histogram_kernel` could have no more.
+    """
+    return 64 if variant.simple and variant.parameters()["num_warps"] > 2 else 128
 
 
-def compile_kernel(kernel, dtype: str, flags: dict, target: GPUTarget, num_warps: int, stride_v: int = 1, **options):
-    """`kernel` compiled as a launcher would ask for it; all tensors start on 16 bytes."""
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        if p.name.endswith("_ptr"):
-            signature[p.name] = DTYPES.get(p.name, "*fp32") or f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif p.is_constexpr:
-            signature[p.name], constants[(i,)] = "constexpr", flags[p.name]
-        elif p.name in ("stride_v", "out_v") and stride_v == 1:
-            signature[p.name], constants[(i,)] = "constexpr", 1
-        else:
-            signature[p.name] = p.annotation_type or "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": num_warps} | options)
+def least_bits(variant: Variant) -> int:
+    """Of an access to aligned rows: 16 bytes, or all that a block has for a thread."""
+    parameters = variant.parameters()
+    threads_of = parameters["num_warps"] * TARGETS[variant.target].warp_size
+    return min(128, parameters["BLOCK_V"] // threads_of * min(entry_bits(variant), BITS[variant.dtype]))
 
 
-def read_sass(compiled) -> dict:
-    """Registers, local memory and the instructions that matter, from the tools that the triton wheel carries."""
-    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        sass, usage = (
-            subprocess.run([cuobjdump, option, f.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "-res-usage")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found, usage
-    registers, stack, shared, local = map(int, found.groups())
-    count = collections.Counter(re.findall(r"\b(MUFU\.EX2|LDG\.E\.128|STG\.E\.128|LDL|STL)\b", sass))
-    count["max.NaN"] = compiled.asm["ptx"].count("max.NaN")
-    return {"registers": registers, "stack": stack, "shared": shared, "local": local, **count}
+def passes(variant: Variant) -> frozenset[str]:
+    """What the loops over the vocabulary do: "read" statistics, "rewrite" entries, "fill" those of a dead row."""
+    parameters = variant.parameters()
+    absent = {"fill"} if parameters.get("HELD") else {"rewrite"} if not parameters.get("WRITE", True) else set()
+    return KERNELS[variant.kernel].passes - absent
 
 
-def rows(targets, names, wanted):
-    for target in targets:
-        for name in names:
-            kernel, warps, variants, options = KERNELS[name]
-            for dtype, flags, changed in (v for v in variants if v[1] in wanted):
-                compiled = compile_kernel(kernel, dtype, FLAGS | changed, TARGETS[target], warps, **options)
-                row = {"kernel": name, "function": kernel.fn.__name__, "target": target, "dtype": dtype, "flags": flags}
-                yield row | (read_sass(compiled) if "cubin" in compiled.asm else {})
+def kind(loop: Loop) -> str:
+    return "fill" if not loop.loads else "rewrite" if loop.stores else "read"
+
+
+def entry_bits(variant: Variant) -> int:
+    """Of the entries that are read: logits, or those of an fp32 tile."""
+    return BITS[variant.dtype] if "logits_ptr" in KERNELS[variant.kernel].function.arg_names else 32
+
+
+def entries(variant: Variant, loop: Loop) -> int:
+    """How many a thread reads in an iteration."""
+    return sum(bits * count for bits, count in loop.loads.items()) // entry_bits(variant)
+
+
+def exponentials(variant: Variant, loop: Loop) -> int:
+    """One an entry, and with a softcap one for its tanh. In running statistics one more for each of their lanes, of
+    which there is one for as many entries of a tile as 16 bytes hold (`rlloss.kernels.online.fold`)."""
+    if variant.kernel == "entropy temperature" and kind(loop) == "rewrite":
+        return 0
+    count = entries(variant, loop)
+    lanes = -(-count * entry_bits(variant) // 128) if kind(loop) == "read" else 0
+    return count * (1 + bool(variant.setting.get("HAS_SOFTCAP"))) + lanes
+
+
+def violations(variant: Variant, found: Assembly) -> list[str]:
+    """What falls short."""
+    wrong = []
+    if found.spills or found.local:
+        wrong.append(f"spills: {found.spills}, {found.local} bytes of local memory")
+    if found.registers > register_bound(variant):
+        wrong.append(f"registers: {found.registers}, at most {register_bound(variant)}")
+    if not KERNELS[variant.kernel].passes:
+        return wrong
+    if {kind(loop) for loop in found.loops} != passes(variant):
+        wrong.append(f"loops: {sorted(map(kind, found.loops))}, expected {sorted(passes(variant))}")
+    for loop in found.loops:
+        least = least_bits(variant)
+        if variant.setting["layout"] == "aligned" and min([*loop.loads, *loop.stores]) < least:
+            wrong.append(f"narrow: loads {loop.loads}, stores {loop.stores} in bits, expected {least} or more")
+        if loop.exponentials != exponentials(variant, loop):
+            of = f"of {entries(variant, loop)} entries, expected {exponentials(variant, loop)}"
+            wrong.append(f"exponentials: {loop.exponentials} {of}")
+    if found.nan_max == 0:  # the floor of the exponents; the interpreter's maximum always lets NaN through
+        wrong.append("NaN: no maximum that lets it through")
+    return wrong
+
+
+def rows(variants: Iterable[Variant]) -> Iterator[dict[str, Any]]:
+    """A row of the report for each variant, compiled anew and not from a cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        for target, of in itertools.groupby(sorted(variants, key=lambda v: v.target), key=lambda v: v.target):
+            made: list[tuple[Variant, Any]] = []
+            for variant in of:
+                try:
+                    made.append((variant, compile_variants.compile_variant(variant)))
+                except Exception as error:  # whatever the compiler raises is a finding
+                    yield row(variant) | {"violations": [f"compiler: {type(error).__name__}: {error}".splitlines()[0]]}
+            if TARGETS[target].backend == "cuda":
+                read = compile_assembly.read_nvidia([kernel for _, kernel in made], int(TARGETS[target].arch))
+            else:
+                read = [compile_assembly.read_amd(kernel) for _, kernel in made]
+            for (variant, _), found in zip(made, read, strict=True):
+                room = threads(target, found.registers, variant.parameters()["num_warps"])
+                loops = [
+                    loop._asdict() | {"kind": kind(loop), "entries": entries(variant, loop)} for loop in found.loops
+                ]
+                yield row(variant) | found._asdict() | {
+                    "loops": loops, "threads": room, "violations": violations(variant, found),
+                }  # fmt: skip
+
+
+def row(variant: Variant) -> dict[str, Any]:
+    name = ", ".join((variant.kernel, variant.target, variant.dtype, variant.flags))
+    return {
+        "name": name, "kernel": variant.kernel, "function": KERNELS[variant.kernel].function.fn.__name__,
+        "target": variant.target, "dtype": variant.dtype, "flags": variant.flags,
+        "aligned": variant.setting.get("layout") == "aligned", "softcap": bool(variant.setting.get("HAS_SOFTCAP")),
+    }  # fmt: skip
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A line for each kernel, target and dtype."""
+    columns = (
+        "kernel", "target", "dtype", "variants", "registers", "threads", "spilling", "bytes an access, aligned rows",
+        "exponentials an entry", "falling short",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for group in sorted({(r["kernel"], r["target"], r["dtype"]) for r in found}, key=order):
+        of = [r for r in found if (r["kernel"], r["target"], r["dtype"]) == group]
+        read = [r for r in of if "registers" in r]
+        cells = [*group, len(of)]
+        for name in ("registers", "threads"):
+            values = sorted({r[name] for r in read})
+            cells.append(" to ".join(map(str, dict.fromkeys(values[:1] + values[-1:]))))
+        cells += [sum(r["spills"] > 0 or r["local"] > 0 for r in read), accesses(read), per_entry(read)]
+        cells.append(sum(bool(r["violations"]) for r in of))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def order(group: tuple[str, str, str]) -> tuple[int, ...]:
+    return tuple(list(of).index(name) for of, name in zip((KERNELS, TARGETS, BITS), group, strict=True))
+
+
+def accesses(found: list[dict[str, Any]]) -> str:
+    """In the loops over aligned rows."""
+    aligned = [loop for r in found if r["aligned"] for loop in r["loops"]]
+    widths = {of: sorted({bits // 8 for loop in aligned for bits in loop[of]}) for of in ("loads", "stores")}
+    return "; ".join(f"{of} {', '.join(map(str, sizes))}" for of, sizes in widths.items() if sizes)
+
+
+def per_entry(found: list[dict[str, Any]]) -> str:
+    """In the loops over the vocabulary, without a softcap."""
+    shares: dict[str, set[fractions.Fraction]] = {}
+    loops = (loop for r in found if KERNELS[r["kernel"]].passes and not r["softcap"] for loop in r["loops"])
+    for loop in (loop for loop in loops if loop["entries"]):
+        shares.setdefault(loop["kind"], set()).add(fractions.Fraction(loop["exponentials"], loop["entries"]))
+    return "; ".join(f"{of} {', '.join(map(str, sorted(values)))}" for of, values in sorted(shares.items()))
+
+
+def tails(found: list[dict[str, Any]]) -> str:
+    """How a thread of NVIDIA's reads the rest of an aligned row, which is less than a block."""
+    widths = {(n, bits // 8) for r in found if r["aligned"] for bits, n in r.get("tail", {}).items()}
+    counts, sizes = (", ".join(map(str, sorted(set(of)))) for of in zip(*widths, strict=True))
+    return f"{counts} loads of {sizes} bytes"
+
+
+def shortfalls(found: list[dict[str, Any]]) -> list[str]:
+    return [f"{r['name']}: {'; '.join(r['violations'])}" for r in found if r["violations"]]
+
+
+def version_of(tool: str) -> str:
+    said = subprocess.run(
+        [os.path.join(compile_assembly.TOOLS, tool), "--version"], capture_output=True, text=True, check=True
+    )
+    return said.stdout.strip().splitlines()[-2].rpartition(", V")[2]
+
+
+def conditions() -> dict[str, str]:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../../kernels")
+    return {
+        "triton": triton.__version__,
+        "ptxas": version_of("ptxas"),
+        "ptxas-blackwell (sm_100, sm_120)": version_of("ptxas-blackwell"),
+        "date": datetime.date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD") + (" and changes to the kernels" if changed else ""),
+    }
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """The table as Markdown and, to be compared with, the registers of each variant as JSON."""
+    given, short = conditions(), shortfalls(found)
+    registers: dict[str, Any] = {}
+    for r in found:
+        of = registers.setdefault(r["kernel"], {}).setdefault(r["target"], {}).setdefault(r["dtype"], {})
+        of[r["flags"]] = r.get("registers")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"triton-{triton.__version__}"
+    text = json.dumps({"conditions": given, "registers": registers, "falling short": short}, indent=1)
+    path.with_name(path.name + ".json").write_text(text + "\n")
+    path.with_name(path.name + ".md").write_text(
+        "\n".join([
+            f"# What Triton {triton.__version__} makes of the kernels", "",
+            "Compiled without a GPU, by `python benchmarks/compile_report.py --write`; nothing here was run.",
+            f"{len(found)} variants: on each target any two settings of a kernel that a launcher can ask for together.",
+            "", *(f"- {name}: {value}" for name, value in given.items()), "",
+            "Threads: of whole programs whose registers fit a multiprocessor, 65,536, and 131,072 on gfx942. Spilling:",
+            "variants that do. Bytes an access: in loops over the vocabulary. The rest of a row, less than a block,",
+            f"is read entry by entry, where there is one, in each pass: {tails(found)} a thread.",
+            "Exponentials an entry: without a softcap, which adds one; statistics (read) have one more for each 16",
+            "bytes of entries, the rescale of a running result.", "", table(found), "",
+            "## What falls short", "", *(f"- {line}" for line in short or ["nothing"]), "",
+        ])
+    )  # fmt: skip
 
 
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1: found set, expected unset; interpreted kernels cannot be compiled")
-    asked = [a for a in sys.argv[1:] if a != "--json"]
-    all_flags = {flags for _, _, variants, _ in KERNELS.values() for _, flags, _ in variants}
-    known = (list(TARGETS), list(KERNELS), sorted(all_flags))
-    if unknown := set(asked).difference(*known):
-        sys.exit(f"found {', '.join(sorted(unknown))}, expected some of {known}")
+    parser = argparse.ArgumentParser()
+    for option in ("--json", "--check", "--write", "--everywhere"):
+        parser.add_argument(option, action="store_true")
+    parser.add_argument("asked", nargs="*", metavar="TARGET, KERNEL or FLAGS")
+    arguments = parser.parse_args()
+    asked = set(arguments.asked)
+    chosen = compile_variants.variants(everywhere=arguments.everywhere or arguments.write)
+    kinds = [dict.fromkeys(getattr(v, name) for v in chosen) for name in ("target", "kernel", "flags")]
+    if unknown := asked.difference(*kinds):
+        sys.exit(f"found {', '.join(sorted(unknown))}, expected some of {', '.join([*kinds[0], *kinds[1]])}, or flags")
+    if asked and arguments.write:
+        sys.exit(f"--write: found {', '.join(sorted(asked))}, expected nothing else: the table is of all variants")
     # Of each kind those that are asked for; all of a kind none of which is.
-    table = list(rows(*([a for a in kind if a in asked] or kind for kind in known)))
-    if "--json" in sys.argv:
-        print(json.dumps(table))
-        return
-    columns = ["kernel", "target", "dtype", "flags", "registers", "local", "LDG.E.128", "STG.E.128", "MUFU.EX2"]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in table:
-        print(f"| {' | '.join(str(row.get(c, 0 if 'registers' in row else 'compiled')) for c in columns)} |")
+    targets, names, flags = ([x for x in kind if x in asked] or kind for kind in kinds)
+    found = list(rows([v for v in chosen if v.target in targets and v.kernel in names and v.flags in flags]))
+    if arguments.write:
+        write(found)
+    if arguments.json:
+        print(json.dumps(found))
+    elif not arguments.check:
+        print(table(found))
+    short = shortfalls(found)
+    print(
+        f"Triton {triton.__version__}: {len(short)} of {len(found)} variants fall short",
+        *short,
+        sep="\n",
+        file=sys.stderr,
+    )
+    if short and arguments.check:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

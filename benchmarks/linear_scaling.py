@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bench_token_stats import CUDA, DEVICE, peak_bytes, seconds
+from timing import CUDA, DEVICE, peak_bytes, seconds
 from torch import Tensor
 
 from rlloss import LinearGRPOLoss, LossConfig

@@ -1,12 +1,12 @@
 """Who is timed: rlloss and everyone else who turns logits into log-probabilities, entropies and their gradient.
 
-All answer the same two questions about a `Case`: `forward` gives (logp, entropy) without autograd, `step` the gradient
-of the logits for a given gradient of logp, through forward and backward. Entropy carries no gradient. What a peer does
-not compute, or computes besides, stands in its note.
+All answer the same two questions about a `Case`: `forward` gives (logp, entropy) without autograd; `start` runs the
+forward with gradient and returns the backward, which gives the gradient of the logits for a given gradient of logp.
+Entropy carries no gradient. What a peer does not compute, or computes besides, stands in its note.
 """
 
+import functools
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,18 +45,30 @@ class Peer:
     name: str
     note: str
     forward: Callable[[Case], tuple[Tensor, Tensor | None]]
-    step: Callable[[Case], Tensor]
+    start: Callable[[Case], Callable[[], Tensor]]
     module: str = "torch"
     gpu: bool = False
     cpu: bool = False
 
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("rlloss")
+
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot run there, or None."""
-        if self.gpu and device.type != "cuda":
-            return "needs a GPU"
-        if self.cpu and device.type != "cpu":
-            return "CPU only"
-        return None if importlib.util.find_spec(self.module) else f"{self.module} is not installed"
+        return absent(self.module, device, gpu=self.gpu, cpu=self.cpu)
+
+    def step(self, case: Case) -> Tensor:
+        return self.start(case)()
+
+
+def absent(module: str, device: torch.device, *, gpu: bool = False, cpu: bool = False) -> str | None:
+    """Why what is in `module` cannot run on the device, where it needs a GPU or is for a CPU only; None: it can."""
+    if gpu and device.type != "cuda":
+        return "needs a GPU"
+    if cpu and device.type != "cpu":
+        return "CPU only"
+    return None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
 def _peer(name: str, note: str, function: Forward, **where) -> Peer:
@@ -66,14 +78,18 @@ def _peer(name: str, note: str, function: Forward, **where) -> Peer:
     def forward(case: Case) -> tuple[Tensor, Tensor | None]:
         return function(case.logits, case.target, case.mask)
 
-    def step(case: Case) -> Tensor:
+    def start(case: Case) -> Callable[[], Tensor]:
         leaf = case.logits.detach().requires_grad_()
         logp, _ = function(leaf, case.target, case.mask)
-        logp.backward(case.grad.to(logp.dtype))
-        assert leaf.grad is not None
-        return leaf.grad
+        return functools.partial(_backward, logp, case.grad, leaf)
 
-    return Peer(name, note, forward, step, **where)
+    return Peer(name, note, forward, start, **where)
+
+
+def _backward(output: Tensor, grad: Tensor, leaf: Tensor) -> Tensor:
+    output.backward(grad.to(output.dtype))
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _rlloss(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -93,12 +109,21 @@ def eager(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     return logp, entropy
 
 
-def _trl_torch(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+@functools.cache
+def compiled_eager() -> Forward:
+    """One for all who time it: it is compiled again for each dtype, shape, mask and mode, and past the limit it would
+    quietly run eagerly."""
+    torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]
+    torch._dynamo.config.accumulated_recompile_limit = 1024  # type: ignore[attr-defined]
+    return torch.compile(eager, dynamic=False)
+
+
+def trl_torch(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     utils = importlib.import_module("trl.trainer.utils")
     return utils.selective_log_softmax_and_entropy(logits, target, entropy_requires_grad=False, row_mask=mask)
 
 
-def _trl_kernel(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def trl_kernel(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return importlib.import_module("trl.kernels").selective_log_softmax_and_entropy(logits, target, row_mask=mask)
 
 
@@ -113,7 +138,7 @@ def _liger_forward(case: Case) -> tuple[Tensor, None]:
     return logp.squeeze(0), None
 
 
-def _liger_step(case: Case) -> Tensor:
+def _liger_start(case: Case) -> Callable[[], Tensor]:
     ops = importlib.import_module("liger_kernel.transformers.grpo_loss")
     leaf = case.padded.detach().requires_grad_()
     # With no old log-probabilities the ratio is 1, and at advantage -1 each token's loss has the gradient 1 in logp.
@@ -122,9 +147,7 @@ def _liger_step(case: Case) -> Tensor:
         leaf, None, None, case.target.unsqueeze(0), advantage, _liger_mask(case), temperature=1.0, beta=0.0,
         inplace=False, loss_type="grpo", reduce=False,
     )  # fmt: skip
-    loss.backward(case.grad.unsqueeze(0))
-    assert leaf.grad is not None
-    return leaf.grad[0, :-1]
+    return lambda: _backward(loss, case.grad.unsqueeze(0), leaf)[0, :-1]
 
 
 def peers(*, compiled: bool) -> list[Peer]:
@@ -134,31 +157,17 @@ def peers(*, compiled: bool) -> list[Peer]:
         _peer("torch eager", "`log_softmax` in fp32, gather, entropy", eager),
     ]
     if compiled:
-        # It is compiled again for each dtype, shape, mask and mode; past the limit it would quietly run eagerly.
-        torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
-        note = "`torch.compile(dynamic=False)` of torch eager"
-        found.append(_peer("torch.compile", note, torch.compile(eager, dynamic=False)))
-    trl_torch = (
+        found.append(_peer("torch.compile", "`torch.compile(dynamic=False)` of torch eager", compiled_eager()))
+    torch_note = (
         "`trl.trainer.utils.selective_log_softmax_and_entropy`, TRL without a GPU; its results have the logits' dtype"
     )
-    trl_kernel = "`trl.kernels.selective_log_softmax_and_entropy`"
-    liger = (
-        "forward: `fused_selective_log_softmax`, no entropy; step: `triton_grpo_loss` at ratio 1, not in place, "
-        "which computes the GRPO loss besides"
+    kernel_note = "`trl.kernels.selective_log_softmax_and_entropy`"
+    liger_note = (
+        "forward without gradient: `fused_selective_log_softmax`, no entropy; otherwise `triton_grpo_loss` at ratio 1, "
+        "not in place, which computes the GRPO loss besides"
     )
     return found + [
-        _peer("TRL torch", trl_torch, _trl_torch, module="trl", cpu=True),
-        _peer("TRL kernel", trl_kernel, _trl_kernel, module="trl", gpu=True),
-        Peer("Liger kernels", liger, _liger_forward, _liger_step, module="liger_kernel", gpu=True),
+        _peer("TRL torch", torch_note, trl_torch, module="trl", cpu=True),
+        _peer("TRL kernel", kernel_note, trl_kernel, module="trl", gpu=True),
+        Peer("Liger kernels", liger_note, _liger_forward, _liger_start, module="liger_kernel", gpu=True),
     ]
-
-
-def versions() -> dict[str, str]:
-    """Of what is compared."""
-    found = {}
-    for name in ("torch", "triton", "trl", "liger-kernel"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from bench_token_stats import CUDA, DEVICE
+from timing import CUDA, DEVICE
 from torch import Tensor
 
 RHO = 0.2

@@ -1,0 +1,161 @@
+"""Hidden states, an lm_head and the loss of an on-policy batch, and what comes out of them in fp64."""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import reference
+
+REFERENCE_ROWS = 4096  # of the weight's gradient, besides those of the targets
+BLOCK_V, BLOCK_ROWS = 16384, 256
+
+
+class Shape(NamedTuple):
+    B: int
+    T: int
+    D: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"B {self.B}, T {self.T}, D {self.D}, V {self.V}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """hidden `[B, T, D]`, weight `[V, D]`, target int64 and mask bool `[B, T]`, advantage `[B]`.
+
+    rho: share of the tokens that count that the loss keeps. cutoff: an entropy that separates them from the others.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    mask: Tensor
+    advantage: Tensor
+    rho: float
+    cutoff: float | None = None
+
+    @property
+    def counted(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def live(self) -> int:
+        """Tokens with a gradient, as a quantile keeps them."""
+        return kept_count(self.counted, self.rho) if bool(self.advantage.ne(0).all()) else -1
+
+    @property
+    def unit(self) -> int:
+        """FLOP of the logits of every row that counts."""
+        return 2 * self.counted * self.weight.numel()
+
+
+def kept_count(n: int, rho: float) -> int:
+    return int(rho * (n - 1)) + 1
+
+
+@functools.lru_cache(maxsize=1)
+def _weight(V: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    weight = torch.empty((V, D), dtype=dtype, device=device)
+    drawn = torch.Generator(device).manual_seed(1)
+    for rows in weight.split(8192):
+        rows.copy_(torch.randn(rows.shape, generator=drawn, device=device))
+    return weight
+
+
+def forget_weight() -> None:
+    """Frees the weight that is kept from case to case."""
+    _weight.cache_clear()
+
+
+def token_scales(mask: Tensor, rho: float, generator: torch.Generator) -> Tensor:
+    """`[B * T]` standard deviations of the logits of a row: 2 where rho keeps it, 4 elsewhere.
+
+    The entropies of the two lie apart, and rounding to bf16 does not change which are kept: everyone has the same rows
+    to work on.
+    """
+    n = int(mask.sum())
+    scale = torch.full((mask.numel(),), 4.0)
+    if rho < 1.0:
+        kept = mask.flatten().nonzero().squeeze(-1)[torch.randperm(n, generator=generator)[: kept_count(n, rho)]]
+        scale[kept] = 2.0
+    return scale
+
+
+def advantages(B: int, generator: torch.Generator) -> Tensor:
+    """`[B]`, none of them 0."""
+    advantage = torch.randn(B, generator=generator)
+    return advantage + 0.1 * advantage.sign()
+
+
+def make_case(
+    shape: Shape, dtype: torch.dtype, rho: float, device: torch.device, lengths: tuple[int, ...] | None = None
+) -> Case:
+    """lengths: of the sequences; None: random ones that fill 55 % of the columns."""
+    B, T, D, V = shape
+    g = torch.Generator().manual_seed(0)
+    if lengths is None:
+        share = torch.rand(B, generator=g) + 0.2
+        filled = (share / share.sum() * 0.55 * B * T).round().clamp(1, T).long()
+    else:
+        filled = torch.tensor(lengths)
+    mask = torch.arange(T) < filled.unsqueeze(-1)
+    scale = token_scales(mask, rho, g)
+    hidden = torch.randn((B * T, D), generator=g) * (scale / D**0.5).unsqueeze(-1)
+    advantage = advantages(B, g)
+    target = torch.randint(0, V, (B, T), generator=g)
+    target, mask, advantage = (x.to(device) for x in (target, mask, advantage))
+    return Case(hidden.view(B, T, D).to(device, dtype), _weight(V, D, dtype, device), target, mask, advantage, rho)
+
+
+class Result(NamedTuple):
+    """entropy: the mean over the tokens that count, or None."""
+
+    loss: Tensor
+    entropy: Tensor | None
+    hidden: Tensor
+    weight: Tensor
+
+
+class Reference(NamedTuple):
+    """In fp64. result.weight: the gradient of the rows `rows` of the weight: those of the targets, and others evenly
+    spaced. live `[B * T]`. cutoff: halfway between the entropies of tokens kept and not."""
+
+    result: Result
+    rows: Tensor
+    live: Tensor
+    cutoff: float | None
+
+
+@torch.no_grad()
+def solve(case: Case) -> Reference:
+    counted, V = case.mask.flatten().nonzero().squeeze(-1), len(case.weight)
+    h, target = case.hidden.flatten(0, 1)[counted].double(), case.target.flatten()[counted]
+    logits = h.new_empty((len(h), V))
+    for start in range(0, V, BLOCK_V):
+        torch.mm(h, case.weight[start : start + BLOCK_V].double().T, out=logits[:, start : start + BLOCK_V])
+    parts = torch.arange(len(h), device=h.device).split(BLOCK_ROWS)
+    entropy = torch.cat([reference.token_stats(logits[rows], target[rows])[1] for rows in parts])
+    kept, cutoff = torch.ones_like(target, dtype=torch.bool), None
+    if case.rho < 1.0:
+        kept = entropy >= torch.quantile(entropy, 1 - case.rho)
+        cutoff = float((entropy[kept].min() + entropy[~kept].max()) / 2)
+    advantage = case.advantage.double().repeat_interleave(case.hidden.shape[1])[counted]
+    coefficient = torch.where(kept, -advantage, 0.0) / case.counted
+    for rows in parts:
+        d = -torch.softmax(logits[rows], -1)
+        d[torch.arange(len(rows), device=d.device), target[rows]] += 1
+        logits[rows] = d * coefficient[rows].unsqueeze(-1)
+    spaced = torch.linspace(0, V - 1, min(V, REFERENCE_ROWS), device=h.device).long()
+    weight_rows = torch.cat([spaced, target]).unique()
+    d_hidden = torch.zeros_like(h)
+    for start in range(0, V, BLOCK_V):
+        d_hidden += logits[:, start : start + BLOCK_V] @ case.weight[start : start + BLOCK_V].double()
+    hidden = h.new_zeros(case.hidden.shape)
+    hidden.flatten(0, 1)[counted] = d_hidden
+    live = torch.zeros_like(case.mask).flatten().index_copy_(0, counted, kept)
+    result = Result(coefficient.sum(), entropy.mean(), hidden, logits[:, weight_rows].T @ h)
+    return Reference(result, weight_rows, live, cutoff)

@@ -1,0 +1,172 @@
+"""The one command: correctness tests, then the whole suite against its peers, then tables and plots.
+
+    python benchmarks/run.py [--quick] [--minutes 8] [--models ...] [--dtypes ...] [--rounds 30] [--tests PATH ...]
+
+Writes logits.json, hidden.json, summary.md and plots to benchmarks/results/<device>/. A red test, and there is no
+number. What the time does not suffice for is written down as not measured. The tests come on top of the minutes.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # as a program, in a checkout that is not installed
+
+import report  # noqa: E402
+import suite  # noqa: E402
+from bench_token_pass import CONTENDERS  # noqa: E402
+from conditions import commit, conditions  # noqa: E402
+from linear_peers import peers as linear_peers  # noqa: E402
+from loss_peers import loss_peers  # noqa: E402
+from peers import peers  # noqa: E402
+from shapes import FILLS, FIRST_FILL, FIRST_RHOS, MODELS, QUICK_MODELS, RHOS  # noqa: E402
+from timing import CUDA, DEVICE, LEAST, Budget, refuse_interpreter  # noqa: E402
+
+# The tests of what is timed.
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "bench_linear", "linear", "linear_autograd", "linear_loss", "losses", "loss_properties", "single_launch",
+        "token_pass", "token_stats",
+    )
+]  # fmt: skip
+MINUTES = {"cuda": 8.0, "cpu": 15.0}
+QUICK_MINUTES = 2.0
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32"]}
+
+
+def _pytest(*arguments: str) -> tuple[list[str], subprocess.CompletedProcess]:
+    command = ["pytest", "-q", "-p", "no:benchmark", *arguments]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    return command, subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+
+
+def run_tests(paths: list[str] | None) -> dict[str, Any] | None:
+    """{"command", "summary", "seconds"} of a green run; None, and its failures printed, of any other.
+
+    paths: None: the tests of what is timed, and on a GPU every test that is for one.
+    """
+    runs = [_pytest(*(paths or TESTS))]
+    if CUDA and paths is None and runs[0][1].returncode == 0:
+        runs.append(_pytest("-m", "gpu", "tests"))
+    for command, found in runs:
+        if found.returncode != 0:
+            lines = found.stdout.splitlines()
+            start = next((i for i, line in enumerate(lines) if "short test summary" in line), max(0, len(lines) - 30))
+            print("\n".join(lines[start:]), found.stderr[-3000:], file=sys.stderr)
+            print(
+                f"{' '.join(command)} ended with {found.returncode}, expected 0: nothing is measured", file=sys.stderr
+            )
+            return None
+    return {
+        "command": " && ".join(" ".join(command) for command, _ in runs),
+        "summary": "; ".join(found.stdout.strip().splitlines()[-1].strip("= ") for _, found in runs),
+    }
+
+
+def notes(compiled: bool) -> dict[str, dict[str, dict[str, str]]]:
+    """What the contenders are, by file and suite."""
+    of_peers = {
+        "logits": peers(compiled=compiled),
+        "loss": loss_peers(compiled=compiled),
+        "hidden": linear_peers(compiled=compiled),
+    }
+    found = {name: {peer.name: peer.note for peer in contenders} for name, contenders in of_peers.items()}
+    found["token pass"] = {name: note for name, (note, _) in CONTENDERS.items()}
+    return {
+        file: {name: found[name] for name, (of, _) in suite.SUITES.items() if of == file}
+        for file in report.FILES
+    }  # fmt: skip
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """JSON, a list of numbers on one line; in place of the file that was there only once it is whole."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[\s+([-+.\de]+(?:,\s+[-+.\de]+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    whole = path.with_suffix(".tmp")
+    whole.write_text(text + "\n", encoding="utf-8")
+    whole.replace(path)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Test, then time rlloss against its peers, then report.")
+    parser.add_argument("--quick", action="store_true", help="2 minutes: few models, rho 0.2 and 1, no padding")
+    parser.add_argument("--minutes", type=float, help=f"that measuring may take (default {MINUTES[DEVICE.type]:g})")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=DTYPES[DEVICE.type])
+    parser.add_argument("--rhos", nargs="+", type=float)
+    parser.add_argument("--fills", nargs="+", type=float)
+    parser.add_argument("--suites", nargs="+", choices=list(suite.SUITES), default=list(suite.SUITES))
+    parser.add_argument("--rounds", type=int, default=30, help="at most so many samples of each (default %(default)s)")
+    parser.add_argument("--columns", type=int, nargs=2, metavar=("B", "T"), help="instead of those of shapes.py")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile takes part (%(default)s)"
+    )
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help="run before, instead of the tests of what is timed")
+    parser.add_argument("--commit", help="of a checkout without git")
+    parser.add_argument("--note", help="what else there is to say about the conditions")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
+    if options.rounds < LEAST:
+        parser.error(f"--rounds: found {options.rounds}, expected at least {LEAST}")
+    if options.minutes is not None and not (math.isfinite(options.minutes) and options.minutes >= 0):
+        parser.error(f"--minutes: found {options.minutes}, expected 0 or more")
+    for name in ("rhos", "fills"):
+        if wrong := [x for x in getattr(options, name) or [] if not 0 < x <= 1]:
+            parser.error(f"--{name}: found {wrong[0]:g}, expected above 0 and at most 1")
+    if options.commit and commit() is not None:
+        parser.error(f"--commit: found {options.commit}, expected none where git knows it: {commit()}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1 where a test is red, or where rlloss itself was wrong or failed."""
+    options = parse(arguments)
+    refuse_interpreter()
+    tests = run_tests(options.tests)
+    if tests is None:
+        return 1
+    models = options.models or (QUICK_MODELS[DEVICE.type] if options.quick else list(MODELS))
+    rhos = options.rhos or (FIRST_RHOS if options.quick else RHOS)
+    fills = options.fills or ([FIRST_FILL] if options.quick else FILLS)
+    minutes = (
+        options.minutes if options.minutes is not None else QUICK_MINUTES if options.quick else MINUTES[DEVICE.type]
+    )
+    wanted = suite.cells(options.suites, models, options.dtypes, rhos, fills)
+    columns = suite.Options().columns
+    if options.columns:
+        columns = dict.fromkeys(columns, tuple(options.columns))
+    where = conditions() | {"tests": tests, "minutes": minutes, "note": options.note}
+    where["commit"] = options.commit or where["commit"]
+    folder = options.out / where["slug"]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {file: of for file, of in notes(options.compile).items() if any(cell.file == file for cell in wanted)}
+
+    def done(results: list[dict[str, Any]]) -> None:
+        where["load_after"] = conditions()["load"]
+        for file, of in files.items():
+            own = [result for cell, result in zip(wanted, results, strict=True) if cell.file == file]
+            save(folder / f"{file}.json", {"conditions": where, "notes": of, "results": own})
+
+    begin = time.monotonic()
+    results = suite.run(wanted, suite.Options(columns, options.rounds, options.compile), Budget(minutes), done)
+    where["took_s"] = round(time.monotonic() - begin)
+    done(results)
+    print(report.write(folder))
+    bad = suite.failures(results)
+    print("\n".join(bad), file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
