@@ -3,7 +3,7 @@ meant to be: no spills, 16-byte accesses to the vocabulary, one exponential an e
 
     python benchmarks/compile_report.py [--json | --check | --write] [--everywhere] [TARGET, KERNEL or FLAGS ...]
 
---check: exit 1 and list what falls short. --write: the table of the installed Triton in benchmarks/results/compile/.
+--check: list what falls short and exit 1, unless it is known of this version of Triton (`known`). --write: the table of the installed Triton in benchmarks/results/compile/.
 --everywhere: any two settings meet on each target, and not only on some (--write implies it).
 
 Not under TRITON_INTERPRET=1: kernels imported under it cannot be compiled. What a GPU would do with them is not
@@ -48,7 +48,7 @@ def register_bound(variant: Variant) -> int:
     them need to hide 700 ns. For aligned rows and what a loss asks for.
 
     128: 512 threads. For what arithmetic or narrow loads hold up: a softcap, statistics that no loss reads, rows that
-    are not aligned (of which NVIDIA's compiler is told to take 96 at most); for a vocabulary of one or two warps; and
+    are not aligned (of which NVIDIA's compiler is told how many it may take); for a vocabulary of one or two warps; and
     for kernels that do not read the vocabulary, where the 16 warps of `entropy_histogram_kernel` could have no more.
     """
     return 64 if variant.simple and variant.parameters()["num_warps"] > 2 else 128
@@ -200,6 +200,12 @@ def shortfalls(found: list[dict[str, Any]]) -> list[str]:
     return [f"{r['name']}: {'; '.join(r['violations'])}" for r in found if r["violations"]]
 
 
+def known(r: dict[str, Any]) -> bool:
+    """Rows whose entries are not next to each other, under Triton before 3.7: the compiler gives neighbours, of which it
+    knows nothing, to neighbouring threads, which then share a running result, whatever shape they are loaded in."""
+    return triton.__version__ < "3.7" and "strided" in r["flags"]
+
+
 def version_of(tool: str) -> str:
     said = subprocess.run(
         [os.path.join(compile_assembly.TOOLS, tool), "--version"], capture_output=True, text=True, check=True
@@ -279,7 +285,7 @@ def main() -> None:
         sep="\n",
         file=sys.stderr,
     )
-    if short and arguments.check:
+    if arguments.check and any(r["violations"] and not known(r) for r in found):
         sys.exit(1)
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.rows import device_of
+from rlloss.kernels.rows import device_of, registers
 from rlloss.kernels.surrogates import clamped, clip_flags, divergence, selected, surrogate
 
 BLOCK_T = 512
@@ -392,6 +392,6 @@ def clip_surrogate(
             FIELDS=FIELDS,
             BLOCK_T=BLOCK_T,
             BLOCK_B=64,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, **registers(logp, NUM_WARPS, simple=False),
         )  # fmt: skip
     return loss, summary, coef, kept.view(torch.bool)

@@ -112,14 +112,14 @@ def registers(x: torch.Tensor, num_warps: int, *, simple: bool) -> dict[str, int
     """Launch options for rows like those of x. simple: aligned rows, and no more computed than a loss asks for.
 
     Otherwise ptxas, left to itself, takes fewer registers than it needs and spills. It is told how many it may take:
-    three programs of 8 warps still fit a multiprocessor, or five of 4, whose threads may have twice the entries.
+    three programs of 8 warps still fit a multiprocessor, or four of 4, whose threads may have twice the entries.
     """
     nvidia = x.is_cuda and torch.version.hip is None
     return {"maxnreg": most_registers(num_warps)} if nvidia and not simple else {}
 
 
 def most_registers(num_warps: int) -> int:
-    return 80 if num_warps >= 8 else 96
+    return 80 if num_warps >= 8 else 128
 
 
 def on_16_bytes(x: torch.Tensor) -> torch.Tensor:
