@@ -3,7 +3,8 @@ meant to be: no spills, 16-byte accesses to the vocabulary, one exponential an e
 
     python benchmarks/compile_report.py [--json | --check | --write] [--everywhere] [TARGET, KERNEL or FLAGS ...]
 
---check: list what falls short and exit 1, unless it is known of this version of Triton (`known`). --write: the table of the installed Triton in benchmarks/results/compile/.
+--check: list what falls short and exit 1, unless it is known of this version of Triton (`known`).
+--write: the table of the installed Triton in benchmarks/results/compile/.
 --everywhere: any two settings meet on each target, and not only on some (--write implies it).
 
 Not under TRITON_INTERPRET=1: kernels imported under it cannot be compiled. What a GPU would do with them is not
@@ -201,9 +202,10 @@ def shortfalls(found: list[dict[str, Any]]) -> list[str]:
 
 
 def known(r: dict[str, Any]) -> bool:
-    """Rows whose entries are not next to each other, under Triton before 3.7: the compiler gives neighbours, of which it
-    knows nothing, to neighbouring threads, which then share a running result, whatever shape they are loaded in."""
-    return triton.__version__ < "3.7" and "strided" in r["flags"]
+    """Rows whose entries are not next to each other, under Triton before 3.7: the compiler gives neighbours, of which
+    it knows nothing, to neighbouring threads, which then share a running result, whatever shape they are loaded in."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return version < (3, 7) and "strided" in r["flags"]
 
 
 def version_of(tool: str) -> str:
