@@ -71,7 +71,7 @@ FAULTS = [
     ("online.py", "x, EXP2_FLOOR, propagate_nan=tl.PropagateNan.ALL", "x, EXP2_FLOOR", "gradient tile", "NaN"),
     ("token_stats_backward.py", "        row_ptr = tl.multiple_of(row_ptr, 16)\n", "", "backward", "narrow"),
     ("token_stats_backward.py", "            write_zeros(out_ptr, start", "            pass  # ", "backward", "loops"),
-    ("tuned.py", "", '\nTABLE["statistics", "", "fp32", LARGEST] = Choice((4096, 2))\n', "fold tile", "registers"),
+    ("tuned.py", "", '\nTABLE["statistics", "", "fp32", LARGEST] = Choice((8192, 4))\n', "fold tile", "registers"),
     ("token_stats.py", "in range(chunks):\n        slot_ptr", "in ():\n        slot_ptr", "merge", "compiler"),
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ Setting = dict[str, str]
 
 MOST = 20_000
 CALLS = 150
+DEVICE = "sm_90"  # as on which launchers are asked
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 RULES = (
@@ -132,10 +134,10 @@ def setting_of(name: str, found: dict[str, tuple[str, Any]]) -> Setting:
     setting = compile_variants.first_levels(factors)
     for factor in sorted(factors, key=lambda f: f == "V"):  # the launch shape depends on the dtype
         settled = {parameter for level in factors[factor].values() for parameter in level}
-        settled = {"V": {"BLOCK_V", "CHUNK_V"}}.get(factor, settled)
+        settled = {"BLOCK_V", "CHUNK_V"} if factor == "V" else settled
         for level in factors[factor]:
-            known = compile_variants.specialization(Variant(name, "", setting | {factor: level}))
-            if all(agree(known, found, parameter, ("entropy_ptr",)) for parameter in settled):
+            known = compile_variants.specialization(Variant(name, DEVICE, setting | {factor: level}))
+            if all(agree(known, found, parameter, ()) for parameter in settled):
                 setting[factor] = level
                 break
     return setting
@@ -143,9 +145,9 @@ def setting_of(name: str, found: dict[str, tuple[str, Any]]) -> Setting:
 
 def differences(name: str, setting: Setting, found: dict[str, tuple[str, Any]], options: dict[str, Any]) -> list[str]:
     """What a launcher asks for that differs from the variant of this setting."""
-    variant = Variant(name, "", setting)
+    variant = Variant(name, DEVICE, setting)
     known = compile_variants.specialization(variant)
-    placed = ("entropy_ptr",) if name in ("histogram", "ties", "last tie") else ()
+    placed = ("entropy_ptr", "mask_ptr") if name in ("histogram", "ties", "last tie") else ()
     if setting.get("layout") == "aligned":
         placed = ("logits_ptr", "grad_ptr", "tile_ptr", "out_ptr")
     wrong = [] if compile_variants.possible(setting, KERNELS[name].impossible) else [f"{name}: impossible, {setting}"]
@@ -159,12 +161,15 @@ def differences(name: str, setting: Setting, found: dict[str, tuple[str, Any]], 
 
 
 def record(calls: list) -> None:
-    """From here on nothing is launched; calls gets (kernel, specialization, options) and fresh memory holds ones."""
+    """From here on nothing is launched, and launchers act as on a GPU.
+
+    calls gets (kernel, specialization, options). Fresh memory holds ones.
+    """
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     names = {kernel.function.fn.__name__: name for name, kernel in KERNELS.items()}
-    backend = make_backend(TARGETS["sm_90"])
+    backend = make_backend(TARGETS[DEVICE])
     bind = functools.cache(lambda kernel: create_function_from_signature(kernel.signature, kernel.params, backend))
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -176,9 +181,17 @@ def record(calls: list) -> None:
     empty, empty_like = torch.empty, torch.empty_like
     torch.empty = lambda *a, **k: empty(*a, **k).fill_(1)
     torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(1)
+    registers = importlib.import_module("rlloss.kernels.rows").registers
+    gpu = types.SimpleNamespace(is_cuda=True)
+    stand_ins = {
+        "choose_backend": lambda x: "torch" if x.dtype == torch.float64 else "triton",
+        "generation": lambda device: DEVICE,
+        "registers": lambda x, num_warps, *, simple: registers(gpu, num_warps, simple=simple),
+    }
     for module in [module for name, module in sys.modules.items() if name.startswith("rlloss")]:
-        if hasattr(module, "choose_backend"):
-            setattr(module, "choose_backend", lambda x: "torch" if x.dtype == torch.float64 else "triton")  # noqa: B010
+        for name, stand_in in stand_ins.items():
+            if hasattr(module, name):
+                setattr(module, name, stand_in)
 
 
 def laid_out(B: int, T: int, V: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -224,7 +237,7 @@ def launch_everything() -> None:
         policy_loss(torch.zeros(B, T), mask=mask, config=alone, **loss_arguments(g, x, alone))
 
         entropy = torch.zeros(B * T + 1)[g.randint(0, 1) :]
-        counts = torch.ones_like(entropy, dtype=torch.bool)
+        counts = torch.ones(B * T + 2, dtype=torch.bool)[g.randint(0, 1) :][: len(entropy)]
         top_entropy_mask(entropy, counts, 0.3, exact_k=g.random() < 0.5)
         rule = temperature_rule(RULES[i % 3])
         entropy_temperature(logits, rule)
