@@ -8,7 +8,6 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from conditions import conditions  # noqa: E402
 from linear_case import advantages, token_scales  # noqa: E402
 from loss_peers import LossCase, LossPeer, loss_peers  # noqa: E402
 from shapes import lengths  # noqa: E402
-from timing import CUDA, DEVICE, in_turns, peak_bytes, phases, refuse_interpreter, seconds, split, warm  # noqa: E402
+from timing import CUDA, DEVICE, beside_copies, peak_bytes, phases, refuse_interpreter, split  # noqa: E402
 
 from rlloss import reference  # noqa: E402
 
@@ -139,30 +138,21 @@ def compare(
     limit: float = math.inf,
     **how,
 ) -> dict:
-    """Everyone in turns: {"counted", "live", "ideal_bytes", "copy", "zeros" (see `bench_token_stats.compare`), "peers":
+    """Everyone in turns: {"counted", "live", "ideal_bytes", "copy", "zeros" (see `timing.beside_copies`), "peers":
     {name: see `examine`, "forward", "backward", "seconds"}}. limit: seconds that it may take. how: see `examine`."""
     begin = time.monotonic()
     B, T, V = shape
     case, expected = solve(make_case(shape, dtype, rho, fill))
     found = {peer.name: examine(peer, case, expected, **how) | {"seconds": []} for peer in contenders}
-    buffer = torch.empty_like(case.logits)
-    clocks: dict[str, Callable[[], tuple[float, ...]]] = {
-        "copy": lambda: (seconds(lambda: buffer.copy_(case.logits)),),
-        "zeros": lambda: (seconds(lambda: torch.zeros_like(buffer)),),
-    }
-    for peer in contenders:
-        if found[peer.name]["status"] == "measured":
-            clocks[peer.name] = functools.partial(clock, peer, case)
-    samples = in_turns(clocks, rounds, limit - (time.monotonic() - begin), warm=warm(limit))
-    copy, zeros = ([x for (x,) in samples.pop(name)] for name in ("copy", "zeros"))
+    clocks = {p.name: functools.partial(clock, p, case) for p in contenders if found[p.name]["status"] == "measured"}
+    samples, floors = beside_copies(case.logits, clocks, rounds, limit - (time.monotonic() - begin))
     for name, values in samples.items():
         found[name] |= split(values)
     return {
         "counted": int(case.mask.sum()),
         "live": int(expected.coefficient.ne(0).sum()),
         "ideal_bytes": Measure("step", fill, rho).ideal_bytes(B * T, V, dtype.itemsize),
-        "copy": {"bytes": 2 * buffer.nbytes, "seconds": copy},
-        "zeros": {"bytes": buffer.nbytes, "seconds": zeros},
+        **floors,
         "peers": found,
     }
 

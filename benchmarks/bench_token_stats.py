@@ -30,7 +30,7 @@ import errors  # noqa: E402
 from conditions import ROOT, conditions, sentence  # noqa: E402
 from peers import Case, Peer, peers  # noqa: E402
 from shapes import lengths  # noqa: E402
-from timing import CUDA, DEVICE, in_turns, peak_bytes, phases, refuse_interpreter, seconds, split, warm  # noqa: E402
+from timing import CUDA, DEVICE, beside_copies, peak_bytes, phases, refuse_interpreter, seconds, split  # noqa: E402
 
 from rlloss import reference  # noqa: E402
 
@@ -191,22 +191,13 @@ def compare(
     """One measure of everyone in turns.
 
     "peers": {name: {"status", "errors", "peak_bytes", "seconds", and of a step its "forward" and "backward"}}; "copy"
-    of the logits into memory that was there, and "zeros", a fresh gradient, which no step out of place goes below:
-    {"bytes", "seconds"}. limit: seconds that it may take. how: see `examine`.
+    and "zeros": see `timing.beside_copies`. limit: seconds that it may take. how: see `examine`.
     """
     begin = time.monotonic()
     case = make_case(N, V, dtype, measure)
     found = {peer.name: examine(peer, case, measure, **how) | {"seconds": []} for peer in contenders}
-    buffer = torch.empty_like(case.logits)
-    clocks: dict[str, Callable[[], tuple[float, ...]]] = {
-        "copy": lambda: (seconds(lambda: buffer.copy_(case.logits)),),
-        "zeros": lambda: (seconds(lambda: torch.zeros_like(buffer)),),
-    }
-    for peer in contenders:
-        if found[peer.name]["status"] == "measured":
-            clocks[peer.name] = clock(peer, case, measure)
-    samples = in_turns(clocks, rounds, limit - (time.monotonic() - begin), warm=warm(limit))
-    copy, zeros = ([x for (x,) in samples.pop(name)] for name in ("copy", "zeros"))
+    clocks = {p.name: clock(p, case, measure) for p in contenders if found[p.name]["status"] == "measured"}
+    samples, floors = beside_copies(case.logits, clocks, rounds, limit - (time.monotonic() - begin))
     for name, values in samples.items():
         found[name] |= {"seconds": [x for (x,) in values]} if measure.kind == "forward" else split(values)
     return {
@@ -215,8 +206,7 @@ def compare(
         "dtype": str(dtype)[6:],
         "measure": measure._asdict() | {"label": measure.label},
         "ideal_bytes": measure.ideal_bytes(N, V, dtype.itemsize),
-        "copy": {"bytes": 2 * buffer.nbytes, "seconds": copy},
-        "zeros": {"bytes": buffer.nbytes, "seconds": zeros},
+        **floors,
         "peers": found,
     }
 

@@ -99,6 +99,24 @@ def warm(limit: float) -> bool:
     return CUDA or limit == math.inf
 
 
+def beside_copies(
+    logits: torch.Tensor, clocks: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, limit: float
+) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, dict]]:
+    """(samples of `in_turns`, what no step out of place goes below in the same turns): "copy" of the logits into memory
+    that was there, and "zeros", a fresh gradient; of each {"bytes", "seconds"}."""
+    buffer = torch.empty_like(logits)
+    floors = {
+        "copy": (2 * buffer.nbytes, lambda: buffer.copy_(logits)),
+        "zeros": (buffer.nbytes, lambda: torch.zeros_like(buffer)),
+    }
+    of_floors = {name: lambda run=run: (seconds(run),) for name, (_, run) in floors.items()}
+    samples = in_turns({**of_floors, **clocks}, rounds, limit, warm=warm(limit))
+    found = {
+        name: {"bytes": count, "seconds": [x for (x,) in samples.pop(name)]} for name, (count, _) in floors.items()
+    }
+    return samples, found
+
+
 def split(samples: list[tuple[float, ...]]) -> dict[str, list[float]]:
     """{"forward", "backward", "seconds"} of samples of `phases`; "seconds" is both."""
     return {
