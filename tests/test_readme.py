@@ -1,7 +1,9 @@
 """What the README shows runs."""
 
 import dataclasses
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,27 @@ def test_the_comparison_shown_is_the_one_that_was_run():
     assert len(shown) == 3 * 13 and all(cell in run for cell in shown)
     differences = re.findall(r"[+-]\d\.\d{3}(?: \*)?", section)
     assert len(differences) == 3 * 12 and all(f"| {cell} |" in run for cell in differences)
+
+
+def test_the_heads_of_real_models_are_those_measured():
+    """The cells of the table are the medians of hidden.json, in ms, at rho 0.2 and 1."""
+    results = json.loads((README.parent / "benchmarks/results/cpu-2-cores/hidden.json").read_text())["results"]
+    section = README.read_text().split("**At the heads of real models**")[1].split("\n\n")[1]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines())
+    names = ("rlloss", "TRL", "naive", "torch.compile", "bare 1 + 2r")
+    assert len(rows) == len(names) and len(header) == 5
+    for name, (_, *cells) in zip(names, rows, strict=True):
+        for model, cell in zip(header[1:], cells, strict=True):
+            found = []
+            for rho in (0.2, 1.0):
+                (r,) = (r for r in results if (r["model"], r["rho"], r["fill"]) == (model, rho, 1.0))
+                if r["status"] != "measured":
+                    found.append("not measured")
+                    continue
+                entry = (r["peers"] | r["bare"])[name]
+                both = [f + b for f, b in zip(entry["forward"], entry["backward"], strict=True)]
+                found.append(f"{1e3 * statistics.median(both):.0f}")
+            assert cell == ", ".join(found), (name, model)
 
 
 def test_there_are_blocks_to_run():
