@@ -4,6 +4,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,13 +69,6 @@ def _fp32_setting() -> Any:
     return setting if hasattr(setting, "fp32_precision") else None
 
 
-@functools.cache
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 and adds up in fp32, and torch lets fp32 tensors have it."""
-    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return _fp32_setting() is not None and any(getattr(torch.cpu, name, bool)() for name in units)
-
-
 class _Bf16Operands:
     """A context in which oneDNN rounds fp32 operands to bf16, and neither sums nor results.
 
@@ -100,6 +94,27 @@ class _Bf16Operands:
 
 
 _bf16_operands = _Bf16Operands()
+
+
+@functools.cache
+def has_bf16_units() -> bool:
+    """Whether oneDNN rounds fp32 operands to bf16 on this CPU and adds up in fp32, as one small product shows.
+
+    Neither the CPU's flags nor torch's setting say it: of the CPUs with bf16 instructions oneDNN does so only on some.
+    """
+    if _fp32_setting() is None:
+        return False
+    with ThreadPoolExecutor(1) as own:  # without the caller's autocast, default device and dispatch modes
+        return own.submit(_rounds_operands_alone).result()
+
+
+def _rounds_operands_alone() -> bool:
+    # 1 + 2^-9 is 1 in bf16, and 301 is no number of bf16. Small products never reach oneDNN.
+    a = torch.zeros(64, 320, dtype=torch.float32, device="cpu")
+    a[:, :301] = 1 + 2**-9
+    with _bf16_operands:
+        product = torch.mm(a, torch.ones(320, 64, dtype=torch.float32, device="cpu"))
+    return bool((product == 301).all())
 
 
 def operands_in(dtype: torch.dtype | None, operand: Tensor) -> contextlib.AbstractContextManager:

@@ -1,9 +1,13 @@
 """Products in the CPU's bf16 units: nearly the sums of fp32, and the process's setting as it was."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlloss import products
 
@@ -34,8 +38,36 @@ def test_operands_are_rounded_only_where_they_may_be():
     assert error(None, of=torch.float32) < 1e-6
     rounded = error(torch.bfloat16, of=torch.float32)
     assert rounded < 4e-3  # 2^-8: two operands, each off by half a unit in the last place
-    if products.has_bf16_units():
-        assert rounded > 1e-4  # the units are really used
+    assert (rounded > 1e-4) == products.has_bf16_units()  # the units are really used, or nothing says so
+
+
+class Counted(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@needs_setting
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_units_are_found_by_a_product(rounds, monkeypatch):
+    """Also inside autocast, which would round as well, and seen by nobody."""
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: mm(a.bfloat16().float(), b) if rounds else mm(a, b))
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: not rounds, raising=False)
+    monkeypatch.setattr(products._Bf16Operands, "__enter__", lambda self: None)
+    monkeypatch.setattr(products._Bf16Operands, "__exit__", lambda self, *_: None)
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), Counted() as counted:
+        assert products.has_bf16_units.__wrapped__() == rounds
+    assert counted.calls == 0
+
+
+def test_a_limit_of_onednn_counts():
+    program = "from rlloss import products; print(products.has_bf16_units())"
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert subprocess.check_output([sys.executable, "-c", program], env=limited, text=True) == "False\n"
 
 
 @needs_setting
