@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
 
 DEMO_ARGS ?=
@@ -11,7 +12,7 @@ BENCH_ARGS ?=
 TRITONS ?= 3.6.0 newest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-triton bench bench-pytest lint clean
+.PHONY: help demo test test-all test-peers test-triton bench bench-pytest lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
@@ -21,7 +22,10 @@ demo: $(READY) ## train a small model with GRPO, plain and with the remedies; wr
 	$(BIN)/rlloss demo $(DEMO_ARGS)
 
 # pytest-benchmark switches itself off under xdist and warns, so it is not loaded here.
-test: $(READY) ## run the tests
+test: $(DEV) ## run the tests of the product
+	$(BIN)/python -m pytest -p no:benchmark -m "not slow" $(TEST_ARGS)
+
+test-all: $(DEV) ## run all tests: also long sweeps, every compile target, more ranks and the benchmarks' programs
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS)
 
 test-peers: $(PEERS) ## run the tests against Liger's and verl's own functions
@@ -34,14 +38,14 @@ bench-pytest: $(PEERS) ## the same contenders one after the other under pytest-b
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
 
 # Each version into a folder of its own, which Python finds before the installed one.
-test-triton: $(READY) ## compile every kernel under other versions of Triton: TRITONS="3.6.0 newest"
+test-triton: $(DEV) ## compile every kernel under other versions of Triton: TRITONS="3.6.0 newest"
 	@for version in $(TRITONS); do \
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version \
 			triton$$([ $$version = newest ] || echo "==$$version") || exit 1; \
 		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python benchmarks/compile_report.py --check || exit 1; \
 	done
 
-lint: $(READY) ## ruff and pyright
+lint: $(DEV) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -50,16 +54,20 @@ clean: ## remove .venv, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# A stamp is written last, so an interrupted installation is taken up again.
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "rlloss needs Python >= 3.10, but '$(PYTHON)' was not found; try: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "rlloss needs Python >= 3.10, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[trl]"
+	@touch $@
+
+$(DEV): $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[trl,dev]"
 	@touch $@
 
 # --no-deps: a peer must not move the versions under test. What compares with a peer that is missing is left out.
-$(PEERS): $(READY)
+$(PEERS): $(DEV)
 	$(BIN)/python -m pip install --no-deps -c constraints.txt liger-kernel verl==0.9.1 cut-cross-entropy \
 		&& touch $@ || echo "a peer could not be installed: what compares with it is left out"

@@ -253,3 +253,12 @@ def test_the_readme_tree_is_true(folder):
         f"README.md's tree of {folder}/: not in the folder {sorted(set(named) - actual)}, "
         f"not in the tree {sorted(actual - set(named))}"
     )
+
+
+def test_marks_are_registered_here_and_not_by_a_plugin_that_may_be_missing():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (markers,) = re.findall(r"^markers = (\[.*?^\])", text, flags=re.MULTILINE | re.DOTALL)
+    registered = {re.match(r"\w+", line)[0] for line in ast.literal_eval(markers)}
+    files = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    used = {mark for path in files for mark in re.findall(r"pytest\.mark\.(\w+)", path.read_text(encoding="utf-8"))}
+    assert used - {"parametrize", "skip", "skipif", "xfail", "filterwarnings", "usefixtures"} <= registered
