@@ -11,6 +11,8 @@ pytest.importorskip("trl")
 
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlloss import arithmetic, demo
 
@@ -202,6 +204,39 @@ def test_the_warm_start_learns_and_repeats():
     assert losses[0] == losses[1]
     assert losses[0][0] == pytest.approx(math.log(len(tokenizer)), abs=0.5)  # nothing known: uniform
     assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+def test_the_warm_start_runs_in_fp32_alone():
+    """A CPU without units for bf16 multiplies it many times slower."""
+    dtypes = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            dtypes.update(x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    training, _ = arithmetic.make_problems(operand_limit=8)
+    model = arithmetic.make_model(hidden_size=32, layers=1)
+    with Record():
+        list(arithmetic.warm_start(model, arithmetic.make_tokenizer(), training, steps=1, batch_size=4))
+    assert {dtype for dtype in dtypes if dtype.is_floating_point} == {torch.float32}
+
+
+def test_muon_is_torchs_but_for_bf16():
+    torch_muon = getattr(torch.optim, "Muon", None)
+    if torch_muon is None:
+        pytest.skip("torch 2.8 has no Muon")
+    g = torch.Generator().manual_seed(0)
+    for shape in ((16, 16), (24, 8), (8, 24)):
+        ours, theirs = (torch.zeros(shape, requires_grad=True) for _ in range(2))
+        optimizers = arithmetic._Muon([ours], {"lr": 0.02}), torch_muon([theirs], lr=0.02, weight_decay=0.0)
+        for _ in range(3):
+            ours.grad = theirs.grad = torch.randn(shape, generator=g)
+            for optimizer in optimizers:
+                optimizer.step()
+        # Three steps of 0.02 times a matrix with singular values about 1, whose 16 products were rounded to bf16.
+        assert (ours - theirs).norm() < 16 * torch.finfo(torch.bfloat16).eps * ours.norm()
 
 
 def test_scoring_repeats_and_leaves_the_generator_alone():
