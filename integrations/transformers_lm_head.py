@@ -92,7 +92,10 @@ def lm_head_of(model: nn.Module) -> dict[str, Any]:
     head = _plain(whole.get_output_embeddings())
     weight, bias = head.weight, head.bias
     if isinstance(weight, DTensor):
-        raise ValueError(f"model: found an lm_head that is sharded (DTensor), expected it whole{INSIDE}")
+        raise ValueError(
+            "model: found an lm_head that is sharded (DTensor), expected it whole: leave it to the fully_shard of the "
+            f"root module, without one of its own{INSIDE}"
+        )
     if hasattr(weight, "ds_id"):
         raise ValueError("model: found an lm_head that DeepSpeed ZeRO-3 shards, expected it whole: ZeRO-2, or FSDP")
     config = whole.config.get_text_config()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 try:
     import trl
@@ -30,7 +31,8 @@ from rlloss.linear import prepare
 
 PLANS = ("auto", "recompute", "keep")
 NEEDED = ("add_fused_lm_head", "_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
-REPLACED = ("_ChunkedLogProbFunction", "_use_triton")  # the second decides whether masked tokens are left out
+# The second decides whether masked tokens are left out, the third which heads TRL gathers.
+REPLACED = ("_ChunkedLogProbFunction", "_use_triton", "DTensor")
 # TRL's name of an output -> ours, in the order in which TRL unpacks them.
 OUTPUTS = {
     "log_probs": "logp", "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit",
@@ -88,7 +90,7 @@ class LmHead:
         outputs: tuple[str, ...] = tuple(OUTPUTS),
     ) -> tuple[Tensor | None, ...]:
         """hidden [N, D], weight [V, D], bias [V], targets [N] -> a tensor [N] per output of OUTPUTS, or None."""
-        per_row = _temperatures.get()
+        per_row, weight, bias = _temperatures.get(), _whole(weight), _whole(bias)
         call = prepare(
             hidden, weight, targets, bias, None, temperature if per_row is None else per_row,
             final_logit_softcapping, logit_scale, self.plan, self.memory_budget, self.batch_invariant,
@@ -102,6 +104,18 @@ class LmHead:
         # Where the entropy is only logged, no gradient comes in for it, and none is computed.
         stats = call.stats(wanted, entropy_grad="entropy" in outputs)
         return tuple(getattr(stats, ours) for ours in OUTPUTS.values())
+
+
+def _whole(x: Any) -> Any:
+    """A head that FSDP2 shards in a group of its own, gathered. Its gradient is the mean over the ranks, as that of
+    every other parameter under FSDP; that of TRL's `full_tensor()` is of this rank's tokens alone."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+class _NoTensor:
+    """In the place of DTensor: nothing is one, so that a sharded head comes here as it is."""
 
 
 class Patch:
@@ -131,8 +145,9 @@ def _install() -> None:
         if not _trls:
             # TRL 1.15 has no `_use_triton` here and leaves masked tokens out on every device.
             _trls.update({n: getattr(trl_utils, n) for n in REPLACED if hasattr(trl_utils, n)})
+        ours: dict[str, Any] = dict(zip(REPLACED, (_patches[-1].head, _everywhere, _NoTensor), strict=True))
         for name in _trls:
-            setattr(trl_utils, name, _patches[-1].head if name == REPLACED[0] else _everywhere)
+            setattr(trl_utils, name, ours[name])
     else:
         while _trls:
             setattr(trl_utils, *_trls.popitem())

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,6 +39,12 @@ def same_shape(name: str, x: torch.Tensor, shape: Iterable[int], like: str) -> N
 def same_device(name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
     if x.device != like.device:
         raise ValueError(f"{name}: found device {x.device}, expected {like.device} (that of {like_name})")
+
+
+def local(name: str, x: Any, ways_out: str) -> None:
+    """Refuse a DTensor, by what it can do: importing its class takes as long as importing torch."""
+    if hasattr(x, "full_tensor"):
+        raise TypeError(f"{name}: found a DTensor with {x.placements}, expected a plain tensor: {ways_out}")
 
 
 def boolean(name: str, x: torch.Tensor) -> None:

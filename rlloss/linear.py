@@ -9,12 +9,17 @@ from torch import Tensor
 from rlloss import checks, lm_head
 from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, linear_token_stats_op
 from rlloss.lm_head import Settings, Wanted
-from rlloss.ops import OUTPUTS, TokenStats, check_rows
+from rlloss.ops import LOCAL_ROWS, OUTPUTS, TokenStats, check_rows
 from rlloss.picked import Capacity, Picked, Survey
 from rlloss.plans import PlanReport, Work, make_plan
 from rlloss.vocab_shard import shard_of
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
+# FSDP takes the mean of the ranks' gradients; full_tensor() alone drops those of the others.
+WHOLE = (
+    "call inside the forward of FSDP2's root module, which gathers it; or give .to_local() with vocab_group, where the "
+    "ranks have the same tokens; or .full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), where each has its own"
+)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -259,6 +264,8 @@ def check_capacity(static_capacity: tuple[int, int] | None, target: Tensor, mask
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise, naming the argument, where one does not fit."""
+    for name, x, ways_out in (("hidden", hidden, LOCAL_ROWS), ("weight", weight, WHOLE), ("bias", bias, WHOLE)):
+        checks.local(name, x, ways_out)
     for name, x in (("hidden", hidden), ("weight", weight)):
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name}: found dtype {x.dtype}, expected bf16, fp16, fp32 or fp64")

@@ -14,6 +14,7 @@ __all__ = ["BACKENDS", "OUTPUTS", "TokenStats", "backend", "choose_backend", "co
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 # The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
 _SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
+LOCAL_ROWS = ".to_local() where that is whole rows, the same ones of each argument, or .full_tensor()"
 _LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -263,6 +264,7 @@ def token_stats(
 
 def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
     """Raise, naming the argument, where one does not fit: shapes and types always, values where looking is free."""
+    checks.local("logits", logits, LOCAL_ROWS)
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"logits: found dtype {logits.dtype}, expected bf16, fp16, fp32 or fp64")
     checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
@@ -273,6 +275,8 @@ def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
 
 def check_rows(x, name, target, mask, temperature, softcap, logit_scale, V: int) -> None:
     """The part of `check_call` that does not depend on whether x [..., V or D] are logits or hidden states."""
+    for argument, given in (("target", target), ("mask", mask), ("temperature", temperature)):
+        checks.local(argument, given, LOCAL_ROWS)
     rows = x.shape[:-1]
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: found dtype {target.dtype}, expected int64 or int32 token ids")

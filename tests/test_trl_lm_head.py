@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch import distributed
 
 trl = pytest.importorskip("trl")
 utils = pytest.importorskip("trl.trainer.utils")
@@ -20,8 +21,7 @@ from rlloss.backends import backend  # noqa: E402
 from rlloss.integrations import trl_lm_head  # noqa: E402
 from rlloss.integrations.trl_lm_head import OUTPUTS, patch_trl  # noqa: E402
 
-NAMES = ("_ChunkedLogProbFunction", "_use_triton")
-TRLS = {name: getattr(utils, name) for name in NAMES if hasattr(utils, name)}
+TRLS = {name: getattr(utils, name) for name in trl_lm_head.REPLACED if hasattr(utils, name)}
 EXTRA = [name for name in OUTPUTS if name != "log_probs"]
 
 
@@ -237,6 +237,46 @@ def test_a_sharded_head_is_gathered_in_the_forward_and_in_the_backward(monkeypat
         {"weight": gradients["lm_head.weight"], "bias": gradients["lm_head.bias"]},
     )
     torch.testing.assert_close(outputs.log_probs, expected.log_probs, rtol=1e-5, atol=2e-6)
+
+
+def _on_a_rank(rank, world, address):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    try:
+        _compare_with_all_rows(rank, world)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _compare_with_all_rows(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    B = 4
+    ids, labels = batch(B=B)
+    weights = torch.linspace(-1, 1, B * 8).view(B, 8)
+
+    def gradients(model, rows):
+        outputs = model(ids[rows], labels=labels[rows], fused_lm_head=True)
+        ((outputs.log_probs * weights[rows]).sum() + outputs.entropy.square().sum()).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    with patch_trl(), backend("torch"):
+        expected = gradients(with_head(MODELS["bias"]), slice(None))
+        expected = {name: g / world for name, g in expected.items()}  # FSDP takes the mean over the ranks
+        model = with_head(MODELS["bias"])
+        mesh = distributed.init_device_mesh("cpu", (world,))
+        for module in (*model.model.layers, model.lm_head, model):
+            fully_shard(module, mesh=mesh)
+        mine = B // world
+        found = gradients(model, slice(rank * mine, (rank + 1) * mine))
+    assert_same_gradients({name: g.full_tensor() for name, g in found.items()}, expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_head_in_an_fsdp2_group_of_its_own_learns_from_every_rank(tmp_path, world):
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    address = f"file://{tmp_path}/store"
+    torch.multiprocessing.start_processes(_on_a_rank, (world, address), nprocs=world, start_method=method)
 
 
 def preferences():

@@ -4,6 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from torch import distributed
+
+from rlloss import GRPOLoss, LinearGRPOLoss, linear_token_stats, token_stats
+
 ROOT = Path(__file__).parents[1]
 
 TWO_RANKS = """
@@ -87,3 +93,31 @@ def test_two_ranks_give_what_one_gives(tmp_path):
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RLLOSS_BACKEND": "torch"},
     )  # fmt: skip
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def dtensor():
+    """A plain tensor -> the same one, as the whole of a mesh of one process."""
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = distributed.init_device_mesh("cpu", (1,))
+    yield lambda x: distribute_tensor(x, mesh)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["logits", "hidden", "weight", "bias", "target", "mask", "temperature"])
+def test_a_dtensor_is_named_with_the_ways_out(dtensor, name):
+    hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4)
+    given = {"target": torch.ones(2, 3, dtype=torch.int64), "mask": torch.ones(2, 3, dtype=torch.bool),
+             "temperature": torch.ones(2, 3)}  # fmt: skip
+    if name == "logits":
+        calls, given = [token_stats, GRPOLoss()], given | {"logits": hidden @ weight.T}
+    else:
+        calls = [linear_token_stats, LinearGRPOLoss()]
+        given |= {"hidden": hidden, "weight": weight, "bias": torch.zeros(7)}
+    given[name] = dtensor(given[name])
+    way_out = r"root module.*vocab_group.*Partial\('avg'\)" if name in ("weight", "bias") else r"to_local\(\)"
+    for call, more in zip(calls, ({}, {"advantage": torch.ones(2)}), strict=True):
+        with pytest.raises(TypeError, match=rf"^{name}: found a DTensor with .*{way_out}"):
+            call(**given, **more)
