@@ -1,6 +1,7 @@
-"""TRL's GRPOConfig with rlloss's options."""
+"""TRL's GRPOConfig with rlloss's options, and its options as a LossConfig."""
 
 import dataclasses
+import logging
 from typing import Any
 
 try:
@@ -9,9 +10,31 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl_config needs TRL: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
-from rlloss.config import CovarianceConfig
+from rlloss.config import READ_BY, CovarianceConfig, LossConfig, SapoConfig, VespoConfig
 from rlloss.integrations.trl_lm_head import PLANS
+from rlloss.losses import LOSSES
 from rlloss.sampling import temperature_rule
+
+# The settings of LossConfig that only some losses read (config.READ_BY), in a trainer of TRL.
+OPTIONS = {
+    "ratio_level": lambda trainer: trainer.importance_sampling_level,
+    "epsilon_low": lambda trainer: trainer.epsilon_low,
+    "epsilon_high": lambda trainer: trainer.epsilon_high,
+    "delta": lambda trainer: trainer.args.delta,
+    "max_completion_length": lambda trainer: trainer.max_completion_length,
+    "sapo": lambda trainer: SapoConfig(trainer.args.sapo_temperature_pos, trainer.args.sapo_temperature_neg),
+    "vespo": lambda trainer: VespoConfig(
+        trainer.args.vespo_k_pos, trainer.args.vespo_lambda_pos,
+        trainer.args.vespo_k_neg, trainer.args.vespo_lambda_neg,
+    ),
+    "covariance": lambda trainer: CovarianceConfig(**(getattr(trainer.args, "covariance", None) or {})),
+}  # fmt: skip
+# TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do
+# not read without a word.)
+NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
+# Losses that TRL has not: with them a setting that rlloss refuses raises.
+NOT_TRLS = ("gspo", "clip_cov", "kl_cov")
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -182,10 +205,11 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _check_advantages(self):
         to_sum, scale = self.multi_objective_aggregation != "normalize_then_sum", self.scale_rewards
-        checks.require(
-            to_sum or scale == "group", "scale_rewards", repr(scale),
-            "'group' (the default) with multi_objective_aggregation='normalize_then_sum', where it has no effect",
-        )  # fmt: skip
+        if not (to_sum or scale == "group"):
+            logger.warning(
+                "scale_rewards: found %r, which TRL does not read with multi_objective_aggregation="
+                "'normalize_then_sum': each reward is scaled by its group, and their sum by the batch.", scale,
+            )  # fmt: skip
         checks.require(
             not (to_sum and self.gdpo_token_weighted), "gdpo_token_weighted", True,
             f"False with multi_objective_aggregation={self.multi_objective_aggregation!r}, where it has no effect",
@@ -204,3 +228,26 @@ class GRPOConfig(trl.GRPOConfig):
             cache is None or (longest is not None and 0 <= cache <= longest), "soft_overlong_cache", cache,
             f"0 to max_completion_length = {longest}",
         )  # fmt: skip
+
+
+class TrlLossConfig(LossConfig):
+    """Without the lower bound of cispo's cap, which in TRL is `epsilon`, 0.2, unless `epsilon_high` is given."""
+
+    _least_cispo_cap = 0.0
+
+
+def trls_settings(trainer: Any) -> dict[str, Any]:
+    """TRL's options in a trainer, as those of a LossConfig."""
+    corrected = trainer.beta != 0.0 and trainer.args.use_bias_correction_kl
+    read = READ_BY[trainer.loss_type]
+    if corrected and LOSSES[trainer.loss_type].level == "product":
+        read = read | {"ratio_level"}  # for the KL alone
+    return dict(
+        loss_type=trainer.loss_type,
+        top_entropy_quantile=trainer.top_entropy_quantile,
+        beta=trainer.beta,
+        kl_bias_correction=corrected,
+        off_policy_threshold=trainer.off_policy_mask_threshold,
+        entropy_coef=trainer._entropy_coef_now(),
+        **{name: option(trainer) for name, option in OPTIONS.items() if name in read},
+    )

@@ -20,13 +20,14 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl_grpo needs TRL: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
-from rlloss.config import RATIO_LEVELS, READ_BY, CovarianceConfig, LossConfig, SapoConfig, VespoConfig
+from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig
 from rlloss.diagnostics import diagnose
 from rlloss.entropy_control import bonus_now
 from rlloss.integrations.collapse_monitor import CollapseMonitor
 from rlloss.integrations.rollout import Rollout, ScaledModel
 from rlloss.integrations.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl_advantages import RewardsToAdvantages
+from rlloss.integrations.trl_config import NOT_READ_BY_COVARIANCE, NOT_TRLS, OPTIONS, TrlLossConfig, trls_settings
 from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl_lm_head import patch_trl
 from rlloss.integrations.trl_lm_head import why_not as why_no_patch
@@ -35,7 +36,7 @@ from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, de
 from rlloss.losses import LOSSES, default_denominator, means, policy_loss
 from rlloss.masks import entropy_cutoff, top_entropy_mask
 from rlloss.reward_resolution import group_accuracy
-from rlloss.surrogates import vespo
+from rlloss.surrogates import cispo, sapo, vespo
 from rlloss.token_states import token_states
 
 TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
@@ -44,23 +45,6 @@ MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-# The settings of LossConfig that only some losses read (config.READ_BY), in a trainer of TRL.
-OPTIONS = {
-    "ratio_level": lambda trainer: trainer.importance_sampling_level,
-    "epsilon_low": lambda trainer: trainer.epsilon_low,
-    "epsilon_high": lambda trainer: trainer.epsilon_high,
-    "delta": lambda trainer: trainer.args.delta,
-    "max_completion_length": lambda trainer: trainer.max_completion_length,
-    "sapo": lambda trainer: SapoConfig(trainer.args.sapo_temperature_pos, trainer.args.sapo_temperature_neg),
-    "vespo": lambda trainer: VespoConfig(
-        trainer.args.vespo_k_pos, trainer.args.vespo_lambda_pos,
-        trainer.args.vespo_k_neg, trainer.args.vespo_lambda_neg,
-    ),
-    "covariance": lambda trainer: CovarianceConfig(**(getattr(trainer.args, "covariance", None) or {})),
-}  # fmt: skip
-# TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do
-# not read without a word.)
-NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
 # Among the losses that are divided by a count of tokens, those that take this micro-batch's own.
 OWN_TOKEN_COUNT = ("bnpo",)
 logger = logging.getLogger(__name__)
@@ -82,6 +66,26 @@ if not IN_TESTED_RANGE:
     )
 
 
+# Functions that TRL's loss calls. None: not there, or replaced before this import.
+TRLS = {
+    name: function if getattr(function, "__module__", None) == trl.GRPOTrainer.__module__ else None
+    for name in (
+        "get_high_entropy_mask",
+        "get_off_policy_mask",
+        "get_gamma_weights",
+        "get_sapo_token_loss",
+        "_get_per_token_logps_and_entropies",
+    )
+    for function in [getattr(trl.GRPOTrainer, name, None)]
+}
+
+
+def _function(owner: object, name: str) -> Any:
+    """What `owner` calls by this name, a method as its function; None: nothing."""
+    found = getattr(owner, name, None)
+    return getattr(found, "__func__", found)
+
+
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
 
@@ -93,6 +97,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._said: set[str] = set()
         self._zero_advantage = ZeroAdvantage(self, MULTIMODAL)
         self._rollout = Rollout(self, MULTIMODAL)
         self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
@@ -104,6 +109,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         if (theirs := self._why_trls_own()) is not None:
             logger.info("The loss with %s is TRL's own.", theirs)
         self._make_loss_config()  # a setting that does not fit raises now and not in the first step
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            if self.accelerator.is_main_process:
+                logger.warning("%s", message)
 
     def _make_token_log(self) -> TokenLog | None:
         if getattr(self.args, "token_log_steps", 0) == 0:
@@ -119,20 +130,37 @@ class GRPOTrainer(trl.GRPOTrainer):
         return TokenLog(folder, tokenizer, self.accelerator.process_index)
 
     def _why_trls_own(self) -> str | None:
-        """Why the loss is TRL's own: a loss type of a newer TRL, or a hook of TRL that a subclass overrides."""
-        if IN_TESTED_RANGE:  # another TRL may have more, and says itself what it does not know
+        """Why the loss is TRL's own: a loss type of a newer TRL or of a subclass, a hook of TRL that is not TRL's, or
+        a setting that TRL runs and rlloss refuses."""
+        if IN_TESTED_RANGE and not self._overrides("_compute_loss"):  # what else has more says itself what is unknown
             checks.one_of("loss_type", self.loss_type, LOSSES)
         if self.loss_type not in LOSSES:
             return f"loss_type={self.loss_type!r}"
+        surrogate = LOSSES[self.loss_type].surrogate
         called = {
             "get_high_entropy_mask": self.top_entropy_quantile < 1.0,
             "get_off_policy_mask": self.off_policy_mask_threshold is not None,
-            "get_gamma_weights": LOSSES[self.loss_type].surrogate is vespo,
+            "get_gamma_weights": surrogate is vespo,
+            "get_sapo_token_loss": surrogate is sapo,
         }
         for name, is_called in called.items():
-            if is_called and getattr(type(self), name, None) is not getattr(trl.GRPOTrainer, name, None):
+            if is_called and _function(self, name) is not TRLS[name]:
                 return f"{name} overridden"
+        checks.one_of("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
+        if self.loss_type in NOT_TRLS:
+            return None
+        try:
+            TrlLossConfig(**trls_settings(self))
+        except ValueError as refused:
+            no_length = "max_completion_length" in READ_BY[self.loss_type] and self.max_completion_length is None
+            if no_length or self.top_entropy_quantile < 0.0:  # TRL fails in the first step
+                raise
+            self._warn_once(f"{refused}. TRL runs with it all the same, by its own loss.")
+            return f"a setting that rlloss refuses ({refused})"
         return None
+
+    def _overrides(self, name: str) -> bool:
+        return name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name)
 
     def _make_loss_config(self) -> LossConfig | None:
         """The trainer's options as a LossConfig; None where the loss is TRL's own."""
@@ -152,34 +180,30 @@ class GRPOTrainer(trl.GRPOTrainer):
                 )
             self._rollout.check(None, theirs)
             return None
-        checks.one_of("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
-        corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
         read = READ_BY[self.loss_type]
-        if corrected and LOSSES[self.loss_type].level == "product":
-            read = read | {"ratio_level"}  # for the KL alone
         for name, default in NOT_READ_BY_COVARIANCE.items():
             if "covariance" in read and name not in read:
                 checks.require(
                     OPTIONS[name](self) == default, name, OPTIONS[name](self),
                     f"{default!r} with loss_type={self.loss_type!r}, where it has no effect",
                 )  # fmt: skip
-        entropy_coef = self._entropy_coef_now()
         checks.require(
             bonus_tokens == "kept" or self._has_entropy_bonus(), "entropy_bonus_tokens", repr(bonus_tokens),
             "'kept' without an entropy bonus (entropy_coef or use_adaptive_entropy), where it has no effect",
         )  # fmt: skip
-        config = LossConfig(
-            loss_type=self.loss_type,
-            top_entropy_quantile=self.top_entropy_quantile,
+        settings = trls_settings(self)
+        config = TrlLossConfig(
+            **settings,
             entropy_denominator=entropy_denominator,
             exact_k=exact_k,
-            beta=self.beta,
-            kl_bias_correction=corrected,
-            off_policy_threshold=self.off_policy_mask_threshold,
-            entropy_coef=entropy_coef,
-            entropy_bonus_tokens=bonus_tokens if entropy_coef != 0.0 else "kept",
-            **{name: option(self) for name, option in OPTIONS.items() if name in read},
+            entropy_bonus_tokens=bonus_tokens if settings["entropy_coef"] != 0.0 else "kept",
         )
+        if LOSSES[self.loss_type].surrogate is cispo and config.epsilon_high < 1.0:
+            self._warn_once(
+                f"loss_type={self.loss_type!r} caps the importance ratio at epsilon_high={config.epsilon_high} (TRL "
+                "takes it from epsilon where it is not given), so nearly every token has that weight. The cap is "
+                "meant to be above 1: ScaleRL (2510.13786) takes epsilon_high=5.0."
+            )
         self._rollout.check(config, None)
         return config
 
@@ -287,9 +311,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
             return f"TRL {trl.__version__}, whose model returns logits"
         for name in ("_get_per_token_logps_and_entropies", "_token_stats"):
-            if name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name):
+            if self._overrides(name):
                 return f"{name} overridden"
-        return None
+        name = "_get_per_token_logps_and_entropies"
+        return f"{name} overridden" if _function(trl.GRPOTrainer, name) is not TRLS[name] else None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""

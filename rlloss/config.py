@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from rlloss import checks
 
@@ -199,6 +200,8 @@ class LossConfig:
     covariance: CovarianceConfig = CovarianceConfig()
     """Which tokens "clip_cov" and "kl_cov" pick; for the others it has no effect and raises."""
 
+    _least_cispo_cap: ClassVar[float] = 1.0
+
     def __post_init__(self) -> None:
         checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
         checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
@@ -216,7 +219,7 @@ class LossConfig:
         checks.require(self.epsilon_low >= 0.0, "epsilon_low", self.epsilon_low, "a number >= 0")
         checks.require(self.epsilon_high >= 0.0, "epsilon_high", self.epsilon_high, "a number >= 0")
         checks.require(
-            self.loss_type != "cispo" or self.epsilon_high >= 1.0, "epsilon_high", self.epsilon_high,
+            self.loss_type != "cispo" or self.epsilon_high >= self._least_cispo_cap, "epsilon_high", self.epsilon_high,
             "a number >= 1 with 'cispo', for which it is the cap of the ratio itself",
         )  # fmt: skip
         checks.require(

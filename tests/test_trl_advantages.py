@@ -277,8 +277,6 @@ def test_conditions_that_do_not_fit_raise(conditions, names, message):
 
 
 @pytest.mark.parametrize("options, error, message", [
-    (GDPO | {"scale_rewards": "batch"}, ValueError, "scale_rewards: found 'batch', expected 'group'"),
-    (GDPO | {"scale_rewards": False}, ValueError, "scale_rewards: found 'none', expected 'group'"),
     ({"gdpo_token_weighted": True}, ValueError, "gdpo_token_weighted: found True, expected False with multi_"),
     ({"soft_overlong_cache": 9}, ValueError, "soft_overlong_cache: found 9, expected 0 to max_completion_length = 8"),
     ({"soft_overlong_cache": -1}, ValueError, "soft_overlong_cache: found -1"),

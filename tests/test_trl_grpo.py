@@ -27,7 +27,8 @@ from trl_harness import (  # noqa: E402
 
 from rlloss.config import READ_BY, READ_BY_SOME  # noqa: E402
 from rlloss.integrations import trl_grpo  # noqa: E402
-from rlloss.integrations.trl_grpo import MULTIMODAL, OPTIONS, GRPOConfig, GRPOTrainer  # noqa: E402
+from rlloss.integrations.trl_config import OPTIONS  # noqa: E402
+from rlloss.integrations.trl_grpo import MULTIMODAL, GRPOConfig, GRPOTrainer  # noqa: E402
 from rlloss.integrations.trl_lm_head import why_not as why_no_patch  # noqa: E402
 from rlloss.products import count_products  # noqa: E402
 
@@ -138,8 +139,6 @@ def test_every_loss_type_trains(tmp_path, loss_type, monkeypatch):
 
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", forbidden)
     options = {"loss_type": loss_type, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "beta": 0.01}
-    if loss_type == "cispo":
-        options["epsilon_high"] = 2.0
     trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **options)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
@@ -162,9 +161,6 @@ def test_the_entropy_controller_is_saved_and_loaded_by_trl(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"loss_type": "cispo"}, "epsilon_high: found 0.2, expected a number >= 1 with 'cispo'"),
-    ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "sapo.temperature_neg: found 0.0"),
-    ({"loss_type": "vespo", "vespo_k_pos": -1.0}, "vespo.k_pos: found -1.0"),
     ({"loss_type": "luspo", "top_entropy_quantile": 0.5, "entropy_denominator": "kept"}, "'luspo', which divides by B"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_raise_when_the_trainer_is_made(tmp_path, options, message):
@@ -215,8 +211,6 @@ def test_every_other_default_is_trls():
 def test_conflicting_settings_raise_when_the_trainer_is_made(tmp_path):
     with pytest.raises(ValueError, match="entropy_denominator: found 'kept'.*no effect with top_entropy_quantile=1.0"):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, entropy_denominator="kept")
-    with pytest.raises(ValueError, match="top_entropy_quantile: found 2.0"):
-        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, top_entropy_quantile=2.0)
 
 
 def test_an_unknown_loss_type_is_named_with_the_list(tmp_path):
@@ -232,31 +226,6 @@ def test_an_overridden_selection_of_trl_is_obeyed(tmp_path):
     trainer = build_trainer(Nothing, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
     loss, gradient, _ = loss_gradients_metrics(trainer, Nothing._compute_loss, random_inputs(trainer, seed=0))
     assert loss == 0 and (gradient == 0).all()
-
-
-HOOKS = {
-    "get_high_entropy_mask": {"rho": 0.5},
-    "get_off_policy_mask": {"off_policy": 0.05},
-    "get_gamma_weights": {"loss_type": "vespo"},
-}
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-def test_every_overridden_hook_is_obeyed_where_trl_calls_it(trainer, monkeypatch, hook):
-    def nothing(self, *args, **kwargs):
-        return torch.zeros_like(kwargs["mask"] if "mask" in kwargs else args[1])
-
-    made = type("Nothing", (GRPOTrainer,), {hook: nothing})
-    monkeypatch.setattr(trainer, "__class__", made)
-    inputs = apply_setting(trainer, draw_setting(0) | PLAIN | HOOKS[hook], 0)
-    loss, gradient, _ = loss_gradients_metrics(trainer, made._compute_loss, inputs)
-    assert loss == 0 and (gradient == 0).all()
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.args, "entropy_denominator", "kept")
-        with pytest.raises(ValueError, match=f"expected 'all' with {hook} overridden, where the loss is TRL's own"):
-            trainer._make_loss_config()
-    apply_setting(trainer, draw_setting(0) | PLAIN, 0)
-    assert trainer._make_loss_config() is not None
 
 
 def test_a_loss_type_that_only_a_newer_trl_knows_is_that_trls(trainer, monkeypatch):
