@@ -36,6 +36,8 @@ from linear_case import Case, Reference, Result, Shape, make_case, solve  # noqa
 from linear_peers import Peer, explained, peers, products  # noqa: E402
 from timing import CUDA, DEVICE, Start, in_turns, phases, refuse_interpreter, split, warm, with_peak  # noqa: E402
 
+from rlloss.report import replace_file  # noqa: E402
+
 SHAPE_A = Shape(8, 128, 896, 32768)
 SHAPES = [SHAPE_A, Shape(8, 1024, 2048, 151936), Shape(16, 512, 4096, 128256)] if CUDA else [SHAPE_A]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -341,10 +343,9 @@ def main(arguments: list[str] | None = None) -> dict:
         report["scaling"] = linear_scaling.measure(tuple(options.scaling_base), options.rounds)
     report["conditions"]["load_after"] = conditions(options.rounds)["load"]
     folder = options.out / report["conditions"]["slug"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    replace_file(folder / f"{options.name}.json", json.dumps(report, indent=1) + "\n")
     text = markdown(report, contenders)
-    (folder / f"{options.name}.md").write_text(text, encoding="utf-8")
+    replace_file(folder / f"{options.name}.md", text)
     print(text)
     return report
 

@@ -38,6 +38,7 @@ from step_trainers import (  # noqa: E402
 from timing import CUDA, peak_bytes, refuse_interpreter, seconds  # noqa: E402
 
 from rlloss import count_products  # noqa: E402
+from rlloss.report import replace_file  # noqa: E402
 
 TARGET = 0.25  # of TRL's time, at most
 TOLERANCE = 1e-5
@@ -261,10 +262,9 @@ def main(arguments: list[str] | None = None) -> dict:
     report: dict = {"conditions": conditions(options.rounds), "result": compare(size, options.rounds, options.beta)}
     report["conditions"]["load_after"] = conditions(options.rounds)["load"]
     folder = options.out / report["conditions"]["slug"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    replace_file(folder / f"{options.name}.json", json.dumps(report, indent=1) + "\n")
     text = markdown(report)
-    (folder / f"{options.name}.md").write_text(text, encoding="utf-8")
+    replace_file(folder / f"{options.name}.md", text)
     print(text)
     return report
 

@@ -33,6 +33,7 @@ from shapes import lengths  # noqa: E402
 from timing import CUDA, DEVICE, beside_copies, peak_bytes, phases, refuse_interpreter, seconds, split  # noqa: E402
 
 from rlloss import reference  # noqa: E402
+from rlloss.report import replace_file  # noqa: E402
 
 SHAPES = [(8192, 151936), (8192, 32768), (1024, 151936)] if CUDA else [(512, 32768)]  # (N, V)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -269,10 +270,9 @@ def main(arguments: list[str] | None = None) -> None:
         report["results"].append(compare(N, V, dtype, measure, contenders, options.rounds))
     report["conditions"]["load_after"] = conditions(options.rounds)["load"]
     folder = options.out / report["conditions"]["slug"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "token_stats.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    replace_file(folder / "token_stats.json", json.dumps(report, indent=1) + "\n")
     text = markdown(report, contenders)
-    (folder / "token_stats.md").write_text(text, encoding="utf-8")
+    replace_file(folder / "token_stats.md", text)
     print(text)
 
 

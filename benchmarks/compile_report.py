@@ -30,6 +30,8 @@ import triton
 from compile_assembly import Assembly, Loop
 from compile_variants import KERNELS, TARGETS, Variant
 
+from rlloss.report import replace_file
+
 RESULTS = Path(__file__).parent / "results" / "compile"
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 # Threads of a multiprocessor at most, and 32-bit registers: of a quarter of it (NVIDIA) or a lane of a SIMD (AMD).
@@ -236,11 +238,11 @@ def write(found: list[dict[str, Any]]) -> None:
     for r in found:
         of = registers.setdefault(r["kernel"], {}).setdefault(r["target"], {}).setdefault(r["dtype"], {})
         of[r["flags"]] = r.get("registers")
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"triton-{triton.__version__}"
     text = json.dumps({"conditions": given, "registers": registers, "falling short": short}, indent=1)
-    path.with_name(path.name + ".json").write_text(text + "\n")
-    path.with_name(path.name + ".md").write_text(
+    replace_file(path.with_name(path.name + ".json"), text + "\n")
+    replace_file(
+        path.with_name(path.name + ".md"),
         "\n".join([
             f"# What Triton {triton.__version__} makes of the kernels", "",
             "Compiled without a GPU, by `python benchmarks/compile_report.py --write`; nothing here was run.",
@@ -252,7 +254,7 @@ def write(found: list[dict[str, Any]]) -> None:
             "Exponentials an entry: without a softcap, which adds one; statistics (read) have one more for each 16",
             "bytes of entries, the rescale of a running result.", "", table(found), "",
             "## What falls short", "", *(f"- {line}" for line in short or ["nothing"]), "",
-        ])
+        ]),
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """The plots of a run as SVG: time against rho, share of the copy bandwidth, peak memory. They need matplotlib."""
 
 import importlib
+import io
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from readings import BARE_OF_PLAN, OURS, Result, fastest_peer, is_ours, median, share_of_copy
 from targets import FILL
+
+from rlloss.report import replace_file
 
 # Okabe and Ito's colours, which the colour-blind tell apart; rlloss is blue. The same in every figure.
 STYLES = {
@@ -58,7 +61,9 @@ def _finish(pyplot: Any, figure: Any, folder: Path, name: str, caption: str) -> 
     width = int(figure.get_figwidth() * 15)
     lines = textwrap.wrap(caption, width)
     figure.text(0.01, -0.015, "\n".join(lines), ha="left", va="top", fontsize=7.5)
-    figure.savefig(folder / name, bbox_inches="tight", metadata={"Date": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
+    replace_file(folder / name, drawn.getvalue())
     pyplot.close(figure)
     return name, caption
 

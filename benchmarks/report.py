@@ -14,6 +14,8 @@ from conditions import sentence
 from readings import OURS, Result, is_ours, median, quartiles, share_of_copy
 from targets import DEVICES, judge, verdict
 
+from rlloss.report import replace_file
+
 FILES = ("logits", "hidden")
 TITLES = {
     "hidden": "From hidden states to the gradients of hidden and weight",
@@ -248,7 +250,7 @@ def write(folder: Path) -> Path:
     where = next(iter(reports.values()))["conditions"]
     drawn = plots.draw([result for report in reports.values() for result in report["results"]], where, folder)
     path = folder / "summary.md"
-    path.write_text(summary(reports, drawn), encoding="utf-8")
+    replace_file(path, summary(reports, drawn))
     return path
 
 

@@ -31,6 +31,8 @@ from peers import peers  # noqa: E402
 from shapes import FILLS, FIRST_FILL, FIRST_RHOS, MODELS, QUICK_MODELS, RHOS  # noqa: E402
 from timing import CUDA, DEVICE, LEAST, Budget, refuse_interpreter  # noqa: E402
 
+from rlloss.report import replace_file  # noqa: E402
+
 # The tests of what is timed.
 TESTS = [
     f"tests/test_{name}.py"
@@ -90,12 +92,10 @@ def notes(compiled: bool) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """JSON, a list of numbers on one line; in place of the file that was there only once it is whole."""
+    """JSON, a list of numbers on one line."""
     text = json.dumps(content, indent=1)
     text = re.sub(r"\[\s+([-+.\de]+(?:,\s+[-+.\de]+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    whole = path.with_suffix(".tmp")
-    whole.write_text(text + "\n", encoding="utf-8")
-    whole.replace(path)
+    replace_file(path, text + "\n")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

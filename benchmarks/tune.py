@@ -27,6 +27,7 @@ from timing import in_turns, seconds  # noqa: E402
 from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, ops  # noqa: E402
 from rlloss.kernels import tuned  # noqa: E402
 from rlloss.kernels.tuned import DTYPE_NAMES, LARGEST, Choice, choice, generation, look_up  # noqa: E402
+from rlloss.report import replace_file  # noqa: E402
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCKS = [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (2, 4, 8, 16)]
@@ -226,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         tuned.TABLE[key] = Choice(value, said)
         look_up.cache_clear()
     if options.write:
-        FILE.write_text(rewritten(FILE.read_text(encoding="utf-8"), tuned.TABLE), encoding="utf-8")
+        replace_file(FILE, rewritten(FILE.read_text(encoding="utf-8"), tuned.TABLE))
 
 
 if __name__ == "__main__":

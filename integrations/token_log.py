@@ -22,10 +22,11 @@ from rlloss import checks
 from rlloss.token_states import TokenState
 
 DIGITS = 4  # of entropies and advantages, after the point
+_PROCESS = re.compile(r"process-(\d+)\.jsonl")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class TokenLog:
+class TokenLog(TrainerCallback):
     """Appends completions to ``folder/tokens/process-00000.jsonl``, a file per process.
 
     A line is a JSON object, ASCII throughout, of one completion:
@@ -41,16 +42,26 @@ class TokenLog:
         rewards     {name: float or null}
 
     Columns at the end that do not count and hold padding are left out. A line that a killed run has left unfinished is
-    cut off when the file is opened again.
+    cut off when the file is opened again. Before the first line of a later run stands {"step": int, "resumed": true}:
+    what is above it was discarded from this step on. As a callback of the trainer it knows where training begins, and
+    process 0 marks the files of processes that are no longer there too; else a run begins with the step of its first
+    line.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Any, process_index: int = 0):
         """folder: of the run. tokenizer: a transformers tokenizer."""
         self.path = Path(folder) / "tokens" / f"process-{process_index:05d}.jsonl"
+        self._is_first = process_index == 0
+        self._begins: int | None = None
+        self._processes: int | None = None
+        self._is_marked = False
         self._texts = _TokenTexts(tokenizer)
         self._tokenizer = tokenizer
         self._pad = tokenizer.pad_token_id
         _open_for_append(self.path)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begins, self._processes, self._is_marked = int(state.global_step), args.world_size, False
 
     def write(
         self,
@@ -112,8 +123,19 @@ class TokenLog:
                 "rewards": {name: values[b] for name, values in columns.items()},
             }
             lines.append(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        if not self._is_marked:
+            for path in (self.path, *self._left_behind()):
+                _mark_resumed(path, int(step) if self._begins is None else self._begins)
+            self._is_marked = True
         with self.path.open("a", encoding="ascii") as file:
             file.write("".join(lines))
+
+    def _left_behind(self) -> list[Path]:
+        """On process 0 the files of processes that are no longer there."""
+        if not self._is_first or self._processes is None:
+            return []
+        found = {path: _PROCESS.fullmatch(path.name) for path in self.path.parent.iterdir() if path.is_file()}
+        return [path for path, name in found.items() if name is not None and int(name[1]) >= self._processes]
 
     def _length(self, ids: list[int], counted: list[bool]) -> int:
         n = len(ids)
@@ -136,19 +158,27 @@ class MetricsLog(TrainerCallback):
     """Appends each of the trainer's logs to ``folder/metrics.jsonl``, on the main process.
 
     A line is a JSON object: "step", int, and the logged metrics under their names; a number that is not finite is null,
-    and what is no number is left out.
+    and what is no number is left out. Where a later run begins stands {"step": int, "resumed": true}, as in `TokenLog`.
+
+    Raises ValueError if there is a directory in the place of the file.
     """
 
     def __init__(self, folder: str | Path):
         """folder: of the run."""
         self.path = Path(folder) / "metrics.jsonl"
+        checks.require(not self.path.is_dir(), "folder", f"a directory {self.path}", "a file, or none")
+        self._begins: int | None = None
         self._is_open = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A step's completions are logged before it is counted, its metrics afterwards.
+        self._begins, self._is_open = int(state.global_step) + 1, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or logs is None:
             return
         if not self._is_open:
-            _open_for_append(self.path)
+            _mark_resumed(self.path, int(state.global_step) if self._begins is None else self._begins)
             self._is_open = True
         values = {str(name): _scalar(value) for name, value in logs.items() if _is_number(value)}
         with self.path.open("a", encoding="ascii") as file:
@@ -256,6 +286,14 @@ def _scalar(value: Any) -> float | int | None:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if math.isfinite(value) else None
+
+
+def _mark_resumed(path: Path, step: int) -> None:
+    """Say at the end of a file that has lines that what it holds from this step on was discarded."""
+    _open_for_append(path)
+    if path.exists() and path.stat().st_size > 0:
+        with path.open("a", encoding="ascii") as file:
+            file.write(json.dumps({"step": step, "resumed": True}) + "\n")
 
 
 def _open_for_append(path: Path) -> None:

@@ -127,7 +127,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         if self.accelerator.is_main_process:
             self.add_callback(MetricsLog(folder))
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor
-        return TokenLog(folder, tokenizer, self.accelerator.process_index)
+        log = TokenLog(folder, tokenizer, self.accelerator.process_index)
+        self.add_callback(log)
+        return log
 
     def _why_trls_own(self) -> str | None:
         """Why the loss is TRL's own: a loss type of a newer TRL or of a subclass, a hook of TRL that is not TRL's, or

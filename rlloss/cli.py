@@ -92,17 +92,24 @@ def _demo(arguments: argparse.Namespace) -> int:
             where = "with" if arguments.full else "without"
             print(f"rlloss demo: error: {option}: found {value}, expected none {where} --full", file=sys.stderr)
             return 2
-    if not arguments.full:
-        from rlloss.demo import run_demo
-
-        run_demo(arguments.output, steps=arguments.steps, seed=arguments.seed or 0)
-        return 0
-    from rlloss.comparison import run_comparison
-
     try:
-        run_comparison(arguments.output, steps=arguments.steps, seeds=arguments.seeds or 3, arms=arguments.arms)
+        if arguments.full:
+            from rlloss.comparison import run_comparison
+
+            run_comparison(arguments.output, steps=arguments.steps, seeds=arguments.seeds or 3, arms=arguments.arms)
+        else:
+            from rlloss.demo import run_demo
+
+            run_demo(arguments.output, steps=arguments.steps, seed=arguments.seed or 0)
     except ValueError as error:
+        if not arguments.full:
+            raise
         print(f"rlloss demo: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"rlloss demo: error: --output: found {error.filename!r}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

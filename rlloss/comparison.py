@@ -95,8 +95,7 @@ def run_comparison(
     for name, value in (("steps", steps), ("seeds", seeds)):
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected at least 1")
-    specs, console, output = chosen(arms), console or Console(), Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    specs, console, output = chosen(arms), console or Console(), report.make_folder(output_dir)
     versions = {"rlloss": __version__} | {name: version(name) for name in ("torch", "trl", "transformers")}
     settings = {"steps": steps, "warm_start_steps": warm_start_steps, "held_out_samples": held_out_samples}
     results: dict[str, list[ArmResult]] = {spec.name: [] for spec in specs}
@@ -112,8 +111,7 @@ def run_comparison(
                     task = progress.add_task(f"{spec.name} {seed}", total=steps, note="warm start")
                     start = start or _Start(seed, warm_start_steps)
                     found = start.train(spec, steps, held_out_samples, output, ShowProgress(progress, task))
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_text(json.dumps({"key": key, "result": vars(found)}, allow_nan=False), encoding="utf-8")
+                    report.replace_file(file, json.dumps({"key": key, "result": vars(found)}, allow_nan=False))
                 results[spec.name].append(found)
     seconds = time.perf_counter() - began
     command = f"rlloss demo --full --steps {steps} --seeds {seeds}"
@@ -175,12 +173,12 @@ def entropy_percentile(model: Any, tokenizer: Any, problems: list, *, seed: int,
 def _read(file: Path, key: dict) -> ArmResult | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or a run was killed while it wrote
+        if record["key"] != json.loads(json.dumps(key)):
+            return None
+        result = ArmResult(**record["result"])
+        result.held_out = {name: (mean, error) for name, (mean, error) in result.held_out.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or not one of ours
         return None
-    if record.get("key") != json.loads(json.dumps(key)):
-        return None
-    result = ArmResult(**record["result"])
-    result.held_out = {name: (mean, error) for name, (mean, error) in result.held_out.items()}
     return result
 
 
@@ -308,8 +306,8 @@ def _write(output: Path, results: dict, specs: list[ArmSpec], conditions: dict, 
         },
     }  # fmt: skip
     text = "\n\n".join(f"{table.caption}\n\n{markdown(table)}" for table in tables(results))
-    (output / "comparison.md").write_text(f"`{command}`; {paragraphs[-1]}\n\n{text}\n", encoding="utf-8")
-    (output / "comparison.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+    report.replace_file(output / "comparison.md", f"`{command}`; {paragraphs[-1]}\n\n{text}\n")
+    report.replace_file(output / "comparison.json", json.dumps(record, indent=1, allow_nan=False))
 
 
 def _json(value: float) -> float | None:

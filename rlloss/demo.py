@@ -87,8 +87,7 @@ def run_demo(
     if not arms:
         raise ValueError("arms: found none, expected at least one")
     console = console or Console()
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = report.make_folder(output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = arithmetic.make_tokenizer()
     training, held_out = arithmetic.make_problems(seed=seed)
@@ -323,7 +322,7 @@ def _write(
         "warm_start_held_out": result.warm_start_held_out,
         "arms": [vars(arm) for arm in result.arms],
     }
-    result.history.write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+    report.replace_file(result.history, json.dumps(record, indent=1, allow_nan=False))
 
 
 def _print(result: DemoResult, console: Console) -> None:

@@ -8,8 +8,12 @@ pointer. Every text is escaped. What was not measured (None, NaN, infinite) is a
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -85,7 +89,6 @@ def write_report(
             known = sorted({key for arm in arms for key in arm.series})
             raise ValueError(f"panels: found {panel.key!r}, expected a metric that an arm has: {', '.join(known)}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     named = {arm.name: arm for arm in arms}
     sections = [("", list(arms))]
     if groups is not None:
@@ -94,8 +97,46 @@ def write_report(
                 if name not in named:
                     raise ValueError(f"groups: found {name!r}, expected names of arms: {', '.join(named)}")
         sections = [(heading, [named[name] for name in members]) for heading, members in groups]
-    path.write_text(_page(sections, panels, title, tables, paragraphs, command), encoding="utf-8")
+    replace_file(path, _page(sections, panels, title, tables, paragraphs, command))
     return path
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make the folder that will be written to. Raises OSError, naming it, where that cannot be."""
+    path = Path(path)
+    wrong = errno.ENOTDIR if path.exists() and not path.is_dir() else None
+    if wrong is None:
+        path.mkdir(parents=True, exist_ok=True)
+        wrong = None if os.access(path, os.W_OK | os.X_OK) else errno.EACCES
+    if wrong is not None:
+        raise OSError(wrong, os.strerror(wrong), str(path))
+    return path
+
+
+def replace_file(path: str | Path, content: str | bytes) -> None:
+    """Put a file with this content in the place of `path`; missing folders are made. Texts are written in UTF-8.
+
+    It is written beside `path` and renamed, so that a failure leaves the old file as it was, and a link is replaced and
+    not followed. What is no file, such as /dev/stdout or a named pipe, is written to. Raises OSError, naming `path`.
+    """
+    path = Path(path)
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    beside = path.with_name(f".rlloss-{secrets.token_hex(8)}")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+        if path.exists() and not path.is_symlink():
+            beside.chmod(path.stat().st_mode & 0o777)
+        beside.replace(path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def smooth(values: Sequence[Value], window: int) -> list[float | None]:

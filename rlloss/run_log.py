@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +33,9 @@ class Completion:
 
 @dataclass
 class RunLog:
-    """What was read. texts and prompts: text -> index. metrics: name -> {step: value}. unreadable: "file:line"."""
+    """What was read. texts and prompts: text -> index. metrics: name -> {step: value}. unreadable: "file:line", or
+    "file (why)".
+    """
 
     texts: dict[str, int] = field(default_factory=dict)
     prompts: dict[str, int] = field(default_factory=dict)
@@ -40,12 +43,29 @@ class RunLog:
     metrics: dict[str, dict[int, float | None]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
+    def left_out(self) -> str:
+        """What could not be read, the first five by name; "" if nothing."""
+        more = f" and {len(self.unreadable) - 5} more" if len(self.unreadable) > 5 else ""
+        return f"{', '.join(self.unreadable[:5])}{more}"
+
+
+Record = tuple[int, Any]
+"""A line: its step and what it holds, or None where it says that the run was resumed."""
+
+
+@dataclass
+class Session:
+    """The lines of a file between two resumptions. begins: what earlier ones hold from this step on was discarded."""
+
+    begins: int
+    records: list[Record]
+
 
 def read_run(run_dir: Path) -> RunLog:
     """Read a run.
 
-    A line that cannot be read is left out and noted. Where the steps of a file go back, the run was resumed, and what
-    it had written from that step on is left out.
+    A file or a line that cannot be read is left out and noted. Where a file says that the run was resumed, or its steps
+    go back, what the run had written from that step on is left out.
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
@@ -55,48 +75,78 @@ def read_run(run_dir: Path) -> RunLog:
     if not run_dir.is_dir():
         raise NotADirectoryError(f"run_dir: found a file, {str(run_dir)!r}, {expected}")
     files, metrics = sorted((run_dir / "tokens").glob("*.jsonl")), run_dir / "metrics.jsonl"
-    if not files and not metrics.is_file():
+    if not files and not os.path.lexists(metrics):
         names = sorted(path.name for path in run_dir.iterdir())
         more = ", ..." if len(names) > 8 else ""
         held = f"only {', '.join(names[:8])}{more}" if names else "nothing"
         held = "tokens/ without a .jsonl file" if names == ["tokens"] else held
         raise ValueError(f"run_dir: found {held} in {str(run_dir)!r}, {expected}")
     run = RunLog()
-    for path in files:
-        run.completions += _since_resumed(_parsed(run, path, _completion), lambda c: c.step)
+    processes = [_sessions(_records(run, path, _completion)) for path in files]
+    clock = next((sessions for sessions in processes if sessions), [])
+    run.completions = [c for sessions in processes for _, c in _kept(sessions, clock)]
     run.completions.sort(key=lambda c: c.step)
-    if metrics.is_file():
-        for step, values in _since_resumed(_parsed(run, metrics, _log), lambda log: log[0]):
+    if os.path.lexists(metrics):
+        for step, values in _kept(_sessions(_records(run, metrics, _log)), []):
             for name, value in values.items():
                 run.metrics.setdefault(name, {})[step] = value
     if not run.completions and not run.metrics:
-        lines = f", {len(run.unreadable)} of them not readable" if run.unreadable else ""
+        not_readable = f" (not readable: {run.left_out()})" if run.unreadable else ""
         raise ValueError(
-            f"run_dir: found no completion and no metric in the files of {str(run_dir)!r}{lines}, {expected}"
+            f"run_dir: found no completion and no metric in the files of {str(run_dir)!r}{not_readable}, {expected}"
         )
     return run
 
 
-def _parsed(run: RunLog, path: Path, parse: Callable[[RunLog, Any], Any]) -> Iterator[Any]:
-    """What `parse` makes of each line; a line that does not fit is noted."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield parse(run, json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-                run.unreadable.append(f"{path.name}:{number}")
+def _records(run: RunLog, path: Path, parse: Callable[[RunLog, Any], Any]) -> Iterator[Record]:
+    """What `parse` makes of each line; a line that does not fit is noted, and so is a path that is no file."""
+    try:
+        if not path.is_file():  # a named pipe would be waited for
+            kind = "a directory" if path.is_dir() else "not a file" if path.exists() else "a link to nothing"
+            run.unreadable.append(f"{path.name} ({kind})")
+            return
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    line = json.loads(text)
+                    yield _step(line), None if line.get("resumed") is True else parse(run, line)
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                    run.unreadable.append(f"{path.name}:{number}")
+    except OSError as error:
+        run.unreadable.append(f"{path.name} ({error.strerror})")
 
 
-def _since_resumed(records: Iterator[Any], step_of: Callable[[Any], int]) -> list[Any]:
-    kept: list[Any] = []
-    for record in records:
-        if kept and step_of(record) < step_of(kept[-1]):
-            while kept and step_of(kept[-1]) >= step_of(record):
-                kept.pop()
-        kept.append(record)
-    return kept
+def _sessions(records: Iterator[Record]) -> list[Session]:
+    sessions: list[Session] = []
+    for step, record in records:
+        if record is None:
+            sessions.append(Session(step, []))
+            continue
+        if not sessions or (sessions[-1].records and step < sessions[-1].records[-1][0]):
+            sessions.append(Session(step, []))
+        sessions[-1].records.append((step, record))
+    return sessions
+
+
+def _kept(sessions: list[Session], clock: list[Session]) -> Iterator[Record]:
+    """What no later session discarded.
+
+    A process that was not resumed with the others has no later session of its own. Each process writes the same steps,
+    so `clock`, the sessions of the first one, tells, unless several of them began with the same step.
+    """
+    for number, session in enumerate(sessions):
+        later = sessions[number + 1 :]
+        same = [n for n, of_first in enumerate(clock) if session.records[:1] and _begins_alike(session, of_first)]
+        if len(same) == 1:
+            later = later + clock[same[0] + 1 :]
+        end = min((of.begins for of in later), default=math.inf)
+        yield from (record for record in session.records if record[0] < end)
+
+
+def _begins_alike(a: Session, b: Session) -> bool:
+    return [step for step, _ in a.records[:1]] == [step for step, _ in b.records[:1]]
 
 
 def _completion(run: RunLog, line: dict[str, Any]) -> Completion:
@@ -128,8 +178,8 @@ def _quantum(nats: float) -> int:
     return max(0, min(MISSING - 1, round(nats * SCALE)))
 
 
-def _log(run: RunLog, line: dict[str, Any]) -> tuple[int, dict[str, float | None]]:
-    return _step(line), {_name(name): _finite(value) for name, value in line.items() if name != "step"}
+def _log(run: RunLog, line: dict[str, Any]) -> dict[str, float | None]:
+    return {_name(name): _finite(value) for name, value in line.items() if name != "step"}
 
 
 def _name(text: str) -> str:

@@ -64,8 +64,8 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None, *, m
         max_completions: of more than these, the page holds evenly spaced ones, and says so. What it counts, it counts
             over all.
 
-    A line that cannot be read, as a killed run leaves one, is left out and named on the page. Where the steps of a file
-    go back, the run was resumed, and what it had written from that step on is left out.
+    A line that cannot be read, as a killed run leaves one, and what is no file, are left out and named on the page.
+    Where the run was resumed, what it had written from that step on is left out.
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
@@ -74,9 +74,7 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None, *, m
         raise ValueError(f"max_completions: found {max_completions}, expected at least 1")
     run = read_run(run_dir)
     path = run_dir / "report.html" if output is None else Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = _page(run, run_dir.resolve().name, max_completions)
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    report.replace_file(path, _page(run, run_dir.resolve().name, max_completions))
     return path
 
 
@@ -92,10 +90,7 @@ def _page(run: RunLog, name: str, max_completions: int) -> str:
     inline = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = f"rlloss: {name}"
     notes = [
-        f"Left out as not readable: {', '.join(run.unreadable[:5])}"
-        + (f" and {len(run.unreadable) - 5} lines more." if len(run.unreadable) > 5 else ".")
-        if run.unreadable
-        else "",
+        f"Left out as not readable: {run.left_out()}." if run.unreadable else "",
         f"{len(shown):,} of {len(run.completions):,} completions are on this page, evenly spaced; what is counted, is "
         "counted over all." if len(shown) < len(run.completions) else "",
     ]  # fmt: skip

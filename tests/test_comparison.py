@@ -90,6 +90,16 @@ def test_what_is_done_is_not_done_again(ran, monkeypatch):
         run(folder, steps=5)
 
 
+@pytest.mark.parametrize("found", [
+    b"", b"{", b"[]", b"7", b"{}", b'{"key": {}}', b'{"key": {}, "result": 3}', b'{"key": {}, "result": {"name": "x"}}',
+    b"\xff\xfe{", None,
+])  # fmt: skip
+def test_a_record_that_is_none_of_ours_is_made_anew(tmp_path, found):
+    path = tmp_path / "arm.json"
+    path.mkdir() if found is None else path.write_bytes(found)
+    assert comparison._read(path, {}) is None
+
+
 def test_differences_are_paired():
     # 1, 2, 6 minus 0, 3, 2: 1, -1, 4; mean 4/3, standard deviation sqrt(19/3), error 1.4530; 4.303 of it is more.
     found = comparison.difference([1.0, 2.0, 6.0], [0.0, 3.0, 2.0])
@@ -167,3 +177,9 @@ def test_the_command_names_bad_options(capsys, tmp_path):
     assert "--arms: found ['GDPO'], expected none without --full" in capsys.readouterr().err
     assert main(["demo", "--full", "--arms", "PPO", "--output", str(tmp_path)]) == 2
     assert "arms: found 'PPO', expected some of 'clip-higher'" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for full in ([], ["--full"]):
+        for output, found in (("file", "file"), ("file/inside", "file/inside")):
+            assert main(["demo", *full, "--output", str(tmp_path / output)]) == 2
+            said = capsys.readouterr().err
+            assert said == f"rlloss demo: error: --output: found {str(tmp_path / found)!r}: Not a directory\n"

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from rlloss.report import Arm, Panel, Table, smooth, ticks, write_report
+from rlloss.report import Arm, Panel, Table, replace_file, smooth, ticks, write_report
 
 VOID = {"meta", "line", "circle", "path", "br"}
 HOSTILE = "</script><script>alert(1)</script> & \"quoted\" 'arm'"
@@ -143,3 +145,53 @@ def test_smooth_is_a_centred_mean_that_skips_gaps():
 )
 def test_ticks_are_round_numbers_inside(low, high, expected):
     assert ticks(low, high, 5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("target", ["file", "nothing", "read-only"])
+def test_a_link_is_replaced_and_its_target_left_alone(tmp_path, target):
+    kept, path = tmp_path / "kept", tmp_path / "page.html"
+    if target != "nothing":
+        kept.write_text("mine")
+    if target == "read-only":
+        kept.chmod(0o400)
+    path.symlink_to(kept)
+    replace_file(path, "é\ud800\n")
+    assert not path.is_symlink() and path.read_bytes() == "é\\ud800\n".encode()
+    assert kept.read_text() == "mine" if target != "nothing" else not kept.exists()
+    assert {p.name for p in tmp_path.iterdir()} <= {"kept", "page.html"}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "page.html"
+    replace_file(path, b"old")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    path.chmod(0o600)
+    replace_file(path, "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*page.html'"):
+        replace_file(path, "newer")
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        replace_file(tmp_path, "x")
+    replace_file("/dev/null", "x")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(FileExistsError, match="file"):
+        (tmp_path / "file").write_text("")
+        replace_file(tmp_path / "file" / "page.html", "x")
+
+
+def test_no_whole_file_is_written_another_way():
+    """Of the package and the benchmarks; logs are appended to."""
+    other = re.compile(
+        r"\.write_text\(|\.write_bytes\(|savefig\((?!drawn)|open\([^)]*\bmode=|open\(\"[wx]|json\.dump\("
+    )
+    root = Path(__file__).resolve().parents[1]
+    files = [path for folder in ("rlloss", "integrations", "benchmarks") for path in (root / folder).glob("*.py")]
+    found = [f"{p.name}: {m[0]}" for p in files for m in other.finditer(p.read_text())]
+    assert sorted(found) == ["report.py: .write_bytes(", 'report.py: open("x']

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +137,53 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     assert page.data["lines"] == [[["x", [1, 2], [1.0, 20.0]]], [["y", [2], [5.0]]]]
 
 
+@pytest.mark.parametrize("steps, kept", [
+    # First process; second, which was not resumed with it. Each letter is a session of the first.
+    (["a0 a1 a2 a3 b2 b3", "a0 a1 a2 a3"], "a0 a0 a1 a1 b2 b3"),
+    (["a0 a1 a2 a3 b2 b3", "b2 b3"], "a0 a1 b2 b2 b3 b3"),  # it came with the resumption
+    (["a1 a2 a3 b2 b3 c0", "a1 a2 a3 b2 b3"], "c0"),
+    (["a0 a1 b0 b1", "b0 b1"], "b0 b0 b1 b1"),  # of either run, by its steps: kept
+    (["a0 a1 a2 a3 b2", ""], "a0 a1 b2"),
+])  # fmt: skip
+def test_processes_that_were_not_resumed_with_the_first(tmp_path, steps, kept):
+    files = {
+        f"process-{n:05d}.jsonl": [completion([text[0]], step=int(text[1])) for text in of_process.split()]
+        for n, of_process in enumerate(steps)
+    }
+    found = page_of(make_run(tmp_path, files)).completions()
+    assert sorted(f"{line['tokens'][0]}{line['step']}" for line in found) == sorted(kept.split())
+
+
+def test_what_is_no_file_is_left_out_and_named(tmp_path):
+    run = make_run(tmp_path, [GOOD])
+    (run / "tokens" / "a.jsonl").mkdir()
+    (run / "tokens" / "b.jsonl").symlink_to(run / "nowhere")
+    os.mkfifo(run / "tokens" / "c.jsonl")
+    (run / "tokens" / "d.jsonl").symlink_to("d.jsonl")
+    (run / "metrics.jsonl").mkdir()
+    (run / "tokens" / "e.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\xff\xfe\n" + b"\0" * 9)
+    page = page_of(run)
+    assert len(page.completions()) == 2
+    noted = (
+        "Left out as not readable: a.jsonl (a directory), b.jsonl (a link to nothing), c.jsonl (not a file), "
+        "d.jsonl (a link to nothing), e.jsonl:2 and 2 more."
+    )
+    assert noted in page.text["p"]
+
+
+def test_a_file_that_may_not_be_read_is_left_out_and_named(tmp_path, monkeypatch):
+    run, opened = make_run(tmp_path, {"a.jsonl": [GOOD], "b.jsonl": [GOOD]}), Path.open
+
+    def refused(path, *args, **kwargs):
+        if path.name == "a.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    found = read_run(run)
+    assert len(found.completions) == 1 and found.unreadable == ["a.jsonl (Permission denied)"]
+
+
 GOOD = completion()
 
 
@@ -220,7 +269,7 @@ def hint(tmp_path, kind):
     ("other", "found only config.json in '.*run', expected"),
     ("no files", "found tokens/ without a .jsonl file in '.*run', expected"),
     ("no lines", "found no completion and no metric in the files of '.*run', expected"),
-    ("bad lines", "found no completion and no metric in the files of '.*run', 2 of them not readable, expected"),
+    ("bad lines", r"found no .* in the files of '.*run' \(not readable: process-00000.jsonl:1, .*:2\), expected"),
 ])  # fmt: skip
 def test_the_command_says_in_a_line_what_is_no_run(tmp_path, capsys, kind, message):
     run = hint(tmp_path, kind)

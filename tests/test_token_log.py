@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlloss.integrations.token_log import MetricsLog, TokenLog
+from rlloss.run_log import read_run
 from rlloss.token_states import TokenState
 
 PAD, EOS = "<pad>", "<eos>"
@@ -150,7 +151,7 @@ def test_resuming_appends_and_cuts_off_what_was_not_finished(tmp_path):
     with first.path.open("a") as file:
         file.write('{"step": 2, "prompt": "' + "x" * 10_000)
     write(TokenLog(tmp_path, tokenizer), ids, step=3)
-    assert [line["step"] for line in lines_of(first.path)] == [1, 3]
+    assert [(line["step"], "resumed" in line) for line in lines_of(first.path)] == [(1, False), (3, True), (3, False)]
     first.path.write_text('{"torn')
     write(TokenLog(tmp_path, tokenizer), ids, step=4)
     assert [line["step"] for line in lines_of(first.path)] == [4]
@@ -215,4 +216,57 @@ def test_metrics_resume(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"lo')
     on_log(MetricsLog(tmp_path), {"loss": 0.25}, step=2)
-    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert lines_of(tmp_path / "metrics.jsonl") == [
+        {"loss": 0.5, "step": 1}, {"step": 2, "resumed": True}, {"loss": 0.25, "step": 2},
+    ]  # fmt: skip
+
+
+def train(folder, *, processes, begins, steps, every=1, text=5):
+    """As the trainer calls the logs: completions at the steps done so far, metrics once the step is done."""
+    tokenizer, args = byte_level(), SimpleNamespace(world_size=processes)
+    logs = [TokenLog(folder, tokenizer, process_index=n) for n in range(processes)]
+    metrics = MetricsLog(folder)
+    for log in (*logs, metrics):
+        log.on_train_begin(args, SimpleNamespace(global_step=begins), None)
+    for step in steps:
+        for log in logs if step % every == 0 else ():
+            write(log, torch.tensor([[text]]), step=step)
+        on_log(metrics, {f"loss{text}": 0.5}, step=step + 1)
+
+
+@pytest.mark.parametrize("processes", [(2, 1), (1, 2), (3, 2, 3, 1)])
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_a_resumed_run_discards_is_left_out_whatever_its_processes(tmp_path, processes, every):
+    """The first run goes beyond its checkpoint after step 2, each later one repeats what it did from there."""
+    for number, count in enumerate(processes):
+        # In the first repetition no step goes back: the run was killed in the step after its checkpoint.
+        steps = range(5) if number == 0 else range(2, 3 + number)
+        train(tmp_path, processes=count, begins=2 * (number > 0), steps=steps, every=every if number == 0 else 1,
+              text=5 + number)  # fmt: skip
+    run, last = read_run(tmp_path), len(processes) - 1
+    old = [0, 1][::every]
+    found = sorted((c.step, c.tokens[0]) for c in run.completions)
+    texts = [run.texts[t] for t in (byte_level().convert_ids_to_tokens([5, 5 + last]))]
+    expected = [(s, texts[0]) for s in old] * processes[0] + [(s, texts[1]) for s in range(2, 3 + last)] * processes[-1]
+    assert found == sorted(expected) and run.unreadable == []
+    assert run.metrics == {
+        "loss5": {1: 0.5, 2: 0.5}, f"loss{5 + last}": dict.fromkeys(range(3, 4 + last), 0.5),
+    }  # fmt: skip
+
+
+def test_a_run_that_is_begun_anew_replaces_the_old_one_with_its_first_line(tmp_path):
+    train(tmp_path, processes=2, begins=0, steps=range(3))
+    train(tmp_path, processes=1, begins=0, steps=[], text=6)
+    assert len(read_run(tmp_path).completions) == 6
+    train(tmp_path, processes=1, begins=0, steps=[0], text=6)
+    run = read_run(tmp_path)
+    assert [c.step for c in run.completions] == [0] and run.metrics == {"loss6": {1: 0.5}}
+
+
+def test_a_directory_in_the_place_of_a_log_is_named_before_training(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match="folder: found a directory .*metrics.jsonl, expected a file, or none"):
+        MetricsLog(tmp_path)
+    (tmp_path / "tokens" / "process-00000.jsonl").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="process-00000.jsonl"):
+        TokenLog(tmp_path, byte_level())
