@@ -1,11 +1,12 @@
 """Who computes, and the only import of the kernels.
 
 Backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under TRITON_INTERPRET=1), "torch"
-(tiled torch, anywhere). The choice is made per call from the tensor; RLLOSS_BACKEND or `backend(...)` forces one, and
-a forced backend that is missing raises.
+(tiled torch, anywhere). The choice is made per call from the tensor, and a backward takes that of its forward;
+RLLOSS_BACKEND or `backend(...)` forces one, and a forced backend that is missing raises.
 """
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -37,18 +38,32 @@ except ImportError:  # Triton is published for Linux only
 
 BACKENDS = ("triton", "interpreter", "torch")
 
-_forced: list[str] = []
+# Each a list of one name, which `is` tells from the others.
+_forced: contextvars.ContextVar[tuple[list[str], ...]] = contextvars.ContextVar("forced", default=())
+_anywhere: list[str] = []  # the names forced in all threads
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend ("triton", "interpreter" or "torch") for the calls inside."""
+    """Force a backend ("triton", "interpreter" or "torch") for the calls inside, in this thread or asyncio task alone.
+
+    Under torch.compile the forward and the backward each take the one that is forced where they run.
+    """
     checks.one_of("backend", name, BACKENDS)
-    _forced.append(name)
+    mine = [name]
+    _forced.set((*_forced.get(), mine))
+    _anywhere.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _anywhere.remove(name)
+        _forced.set(tuple(other for other in _forced.get() if other is not mine))
+
+
+@torch.compiler.assume_constant_result
+def _forced_here() -> str | None:
+    forced = _forced.get()
+    return forced[-1][0] if forced else None
 
 
 def choose_backend(x: Tensor) -> str:
@@ -60,7 +75,9 @@ def choose_backend(x: Tensor) -> str:
         possible = ["interpreter", "torch"] if triton_forward is not None and interpreted else ["torch"]
     if x.dtype == torch.float64:
         possible = ["torch"]
-    forced = _forced[-1] if _forced else os.environ.get("RLLOSS_BACKEND")
+    # torch.compile cannot trace a ContextVar: its value is a constant to it, guarded by the names in `_anywhere`.
+    forced = _forced_here() if any(name in _anywhere for name in BACKENDS) else None
+    forced = forced or os.environ.get("RLLOSS_BACKEND")
     if not forced:
         return possible[0]
     checks.one_of("RLLOSS_BACKEND", forced, BACKENDS)

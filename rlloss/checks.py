@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -41,10 +41,11 @@ def same_device(name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) 
         raise ValueError(f"{name}: found device {x.device}, expected {like.device} (that of {like_name})")
 
 
-def local(name: str, x: Any, ways_out: str) -> None:
+def local(name: str, x: object, ways_out: str) -> None:
     """Refuse a DTensor, by what it can do: importing its class takes as long as importing torch."""
-    if hasattr(x, "full_tensor"):
-        raise TypeError(f"{name}: found a DTensor with {x.placements}, expected a plain tensor: {ways_out}")
+    if isinstance(x, torch.Tensor) and hasattr(x, "full_tensor"):
+        placements = getattr(x, "placements", None)
+        raise TypeError(f"{name}: found a DTensor with {placements}, expected a plain tensor: {ways_out}")
 
 
 def boolean(name: str, x: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlloss import lm_head
+from rlloss.backends import backend, choose_backend
 from rlloss.config import LossConfig
 from rlloss.linear import Call, prepare
 from rlloss.linear_op import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
@@ -49,7 +50,7 @@ class _GradientInForward(torch.autograd.Function):
             logp, entropy = (spread(x, counted, rows.target.shape) for x in (made.logp, made.entropy))
             loss, metrics = loss_of(logp, entropy)
         ctx.held = made.held
-        ctx.rest = rows, counted, settings, entropy_grad
+        ctx.rest, ctx.backend = (rows, counted, settings, entropy_grad), choose_backend(hidden)
         ctx.save_for_backward(
             hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
             made.saved, made.entropy, made.coefs,
@@ -64,7 +65,7 @@ class _GradientInForward(torch.autograd.Function):
         held, ctx.held = ctx.held, None
         rows, counted, settings, entropy_grad = ctx.rest
         factor = g_loss.to(saved.dtype)
-        with plain(hidden.device):
+        with plain(hidden.device), backend(ctx.backend):
             if held is not None:
                 found = held.scaled(factor, hidden, weight, bias, counted)
             else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlloss import lm_head
+from rlloss.backends import backend, choose_backend
 from rlloss.lm_head import Coefs, Head, Kept, Stats, Transform, Wanted
 from rlloss.picked import Capacity, Picked, Survey, fitting
 from rlloss.products import count_unit
@@ -175,7 +176,7 @@ class LinearTokenStats(torch.autograd.Function):
             hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
             stats.saved, stats.entropy if entropy_grad else None,
         )  # fmt: skip
-        ctx.rest = rows, counted, settings, gather
+        ctx.rest, ctx.backend = (rows, counted, settings, gather), choose_backend(hidden)
         ctx.mark_non_differentiable(extra, *(() if entropy_grad else (entropy,)))
         return logp, entropy, lse, extra
 
@@ -188,7 +189,7 @@ class LinearTokenStats(torch.autograd.Function):
         hidden, weight, bias, _, _, saved, entropy = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward finds none and computes the logits again
         rows, counted, settings, gather = ctx.rest
-        with plain(hidden.device), gather():
+        with plain(hidden.device), gather(), backend(ctx.backend):
             head = Head(weight, bias, *settings)
             found = _backward(hidden, head, rows, counted, saved, entropy, grads, kept, ctx.needs_input_grad[:3])
         return *found, *(None,) * 7
@@ -300,6 +301,7 @@ def _setup_context(ctx, inputs, output):
     hidden, weight, bias, target, mask, temperatures, *settings = inputs
     _, entropy, _, saved, extra = output
     ctx.settings, entropy_grad, ctx.capacity = settings[:4], settings[6], settings[10]
+    ctx.backend = choose_backend(hidden)
     ctx.mark_non_differentiable(saved, extra)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, mask, temperatures, saved, entropy if entropy_grad else None)
@@ -311,20 +313,11 @@ def _op_backward(ctx, g_logp, g_entropy, g_lse, *_):
     if any(g is not None for g in grads):
         hidden, weight, bias, target, mask, temperatures, saved, entropy = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        all_three = _backward_op(
-            hidden,
-            weight,
-            bias,
-            target,
-            mask,
-            temperatures,
-            *ctx.settings,
-            saved,
-            entropy,
-            *grads,
-            *needed,
-            ctx.capacity,
-        )
+        with backend(ctx.backend):
+            all_three = _backward_op(
+                hidden, weight, bias, target, mask, temperatures, *ctx.settings, saved, entropy, *grads, *needed,
+                ctx.capacity,
+            )  # fmt: skip
         found = [g if need else None for g, need in zip(all_three, needed, strict=True)]
     return *found, *(None for _ in range(14))
 

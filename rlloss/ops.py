@@ -135,7 +135,7 @@ def _(logits, target, mask, temperatures, temperature, softcap, logit_scale, sav
 def _setup_context(ctx, inputs, output):
     logits, target, mask, temperatures, *settings = inputs
     _, entropy, _, saved, extra = output
-    ctx.settings = settings[:3]
+    ctx.settings, ctx.backend = settings[:3], choose_backend(logits)
     entropy_grad = settings[4]
     ctx.mark_non_differentiable(saved, extra)
     ctx.set_materialize_grads(False)
@@ -151,7 +151,8 @@ def _saved(ctx) -> Any:
 def _backward(ctx, g_logp, g_entropy, g_lse, *_):
     grad = None
     if any(g is not None for g in (g_logp, g_entropy, g_lse)):
-        grad = _token_stats_backward_op(*_saved(ctx), g_logp, g_entropy, g_lse)
+        with backend(ctx.backend):
+            grad = _token_stats_backward_op(*_saved(ctx), g_logp, g_entropy, g_lse)
     return grad, *(None for _ in range(11))
 
 
@@ -173,7 +174,8 @@ class _InplaceTokenStats(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy, g_lse, *_):
         grad = None
         if any(g is not None for g in (g_logp, g_entropy, g_lse)):
-            logits = _run_backward(*_saved(ctx), grads=(g_logp, g_entropy, g_lse), inplace=True)
+            with backend(ctx.backend):
+                logits = _run_backward(*_saved(ctx), grads=(g_logp, g_entropy, g_lse), inplace=True)
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()  # the logits have a history of their own, which is not that of their gradient
         return grad, *(None for _ in range(11))
