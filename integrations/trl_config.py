@@ -50,6 +50,14 @@ class GRPOConfig(trl.GRPOConfig):
             "of the two. (That `epsilon` was given at its default cannot be seen; epsilon_low then counts.)"
         },
     )
+    max_log_ratio: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Bound of |log ratio|, and of |log-probability of the reference - that of the policy| in the KL; "
+            "beyond it both are constants without gradient. verl bounds both by 20. None: no bound (TRL), where e^100 "
+            "is infinite."
+        },
+    )
     entropy_denominator: str = dataclasses.field(
         default="all",
         metadata={

@@ -171,10 +171,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._zero_advantage.check(theirs)
         exact_k = getattr(self.args, "exact_k", False)
         bonus_tokens = getattr(self.args, "entropy_bonus_tokens", "kept")
+        max_log_ratio = getattr(self.args, "max_log_ratio", None)
         if theirs is not None:
             for name, found, expected in (
                 ("entropy_denominator", entropy_denominator, "all"),
                 ("exact_k", exact_k, False),
+                ("max_log_ratio", max_log_ratio, None),
                 ("entropy_bonus_tokens", bonus_tokens, "kept"),
             ):
                 checks.require(
@@ -198,6 +200,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             **settings,
             entropy_denominator=entropy_denominator,
             exact_k=exact_k,
+            max_log_ratio=max_log_ratio,
             entropy_bonus_tokens=bonus_tokens if settings["entropy_coef"] != 0.0 else "kept",
         )
         if LOSSES[self.loss_type].surrogate is cispo and config.epsilon_high < 1.0:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.rows import device_of, registers
-from rlloss.kernels.surrogates import clamped, clip_flags, divergence, selected, surrogate
+from rlloss.kernels.surrogates import clamped, clip_flags, divergence, minus, selected, surrogate
 
 BLOCK_T = 512
 NUM_WARPS = 8
@@ -145,7 +145,7 @@ def clip_surrogate_kernel(
                 count_kept += kept.to(tl.int32)
             if HAS_OLD and SEQUENCE:
                 logp = tl.load(logp_ptr + base + t, mask=counts, other=0.0)
-                total += logp - tl.load(old_ptr + base + t, mask=counts, other=0.0)
+                total += minus(logp, tl.load(old_ptr + base + t, mask=counts, other=0.0))
             if OFF_POLICY and HAS_BEHAVIOR:
                 logp = tl.load(logp_ptr + base + t, mask=counts, other=0.0)
                 apart = tl.load(behavior_ptr + base + t, mask=counts, other=0.0) - logp
@@ -190,7 +190,7 @@ def clip_surrogate_kernel(
             advantage = tl.load(advantage_ptr + base + t, mask=counts, other=0.0)
         log_ratio = tl.zeros((BLOCK_T,), tl.float32) + sequence_log_ratio
         if HAS_OLD and not SEQUENCE:
-            log_ratio = logp - tl.load(old_ptr + base + t, mask=counts, other=0.0)
+            log_ratio = minus(logp, tl.load(old_ptr + base + t, mask=counts, other=0.0))
             log_ratio = clamped(log_ratio, -max_log_ratio, max_log_ratio)
         kept = counts
         if HAS_ENTROPY:
@@ -210,13 +210,9 @@ def clip_surrogate_kernel(
             acts = acts & (sampler != 0.0)
 
         loss, slope, live, ratio = surrogate(
-            log_ratio, logp, advantage, acts, low, gain, loss_bound, max_log_ratio, CISPO
+            log_ratio, logp, advantage, acts, sampler, low, gain, loss_bound, max_log_ratio, HAS_SAMPLER_RATIO, CISPO
         )
         below, above = clip_flags(ratio, advantage, low, high, delta, CISPO)
-        if HAS_SAMPLER_RATIO:
-            sampler = tl.where(acts, sampler, 0.0)
-            loss = tl.where(acts, loss * sampler, 0.0)
-            slope = tl.where(live, slope * sampler, 0.0)
         s_surrogate += loss
         s_ratio += tl.where(counts, ratio, 0.0)
         c_tokens += counts.to(tl.int32)
@@ -232,18 +228,14 @@ def clip_surrogate_kernel(
             coef = tl.zeros((BLOCK_T,), tl.float32)
             own_live = counts & (counts == 0)
         if KL > 0:
-            difference = tl.load(ref_ptr + base + t, mask=counts, other=0.0) - logp
-            kl, kl_slope, kl_live = divergence(tl.where(counts, difference, 0.0), counts, KL)
-            if KL_BIAS_CORRECTION:
-                weigh = tl.where(kl_live, ratio, 0.0)
-                kl = tl.where(kl_live, kl * weigh, 0.0)
-                kl_slope = kl_slope * weigh
-                through = kl_live & ((tl.abs(log_ratio) >= max_log_ratio) == 0)
-                if SEQUENCE:
-                    s_slope += tl.where(through, beta * kl, 0.0) * share
-                    c_moves += through.to(tl.int32)
-                else:
-                    kl_slope = tl.where(through, kl_slope + kl, kl_slope)
+            difference = minus(tl.load(ref_ptr + base + t, mask=counts, other=0.0), logp)
+            kl, kl_slope, kl_live, through = divergence(
+                tl.where(counts, difference, 0.0), counts, log_ratio, ratio, max_log_ratio, KL, KL_BIAS_CORRECTION,
+                not SEQUENCE,
+            )  # fmt: skip
+            if KL_BIAS_CORRECTION and SEQUENCE:
+                s_slope += tl.where(through, beta * kl, 0.0) * share
+                c_moves += through.to(tl.int32)
             s_kl += tl.where(counts, kl, 0.0)
             loss += tl.where(counts, beta * kl, 0.0)
             coef += tl.where(kl_live, beta * kl_slope, 0.0)

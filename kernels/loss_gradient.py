@@ -19,7 +19,8 @@ loss_gradient_kernel:
     tiles = (V + BLOCK_V - 1) // BLOCK_V
     R = BLOCK_V * b // 16
     statistics = n * (tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * (R + 2) + HAS_SOFTCAP)
-    exponentials = statistics + n * (1 + (KL == 3)) + L * tiles * BLOCK_V * (1 + 2 * HAS_SOFTCAP)
+    of_token = 1 + 2 * HAS_SAMPLER_RATIO + (KL == 3) * (1 + KL_BIAS_CORRECTION)
+    exponentials = statistics + n * of_token + L * tiles * BLOCK_V * (1 + 2 * HAS_SOFTCAP)
 """
 
 import torch
@@ -28,7 +29,7 @@ import triton.language as tl
 
 from rlloss.kernels.online import LN_2, merge, softcapped
 from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, row_offset, scales
-from rlloss.kernels.surrogates import clamped, divergence, selected, surrogate
+from rlloss.kernels.surrogates import clamped, divergence, minus, selected, surrogate
 from rlloss.kernels.token_stats import chunk_stats
 from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
 
@@ -113,7 +114,7 @@ def loss_gradient_kernel(
             advantage = tl.load(advantage_ptr + sequence)
         log_ratio = logp - logp
         if HAS_OLD:
-            log_ratio = clamped(logp - tl.load(old_ptr + row), -max_log_ratio, max_log_ratio)
+            log_ratio = clamped(minus(logp, tl.load(old_ptr + row)), -max_log_ratio, max_log_ratio)
         acts = log_ratio == log_ratio
         acts = acts | (acts == 0)
         if SELECT:
@@ -126,17 +127,15 @@ def loss_gradient_kernel(
             else:
                 sampler = tl.load(sampler_ratio_ptr + sequence)
             acts = acts & (sampler != 0.0)
-        _, coef, live, ratio = surrogate(log_ratio, logp, advantage, acts, low, gain, loss_bound, max_log_ratio, CISPO)
-        if HAS_SAMPLER_RATIO:
-            coef = tl.where(live, coef * tl.where(live, sampler, 0.0), 0.0)
+        _, coef, _, ratio = surrogate(
+            log_ratio, logp, advantage, acts, sampler, low, gain, loss_bound, max_log_ratio, HAS_SAMPLER_RATIO, CISPO
+        )
         if KL > 0:
             counts = acts | (acts == 0)
-            kl, kl_slope, kl_live = divergence(tl.load(ref_ptr + row) - logp, counts, KL)
-            if KL_BIAS_CORRECTION:
-                weigh = tl.where(kl_live, ratio, 0.0)
-                kl_slope = kl_slope * weigh
-                kl = tl.where(kl_live, kl * weigh, 0.0)
-                kl_slope = tl.where((tl.abs(log_ratio) >= max_log_ratio) == 0, kl_slope + kl, kl_slope)
+            difference = minus(tl.load(ref_ptr + row), logp)
+            _, kl_slope, kl_live, _ = divergence(
+                difference, counts, log_ratio, ratio, max_log_ratio, KL, KL_BIAS_CORRECTION, True
+            )
             coef += tl.where(kl_live, beta * kl_slope, 0.0)
         weight = tl.load(weight_ptr + sequence)
         coef = tl.where(coef == 0.0, 0.0, coef * weight)

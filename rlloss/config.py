@@ -157,7 +157,8 @@ class LossConfig:
     above 1 + epsilon_high."""
 
     max_log_ratio: float | None = None
-    """Bound of |log ratio| before the exponential; outside it the ratio is a constant and carries no gradient."""
+    """Bound of |log ratio| before the exponential, and of |ref_logp - logp| before the KL; outside it they are
+    constants without gradient. None: the formulas as they are, which may be infinite. For "vespo" of the KL alone."""
 
     top_entropy_quantile: float = 1.0
     """rho (2506.01939): the surrogate keeps the tokens whose entropy is at or above the (1 - rho) quantile. 1.0 keeps
@@ -274,9 +275,12 @@ class LossConfig:
             )  # fmt: skip
 
     def _also_read(self) -> set[str]:
-        """What is read besides: the ratio of the KL's bias correction; and "gspo" may say what it is."""
+        """What is read besides: the KL's bound, the ratio of its bias correction; and "gspo" may say what it is."""
+        read = {"max_log_ratio"} if self.beta != 0.0 else set()
         corrected = self.beta != 0.0 and self.kl_bias_correction and self.loss_type == "vespo"
-        return {"ratio_level"} if corrected or (self.loss_type, self.ratio_level) == ("gspo", "sequence") else set()
+        if corrected or (self.loss_type, self.ratio_level) == ("gspo", "sequence"):
+            read |= {"ratio_level"}
+        return read
 
     def _without_effect(self, name: str, default: object, because: str) -> None:
         found = getattr(self, name)

@@ -190,27 +190,27 @@ def policy_loss(
         )  # fmt: skip
         return PolicyLoss(loss, metrics if selected is None else metrics | {"selected": selected.sum().float()})
 
-    log_ratio = log_ratio(level, sampler_ratio, config.max_log_ratio)
+    log_ratio = log_ratio(level, sampler_ratio, None if level == "product" else config.max_log_ratio)
     if by_entropy is None:
         by_entropy, entropy_from = _kept(entropy, mask, cutoff, config)
     kept = mask & by_entropy
     acts = surrogate_acts(kept)
-    weight = None if level == "product" else sampler_ratio
+    weight = None if level == "product" or sampler_ratio is None else torch.where(acts, sampler_ratio, 0.0)
     per_sequence = log_ratio.shape[1] == 1 and advantage.shape[1] == 1
     acting = acts.any(-1, keepdim=True) if per_sequence else acts
     # Where the weight of a sequence is NaN, a token that does not act would otherwise get 0 * NaN back.
     own_logp = torch.where(acts, logp, 0.0)
-    surrogate = loss_type.surrogate(Inputs(own_logp, log_ratio, advantage, acting, selected), config)
+    surrogate = loss_type.surrogate(Inputs(own_logp, log_ratio, advantage, acting, selected, weight), config)
     token_loss = torch.where(acts, surrogate.loss.expand_as(mask), 0.0)
-    if weight is not None:
-        token_loss = token_loss * torch.where(acts, weight, 0.0)
+    if weight is not None and not surrogate.weighted:
+        token_loss = token_loss * weight
     surrogate_sum = token_loss.detach().sum()
 
     kl = kl_live = None
     if ref_logp is not None:
         kl_level = config.ratio_level if level == "product" else level
         kl_ratio = ratios.log_ratio(logp, old_logp, mask, kl_level, None, config.max_log_ratio)
-        kl, kl_live = _kl(torch.where(mask, ref_logp - logp, 0.0), kl_ratio, mask, config)
+        kl, kl_live = _kl(torch.where(mask, -ratios.minus(logp, ref_logp), 0.0), kl_ratio, mask, config)
         token_loss = token_loss + config.beta * kl
 
     counted = kept if config.entropy_denominator == "kept" else mask
@@ -299,20 +299,39 @@ def _kl(difference: Tensor, log_ratio: Tensor, mask: Tensor, config: LossConfig)
 
     k2 and k3 are flat where the two policies agree; there the importance ratio is left out, which may be infinite.
     """
-    flat = difference.detach() == 0.0
+    fixed = ratios.bounded(difference, config.max_log_ratio)
+    difference = ratios.within(difference, config.max_log_ratio)
+    d = difference.detach()
     if config.kl_estimator == "k1":
-        kl, live = -difference, mask
-    elif config.kl_estimator == "k2":
-        kl, live = difference.square() / 2.0, mask & ~flat
+        apart = mask
     else:
-        flat = flat | (difference.detach().exp() == 1.0)
-        kl, live = difference.exp() - difference - 1.0, mask & ~flat
-    if config.kl_bias_correction:
-        kl = torch.where(live, kl * torch.where(live, log_ratio, 0.0).exp(), 0.0)
-        if log_ratio.shape != mask.shape:
-            through_ratio = live.any(-1, keepdim=True) & mask & ~ratios.bounded(log_ratio, config.max_log_ratio)
-            live = live | through_ratio
-    return kl, live
+        apart = mask & (d != 0.0) & ((d.exp() != 1.0) if config.kl_estimator == "k3" else True)
+    if not config.kl_bias_correction:
+        return _divergence(difference, config.kl_estimator), apart & ~fixed
+
+    per_sequence = log_ratio.shape != mask.shape
+    ratio = torch.where(apart, log_ratio, 0.0)
+    through = ~ratios.bounded(log_ratio, config.max_log_ratio)
+    # e^d may be infinite and the ratio 0: their product is formed from the sum of the exponents, where the term that is
+    # taken away from it cannot be infinite.
+    steep = apart & (d > 1.0) & (ratio.detach() < 40.0) & (config.kl_estimator == "k3")
+    kl = _divergence(torch.where(steep, 0.0, difference), config.kl_estimator) * ratio.exp()
+    steep_d, steep_ratio = torch.where(steep, difference, 0.0), torch.where(steep, ratio, 0.0)
+    both = steep_d + steep_ratio
+    if not per_sequence:  # ref_logp - old_logp, in which logp is no more
+        both = torch.where(through & ~fixed, both.detach(), both)
+    kl = torch.where(apart, torch.where(steep, both.exp() - (1.0 + steep_d) * steep_ratio.exp(), kl), 0.0)
+    own = apart & ~fixed & (torch.where(steep, both, ratio).detach().exp() != 0.0)
+    if per_sequence:
+        return kl, own | ((kl.detach() != 0.0).any(-1, keepdim=True) & mask & through)
+    shared = torch.where(fixed, kl.detach() != 0.0, ratio.detach().exp() != 0.0)
+    return kl, torch.where(through, apart & shared, own)
+
+
+def _divergence(difference: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return -difference
+    return difference.square() / 2.0 if estimator == "k2" else difference.exp() - difference - 1.0
 
 
 def _ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_sequence: bool) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ def sampler_ratio(
 
     Returns:
         `[B, T]` or, for the sequence modes, `[B, 1]`, without gradient, fp32 (fp64 for fp64 log-probabilities); 1 in
-        masked columns before clamping. What `policy_loss` takes as `sampler_ratio`.
+        masked columns before clamping. What `policy_loss` takes as `sampler_ratio`. A probability of 0 by both (-inf)
+        is equal, a ratio of 1; "mask" makes it 0 all the same: neither of them can have sampled that.
 
     Raises:
         ValueError, TypeError: an argument does not fit; it is named.
@@ -55,13 +56,16 @@ def sampler_ratio(
         x.detach() if x.dtype == torch.float64 else x.detach().float() for x in (old_logp, sampler_logp)
     )
     level, bound = mode.split("_")
-    log_ratio = torch.where(mask & ~sampler_logp.isnan(), old_logp - sampler_logp, 0.0)
+    log_ratio = torch.where(mask & ~sampler_logp.isnan(), minus(old_logp, sampler_logp), 0.0)
+    impossible = (mask & (old_logp == -math.inf)), (mask & (sampler_logp == -math.inf))
     if level == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True)
+        log_ratio = log_ratio.clamp(-1e30, 1e30).sum(-1, keepdim=True)  # inf - inf is NaN
+        impossible = (x.any(-1, keepdim=True) for x in impossible)
     ratio = log_ratio.exp()
     if bound == "truncate":
         return ratio.clamp(low, high)
-    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    by_both = torch.stack([*impossible]).all(0)
+    return ratio.masked_fill((ratio < low) | (ratio > high) | by_both, 0.0)
 
 
 def token(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Tensor:
@@ -87,19 +91,40 @@ def product(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Te
 LEVELS = {"token": token, "sequence": sequence, "product": product}
 
 
+class _Minus(torch.autograd.Function):
+    """logp - other, 0 where both are -inf: the two policies agree. Its gradient is that of logp."""
+
+    @staticmethod
+    def forward(ctx, logp, other):
+        return torch.where(logp == other, 0.0, logp - other)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def minus(logp: Tensor, other: Tensor) -> Tensor:
+    """logp - other of log-probabilities, 0 where both are -inf: the two policies agree. No gradient for `other`."""
+    return _Minus.apply(logp, other.detach())
+
+
 def log_ratio(
     logp: Tensor, old_logp: Tensor | None, mask: Tensor, level: str, sampler_ratio: Tensor | None, bound: float | None
 ) -> Tensor:
     """log(pi / pi_old) [B, T] or [B, 1], 0 where masked, with the gradient of logp; within +-bound if there is one."""
-    per_token = torch.where(mask, logp - (logp.detach() if old_logp is None else old_logp), 0.0)
-    result = LEVELS[level](per_token, mask, sampler_ratio)
+    per_token = torch.where(mask, minus(logp, logp if old_logp is None else old_logp), 0.0)
+    return within(LEVELS[level](per_token, mask, sampler_ratio), bound)
+
+
+def within(log_ratio: Tensor, bound: float | None) -> Tensor:
+    """The log-ratio within +-bound if there is one, a constant from there on; NaN stays NaN."""
     if bound is None:
-        return result
-    return torch.where(result.isnan(), result, result.clamp(-bound, bound))  # clamp gives a NaN a gradient of 0
+        return log_ratio
+    return torch.where(bounded(log_ratio, bound), log_ratio.detach().clamp(-bound, bound), log_ratio)
 
 
 def bounded(log_ratio: Tensor, bound: float | None) -> Tensor:
-    """Where `bound` has made the ratio a constant."""
+    """Where `bound` has made the log-ratio a constant."""
     if bound is None:
         return torch.zeros_like(log_ratio, dtype=torch.bool)
     return log_ratio.detach().abs() >= bound

@@ -24,9 +24,9 @@ def token_stats(
     return logp, entropy, z.logsumexp(-1)
 
 
-def kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k3") -> Tensor:
+def kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k3", bound: float = math.inf) -> Tensor:
     """Estimators of KL(policy || reference) at the sampled token, http://joschu.net/blog/kl-approx.html."""
-    d = ref_logp - logp
+    d = (ref_logp - logp).clamp(-bound, bound)
     return {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[estimator]
 
 
@@ -39,14 +39,19 @@ def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str = "token") ->
 
 
 def sampler_ratio(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, mode: str, low: float, high: float) -> Tensor:
-    """pi_old / pi_sampler per token [B, T] or per sequence [B, 1]: within [low, high] ("truncate"), or else 0."""
-    log_ratio = torch.where(mask, old_logp - sampler_logp, 0.0)
+    """pi_old / pi_sampler per token [B, T] or per sequence [B, 1]: within [low, high] ("truncate"), or else 0.
+
+    A probability of 0 by both is a ratio of 1, which "mask" makes 0.
+    """
+    same = old_logp == sampler_logp  # also where both are -inf
+    log_ratio = torch.where(mask & ~same, old_logp - sampler_logp, 0.0)
+    impossible = mask & same & (old_logp == -math.inf)
     if mode.startswith("sequence"):
-        log_ratio = log_ratio.sum(-1, keepdim=True)
+        log_ratio, impossible = log_ratio.sum(-1, keepdim=True), impossible.any(-1, keepdim=True)
     ratio = log_ratio.exp()
     if mode.endswith("truncate"):
         return ratio.clamp(low, high)
-    return torch.where((low <= ratio) & (ratio <= high), ratio, 0.0)
+    return torch.where((low <= ratio) & (ratio <= high) & ~impossible, ratio, 0.0)
 
 
 def clip_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, delta: float | None = None) -> Tensor:

@@ -12,11 +12,14 @@ from torch import Tensor
 from rlloss import ratios
 from rlloss.config import LossConfig
 
+_FAR = 80.0  # e^80 and e^-80 are normal numbers of fp32
+
 
 class Inputs(NamedTuple):
     """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together.
 
-    picked: the tokens with the largest covariance, for "kl_cov".
+    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio, by which the loss is
+    multiplied; 0 removes a token.
     """
 
     logp: Tensor  # [B, T], with gradient, 0 where not selected
@@ -24,13 +27,14 @@ class Inputs(NamedTuple):
     advantage: Tensor  # [B, T] or [B, 1]
     selected: Tensor
     picked: Tensor | None = None
+    weight: Tensor | None = None  # [B, T] or [B, 1]
 
 
 class Surrogate(NamedTuple):
     """loss and live (with a nonzero gradient), [B, T] or [B, 1]; what the metrics count, where the loss has it.
 
     through_ratio: whether the gradient flows through the ratio (and so through every token that the ratio is made of)
-    or through the token's own logp.
+    or through the token's own logp. weighted: whether the loss has been multiplied by the sampler's ratio.
     """
 
     loss: Tensor
@@ -39,6 +43,20 @@ class Surrogate(NamedTuple):
     clip_low: Tensor | None = None
     clip_high: Tensor | None = None
     weight: Tensor | None = None
+    weighted: bool = False
+
+
+def _apart(x: Inputs) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """(exponent, scale, weight): exp(exponent) * scale is the ratio times the weight.
+
+    A ratio beyond fp32 and a weight near 0, or the other way round, may have an ordinary product.
+    """
+    if x.weight is None:
+        return x.log_ratio, 1.0, 1.0
+    log_ratio = x.log_ratio.detach()
+    beyond = (log_ratio - log_ratio.clamp(-_FAR, _FAR)).clamp(-1e3, 1e3)  # inf - inf is NaN
+    scale = torch.where(x.weight == 0.0, 0.0, x.weight * beyond.exp())
+    return x.log_ratio - beyond, scale, x.weight
 
 
 def clip_bounds(config: LossConfig) -> tuple[float, float, float]:
@@ -60,13 +78,16 @@ def clip(x: Inputs, config: LossConfig) -> Surrogate:
     upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
     lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
     # Written so that a NaN ratio or advantage is live.
-    live = x.selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & (ratio != 0)
+    exponent, scale, weight = _apart(x)
+    live = x.selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & (exponent.detach().exp() * scale != 0)
     live = live & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
     frozen = torch.where(advantage == 0, 1.0, torch.minimum(torch.maximum(ratio, lower), upper))
-    loss = -advantage * torch.where(live, torch.where(live, x.log_ratio, 0.0).exp(), frozen)
+    moving = -advantage * torch.where(live, exponent, 0.0).exp() * scale
+    loss = torch.where(live, moving, -advantage * frozen * weight)
     capped = ratio if config.delta is None else ratio.clamp(max=config.delta)
     clipped_low, clipped_high = capped < low, capped > 1.0 + config.epsilon_high
-    return Surrogate(loss, live, True, clipped_low & (advantage < 0), clipped_high & (advantage > 0))
+    clipped_low, clipped_high = clipped_low & (advantage < 0), clipped_high & (advantage > 0)
+    return Surrogate(loss, live, True, clipped_low, clipped_high, weighted=True)
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
@@ -83,17 +104,22 @@ def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
     assert x.picked is not None
     advantage, log_ratio, c = x.advantage, x.log_ratio.detach(), config.covariance
     ratio, moves = log_ratio.exp(), x.selected & ~ratios.bounded(log_ratio, config.max_log_ratio)
-    live = moves & (advantage != 0) & (ratio != 0)
+    exponent, scale, weight = _apart(x)
+    live = moves & (advantage != 0) & (exponent.detach().exp() * scale != 0)
     frozen = torch.where(advantage == 0, 1.0, ratio)
-    loss = -advantage * torch.where(live, torch.where(live, x.log_ratio, 0.0).exp(), frozen)
+    moving = -advantage * torch.where(live, exponent, 0.0).exp() * scale
+    loss = torch.where(live, moving, -advantage * frozen * weight)
 
-    def penalty(log_ratio: Tensor) -> Tensor:
-        return log_ratio.abs() if c.penalty == "abs" else log_ratio.exp() - 1.0 - log_ratio
+    def penalty(log_ratio: Tensor, exponent: Tensor) -> Tensor:
+        if c.penalty == "abs":
+            return log_ratio.abs() * weight
+        return exponent.exp() * scale - weight - log_ratio * weight
 
     penalised = moves & x.picked & ((log_ratio != 0) if c.penalty == "abs" else (ratio != 1))
-    moving = penalty(torch.where(penalised, x.log_ratio, 0.0))
-    loss = loss + c.kl_coef * torch.where(penalised, moving, torch.where(x.picked, penalty(log_ratio), 0.0))
-    return Surrogate(loss, live | penalised, True)
+    moving = penalty(*(torch.where(penalised, of, 0.0) for of in (x.log_ratio, exponent)))
+    still = torch.where(x.picked, penalty(log_ratio, exponent.detach()), 0.0)
+    loss = loss + c.kl_coef * torch.where(penalised, moving, still)
+    return Surrogate(loss, live | penalised, True, weighted=True)
 
 
 def sapo(x: Inputs, config: LossConfig) -> Surrogate:
@@ -117,10 +143,11 @@ def sapo(x: Inputs, config: LossConfig) -> Surrogate:
 
 def cispo(x: Inputs, config: LossConfig) -> Surrogate:
     """-min(r, cap) A log pi, the capped ratio without gradient (2506.13585 Eq. 4 and 5)."""
-    ratio = x.log_ratio.detach().exp()
-    loss, live = _weighted_logp(ratio.clamp(max=config.epsilon_high), x)
-    clipped_high = (ratio > config.epsilon_high) & (x.advantage > 0)
-    return Surrogate(loss, live, False, torch.zeros_like(clipped_high), clipped_high)
+    exponent, scale, weight = _apart(x)
+    capped = x.log_ratio.detach().exp() > config.epsilon_high
+    loss, live = _weighted_logp(torch.where(capped, config.epsilon_high * weight, exponent.detach().exp() * scale), x)
+    clipped_high = capped & (x.advantage > 0)
+    return Surrogate(loss, live, False, torch.zeros_like(clipped_high), clipped_high, weighted=True)
 
 
 def vespo(x: Inputs, config: LossConfig) -> Surrogate:

@@ -114,7 +114,7 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
         loss = loss * sampler_ratio
     loss = torch.where(acts, loss, 0.0)
     if config.beta:
-        kl = reference.kl(logp, x["ref_logp"], config.kl_estimator)
+        kl = reference.kl(logp, x["ref_logp"], config.kl_estimator, config.max_log_ratio or math.inf)
         loss = loss + config.beta * (kl * ratio if config.kl_bias_correction else kl)
     counted = kept if config.entropy_denominator == "kept" else mask
     loss = reference.aggregate(loss, counted, config.loss_type, LENGTH)
@@ -181,7 +181,12 @@ _BOTH = [
     {"top_entropy_quantile": 0.5, "entropy_coef": 0.2},
     {"off_policy_threshold": 0.05},
 ]
-_BOUNDED = [{"max_log_ratio": 0.3}]
+_BOUNDED_KL = [
+    {"max_log_ratio": 0.3, "beta": 0.1},
+    {"max_log_ratio": 0.3, "beta": 0.1, "kl_bias_correction": True},
+    {"max_log_ratio": 0.3, "beta": 0.1, "kl_bias_correction": True, "kl_estimator": "k1"},
+]
+_BOUNDED = [{"max_log_ratio": 0.3}, *_BOUNDED_KL]
 _KEPT = [{"top_entropy_quantile": 0.5, "entropy_denominator": "kept"}]
 _CLIP = [
     {"epsilon_low": 0.1, "epsilon_high": 0.5},
@@ -202,7 +207,7 @@ def settings_of(loss_type: str) -> list[dict]:
         return _BOTH + _BOUNDED + kept + more + (_CLIP if loss_type == "clip_cov" else [])
     if loss_type == "vespo":
         sequence = {"beta": 0.1, "kl_bias_correction": True, "ratio_level": "sequence"}
-        return _BOTH + kept + [sequence, {"vespo": VespoConfig(1.5, 0.7, 1.0, 2.5)}]
+        return _BOTH + _BOUNDED_KL + kept + [sequence, {"vespo": VespoConfig(1.5, 0.7, 1.0, 2.5)}]
     own = {
         "cispo": [{"epsilon_high": 1.0}, {"epsilon_high": 5.0}],
         "sapo": [{"sapo": SapoConfig(0.3, 4.0)}],

@@ -161,7 +161,7 @@ def test_the_loss_and_its_gradient(monkeypatch, case):
     flags = {
         "PER_ROW": int(case["per_row"]), "HAS_SOFTCAP": int(case["softcap"]), "HAS_OLD": int(case["old"]),
         "KL": case["kl"], "SELECT": int(case["select"]), "BONUS": int(case["bonus"]),
-        "HAS_SAMPLER_RATIO": int(sampler is not None),
+        "HAS_SAMPLER_RATIO": int(sampler is not None), "KL_BIAS_CORRECTION": 0,
     }  # fmt: skip
     S = int(rows.counts.view(B, T).any(-1).sum())
     assert_costs(launch, loss_gradient.__doc__, **rows.names, **flags, L=int(live.sum()), S=S)
@@ -260,7 +260,8 @@ def test_the_token_pass(monkeypatch, case):
         "MEAN_OF_SEQUENCE": case["mean"], "HAS_DENOMINATOR": isinstance(case["denominator"], torch.Tensor),
         "KEPT_COUNTS": kept_counts, "PER_TOKEN_ADVANTAGE": T > 1 and case["advantage"] == "token",
         "HAS_SAMPLER_RATIO": sampler is not None, "PER_TOKEN_RATIO": T > 1 and case["sampler"] == "token",
-        "KL": case["kl"], "OFF_POLICY": case["off_policy"] is not None, "HAS_BEHAVIOR": case["behavior"],
+        "KL": case["kl"], "KL_BIAS_CORRECTION": case["bias"],
+        "OFF_POLICY": case["off_policy"] is not None, "HAS_BEHAVIOR": case["behavior"],
         "HAS_ENTROPY": entropy is not None, "SELECT": cutoff is not None, "EXACT_K": last is not None,
         "BONUS": case["bonus"],
     }  # fmt: skip

@@ -196,3 +196,100 @@ def test_an_infinite_ratio_in_a_metric_does_not_reach_the_loss(on):
     with backend(on):
         loss, metrics = policy_loss(**x)
     assert loss.isfinite() and metrics["ratio"] == math.inf and metrics["clip_high"] == 1
+
+
+EPS = 16 * torch.finfo(torch.float32).eps  # of a few operations
+
+
+def by_both(config: LossConfig, x: dict, on: str, sampled=False) -> list[torch.Tensor]:
+    """Loss and gradient in fp32 as the textbook has them in fp64."""
+    x = {name: value.float().double() if value.is_floating_point() else value for name, value in x.items()}
+    found = value_and_gradients(ours(config, sampled), x, torch.float32, on)[:2]
+    exact = value_and_gradients(partial(textbook, config=config, sampled=sampled), x, torch.float64)[:2]
+    for f, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(f.float(), e.float(), rtol=EPS, atol=1e-37)
+    return [*found]
+
+
+def two_tokens(**given) -> dict:
+    ones = torch.ones(1, 2, dtype=torch.bool)
+    x = {"logp": torch.tensor([[-1.0, -1.0]]), "advantage": torch.zeros(1), "mask": ones, "entropy": torch.zeros(1, 2)}
+    x["old_logp"] = x["ref_logp"] = x["logp"]
+    return x | {name: torch.tensor(value) for name, value in given.items()}
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of numpy, in the interpreter
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("to_ref, log_ratio", [(104, -104), (200, -150), (90, -20), (3, -1), (-104, 80), (50, 20)])
+def test_a_kl_times_its_ratio_where_their_exponents_cancel(to_ref, log_ratio, level, on):
+    """With a ratio of its own, logp is not in e^(ref_logp - old_logp): the slope of the rest is -d e^(log ratio), which
+    fp64 cannot find as a sum of slopes either."""
+    logp = -300.0
+    x = two_tokens(logp=[[-1.0, logp]], old_logp=[[-1.0, logp - log_ratio]], ref_logp=[[-1.0, logp + to_ref]])
+    config = LossConfig("bnpo", beta=0.04, kl_bias_correction=True, ratio_level=level)
+    if level == "sequence":
+        x["old_logp"][0, 0] -= log_ratio
+        loss, gradient = by_both(config, x, on)
+        assert loss.isfinite() and (gradient != 0).all()
+        return
+    exact, _, _ = value_and_gradients(partial(textbook, config=config), converted(x, torch.float64), torch.float64)
+    loss, gradient, _ = value_and_gradients(ours(config), x, torch.float32, on)
+    torch.testing.assert_close(loss, exact, rtol=EPS, atol=0)
+    slope = torch.tensor([[0.0, -0.02 * to_ref * math.exp(log_ratio)]], dtype=torch.float64)
+    torch.testing.assert_close(gradient, slope, rtol=EPS, atol=1e-37)
+    if (to_ref, log_ratio) == (104, -104):
+        assert loss.item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("loss_type", ["bnpo", "vespo"])
+@pytest.mark.parametrize("settings", [{}, {"kl_bias_correction": True}, {"kl_estimator": "k1"}, {"kl_estimator": "k2"}])
+@pytest.mark.parametrize("to_ref", [100.0, -100.0])
+def test_a_bound_of_the_log_ratio_bounds_the_kl_too(loss_type, settings, to_ref, on):
+    x = two_tokens(ref_logp=[[-1.5, -1.0 + to_ref]])
+    config = LossConfig(loss_type, beta=0.04, max_log_ratio=20.0, **settings)
+    loss, gradient = by_both(config, x, on)
+    assert loss.isfinite() and (gradient[0, 1] == 0) == ("kl_bias_correction" not in settings) and gradient[0, 0] != 0
+    with backend(on):
+        live = policy_loss(**arguments(converted(x, torch.float32, on), config), config=config).metrics["live"]
+    assert live == (gradient != 0).sum()
+    if to_ref > 0 and not settings:
+        x = converted(x, torch.float32, on)
+        assert value_and_gradients(ours(LossConfig(loss_type, beta=0.04)), x, torch.float32, on)[0] == math.inf
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("log_ratio, weight, sign", [(120.0, 1e-36, -1.0), (-120.0, 1e36, 1.0), (85.0, 1e-3, -1.0)])
+def test_a_ratio_times_the_samplers_where_their_exponents_cancel(log_ratio, weight, sign, level, on):
+    x = two_tokens(sampler_ratio=[[1.0, weight]], advantage=[sign])
+    x["old_logp"] = x["logp"] - torch.tensor([[log_ratio if level == "sequence" else 0.0, log_ratio]])
+    if level == "sequence":
+        x["sampler_ratio"] = torch.tensor([[weight]])
+    none = CovarianceConfig(at_least_one=False)
+    own = {"cispo": {"epsilon_high": 1e38}, "kl_cov": {"covariance": none}, "clip_cov": {"covariance": none}}
+    for loss_type in ("dapo", "cispo", "clip_cov", "kl_cov"):
+        if level in LEVELS[loss_type] and not (loss_type == "cispo" and log_ratio > 0):
+            config = make_config(loss_type, level, **own.get(loss_type, {}))
+            loss, gradient = by_both(config, x, on, sampled=True)
+            assert loss.isfinite() and gradient[0, 1] != 0
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_probabilities_of_zero_by_both_agree(estimator, level, on):
+    """The value and the gradients of the others are those of any log-probability that is the same in both."""
+    config = LossConfig(beta=0.1, kl_estimator=estimator, kl_bias_correction=True, ratio_level=level)
+    x = two_tokens(advantage=[1.0])
+    expected = value_and_gradients(ours(config), x, torch.float32, on)[:2]
+    for name in ("logp", "old_logp", "ref_logp"):
+        x[name] = torch.tensor([[-1.0, -math.inf]])
+    found = value_and_gradients(ours(config), x, torch.float32, on)[:2]
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True)) and found[1].isfinite().all()
+    x.pop("old_logp")
+    with backend(on):
+        x = converted(x, torch.float32, on)
+        assert policy_loss(config=config, **x).loss == found[0]

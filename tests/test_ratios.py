@@ -115,3 +115,22 @@ def test_bad_arguments_are_named(change, error, message):
     good = {"old_logp": OLD, "sampler_logp": SAMPLER, "mask": MASK}
     with pytest.raises(error, match=message):
         sampler_ratio(**{**good, **change})
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("token_truncate", [[1.0, 1.0], [2.0, 0.0]]),
+    ("token_mask", [[1.0, 0.0], [2.0, 0.0]]),
+    ("sequence_truncate", [[1.0], [0.0]]),
+    ("sequence_mask", [[0.0], [0.0]]),
+])  # fmt: skip
+def test_a_probability_of_zero_by_both_is_equal_and_masked(mode, expected):
+    old_logp = torch.tensor([[-1.0, -math.inf], [-1.0, -math.inf]])
+    sampler_logp = torch.tensor([[-1.0, -math.inf], [-1.0 - math.log(2.0), -3.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    given = (old_logp, sampler_logp, mask)
+    found = sampler_ratio(*given, mode=mode, clip_max=3.0)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(found, reference.sampler_ratio(*given, mode, -math.inf, 3.0))
+    # One by the one, another by the other: the whole sequence has a probability of 0 by both.
+    apart = (torch.tensor([[-math.inf, -1.0]]), torch.tensor([[-1.0, -math.inf]]), mask[:1])
+    assert sampler_ratio(*apart, mode=mode, clip_max=3.0).isfinite().all()

@@ -219,10 +219,11 @@ def kl_alone(x: dict, config: LossConfig):
     def compute(logp):
         if config.beta == 0:
             return torch.zeros((), dtype=torch.float64)
-        kl = reference.kl(logp, x["ref_logp"], config.kl_estimator)
+        bound = config.max_log_ratio or math.inf
+        kl = reference.kl(logp, x["ref_logp"], config.kl_estimator, bound)
         if config.kl_bias_correction:
             ratio = reference.ratio(logp, x["old_logp"], x["mask"], config.ratio_level)
-            kl = kl * ratio
+            kl = kl * ratio.clamp(math.exp(-bound), math.exp(bound))
         return config.beta * reference.aggregate(kl, x["mask"], config.loss_type)
 
     return compute

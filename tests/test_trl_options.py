@@ -30,6 +30,7 @@ TWO_LEVEL = {"rule": "two_level", "high": 1.4, "low": 0.8, "cutoff": 3.0}
 OPTIONS = {
     "epsilon_low": (0.1, {}, rlloss.LossConfig),
     "entropy_denominator": ("kept", {"top_entropy_quantile": 0.2}, rlloss.LossConfig),
+    "max_log_ratio": (10.0, {}, rlloss.LossConfig),
     "exact_k": (True, {"top_entropy_quantile": 0.2}, rlloss.LossConfig),
     "entropy_scope": ("generation", {"top_entropy_quantile": 0.2}, rlloss.entropy_cutoff),
     "entropy_bonus_tokens": (
