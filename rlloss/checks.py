@@ -7,9 +7,14 @@ from typing import NoReturn
 import torch
 
 
+def has_values(x: torch.Tensor) -> bool:
+    """False for a tensor on the "meta" device and for a FakeTensor, which are shapes alone."""
+    return not x.is_meta and not hasattr(x, "fake_mode")
+
+
 def values_checked(x: torch.Tensor) -> bool:
     """Whether looking at the values of `x` is free (CPU) or was asked for (RLLOSS_CHECK=1, which synchronises)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_values(x):
         return False
     return x.device.type == "cpu" or os.environ.get("RLLOSS_CHECK") == "1"
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.linear import ONLY_WITH_A_LOSS, check_capacity, choose
 from rlloss.linear_loss import candidates, why_not_in_forward
@@ -29,7 +30,8 @@ def explain_plan(
 
     Args:
         hidden, weight, bias, mask: as for `linear_token_stats`. Only shapes, dtypes, the device and `requires_grad`
-            matter, so hidden and weight may be on the "meta" device; a mask there is full, and tiles are a GPU's.
+            matter, so hidden and weight may be on the "meta" device, where tiles are a GPU's, or FakeTensors; a mask
+            without values is full.
         advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
         config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
         live_share: the share of the rows that count which gets a gradient, where it is known; None:
@@ -42,12 +44,12 @@ def explain_plan(
     Raises:
         ValueError: the plan that is asked for cannot be taken; why.
     """
-    readable = mask is not None and not mask.is_meta
+    readable = mask is not None and checks.has_values(mask)
     some = None
     why_not: str | None = ONLY_WITH_A_LOSS
     if config is not None:
         why_not = why_not_in_forward(hidden, weight, config, cutoff, denominator)
-        if advantage is not None and mask is not None and not advantage.is_meta:
+        if advantage is not None and mask is not None and checks.has_values(advantage):
             some = candidates(advantage, mask, config)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     V, D = weight.shape

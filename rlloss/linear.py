@@ -89,7 +89,8 @@ def linear_token_stats(
 
 
 class Call(NamedTuple):
-    """Arguments that fit each other, the rows that count and the plan. The last three are not known while compiling.
+    """Arguments that fit each other, the rows that count and the plan. The last three are not known while compiling,
+    and of tensors without values.
 
     keep: what the forward keeps: the candidates among the rows counted, True for all of them, False; and how many of
     them come before each chunk of rows.
@@ -164,14 +165,16 @@ def prepare(
     candidates: bool, like target: rows that may get a gradient; None: all. live_share: the share of these expected to
     get one. gather: a context in which the weight, sharded elsewhere, is whole.
     """
-    shard = None
+    shard, compiling = None, torch.compiler.is_compiling()
+    has_values = compiling or checks.has_values(hidden)
     with gather():
         check_head(hidden, weight, bias)
         V, D = weight.shape
         if vocab_group is not None:
             checks.require(
-                not torch.compiler.is_compiling(), "vocab_group", "a process group", "None inside torch.compile"
-            )
+                has_values and not compiling, "vocab_group", "a process group",
+                "None inside torch.compile and for meta and fake tensors",
+            )  # fmt: skip
             if not isinstance(vocab_group, torch.distributed.ProcessGroup):
                 raise TypeError(f"vocab_group: found {type(vocab_group).__name__}, expected a process group or None")
             shard = shard_of(weight, vocab_group)
@@ -190,16 +193,19 @@ def prepare(
         capacity,
     )
     call = Call(hidden, weight, bias, mask, rows, Settings(dtype, batch_invariant, shard), gather)
-    if torch.compiler.is_compiling():
+    if compiling:
         checks.require(plan in ("auto", "recompute"), "plan", repr(plan), "'auto' or 'recompute' inside torch.compile")
         return call
+    if not has_values:
+        mask = candidates = None
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     report, counted, keep = choose(
         hidden, weight, (V if shard is None else shard.largest, D), target, mask,
         candidates if needs_gradient else None, live_share, plan, memory_budget, batch_invariant, needs_gradient,
         no_gradient_in_forward, capacity=capacity,
     )  # fmt: skip
-    return call._replace(counted=counted, report=report, keep=keep)
+    # Without values there is nothing to compute: the operator has the shapes, whatever the plan.
+    return call._replace(counted=counted, report=report, keep=keep) if has_values else call
 
 
 def choose(

@@ -51,9 +51,9 @@ def plain(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the operands of the products: autocast's, which leaves fp64 alone, else the wider of the two."""
+    """Of the operands of the products: autocast's, which leaves fp64 and "meta" alone, else the wider of the two."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return dtype
 

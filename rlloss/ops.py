@@ -239,7 +239,8 @@ def token_stats(
                 "logits whose values autograd does not need again: that function computes its gradient from them",
             )  # fmt: skip
     per_token = isinstance(temperature, Tensor)
-    run: Any = _InplaceTokenStats.apply if inplace_grad else _token_stats_op
+    inplace = inplace_grad and (torch.compiler.is_compiling() or checks.has_values(logits))
+    run: Any = _InplaceTokenStats.apply if inplace else _token_stats_op
     logp, entropy, lse, _, extra = run(
         logits,
         target,

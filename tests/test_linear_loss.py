@@ -1,11 +1,13 @@
 """LinearGRPOLoss against GRPOLoss on explicit logits, by every plan; and the plan that is taken."""
 
+import contextlib
 import random
 
 import pytest
 import torch
 from loss_cases import BACKENDS, TYPES_AND_LEVELS, make_config, settings_of
 from test_linear import problem
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlloss import (
     GRPOLoss,
@@ -18,6 +20,7 @@ from rlloss import (
     lm_head,
     modules,
     ops,
+    token_stats,
 )
 
 PLANS = ("recompute", "keep", "gradient_in_forward")
@@ -291,6 +294,43 @@ def test_the_plan_that_is_explained_is_the_one_that_runs(monkeypatch, dtype, set
         assert report.plan in str(report) and report.why in str(report)
     no_mask = explain_plan(*(torch.empty(s, device="meta") for s in ((3, 5, D), (V, D))), plan="recompute")
     assert no_mask.rows == 15 and no_mask.plan == "forward"
+
+
+SHAPES_ONLY = {
+    "GRPOLoss": lambda x, rest: GRPOLoss()(x["hidden"] @ x["weight"].T, **rest).loss,
+    "inplace_grad": lambda x, rest: (
+        token_stats(x["hidden"] @ x["weight"].T, rest["target"], mask=rest["mask"], inplace_grad=True).logp
+    ),
+    "linear_token_stats": lambda x, rest: (
+        linear_token_stats(**x, target=rest["target"], mask=rest["mask"], static_capacity=(9, 5)).logp
+    ),
+    **{plan: lambda x, rest, plan=plan: LinearGRPOLoss(plan=plan)(**x, **rest).loss for plan in ("auto", *PLANS)},
+}
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+@pytest.mark.parametrize("name", SHAPES_ONLY)
+def test_tensors_without_values_have_the_shapes(name, where):
+    x = batch(dtype=torch.float32)
+    x = {key: x[key].detach() for key in ("hidden", "weight", "target", "mask", "advantage")}
+    x = {key: value.to("meta") for key, value in x.items()} if where == "meta" else x
+    with FakeTensorMode() if where == "fake" else contextlib.nullcontext() as mode:
+        x = {key: mode.from_tensor(value) for key, value in x.items()} if mode else x
+        leaves = {key: x.pop(key).requires_grad_() for key in ("hidden", "weight")}
+        found = SHAPES_ONLY[name](leaves, x)
+        assert found.dtype == torch.float32 and found.device == x["mask"].device
+        assert found.shape == (x["mask"].shape if name in ("inplace_grad", "linear_token_stats") else ())
+        found.sum().backward()
+        for leaf in leaves.values():
+            assert leaf.grad.shape == leaf.shape and leaf.grad.dtype == leaf.dtype
+        report = explain_plan(**leaves, mask=x["mask"], advantage=x["advantage"], config=LossConfig())
+        assert report.rows == report.candidates == x["mask"].numel()  # without values the mask is full
+
+
+def test_a_plan_that_does_not_exist_is_named_without_values():
+    hidden, weight = (torch.empty(*shape, device="meta") for shape in ((3, D), (V, D)))
+    with pytest.raises(ValueError, match="plan: found 'kep'"):
+        linear_token_stats(hidden, weight, torch.empty(3, device="meta", dtype=torch.int64), plan="kep")
 
 
 def test_budgets_that_just_fit():
