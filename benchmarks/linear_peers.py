@@ -31,7 +31,7 @@ Function = Callable[[Tensor, Tensor, Case], tuple[Tensor, Tensor | None]]
 class Peer:
     """function: (hidden, weight, case) -> (loss, mean entropy or None).
 
-    module: must be installed; gpu: it runs nowhere else. kernel: a module without which it would not run on this GPU.
+    module: must be installed; gpu: it runs nowhere else. needs: a module of it that must be importable here.
     ignores_rho: it keeps every token whatever rho is, and is checked and timed so. plan: of rlloss's plans.
     """
 
@@ -40,7 +40,7 @@ class Peer:
     function: Function
     module: str = "torch"
     gpu: bool = False
-    kernel: str | None = None
+    needs: str | None = None
     ignores_rho: bool = False
     plan: str | None = None
 
@@ -48,12 +48,12 @@ class Peer:
         """Why it cannot run here, or None."""
         cuda = torch.cuda.is_available()
         reason = absent(self.module, torch.device("cuda" if cuda else "cpu"), gpu=self.gpu)
-        if reason or self.kernel is None or not cuda:
+        if reason or self.needs is None:
             return reason
         try:
-            importlib.import_module(self.kernel)
+            importlib.import_module(self.needs)
         except ImportError as error:
-            return f"its kernel cannot be loaded: {error}"
+            return f"{self.needs} cannot be loaded: {error}"
         return None
 
     @property
@@ -153,11 +153,16 @@ def _scattered(mask: Tensor, *rows: Tensor) -> list[Tensor]:
     return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in rows]
 
 
+def trl_compacts(device: torch.device) -> bool:
+    """Whether TRL runs the rows that count alone: it does on a GPU."""
+    return importlib.import_module("trl.kernels.chunked_logprob")._use_triton(device)
+
+
 def _trl(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
-    # As its trainer's fused head calls it: on a GPU with the rows that count, elsewhere with all of them.
+    # As its trainer's fused head calls it.
     kernels = importlib.import_module("trl.kernels.chunked_logprob")
     chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
-    compact, mask = kernels._use_triton(hidden.device), case.mask
+    compact, mask = trl_compacts(hidden.device), case.mask
     rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
     target = case.target[mask] if compact else case.target.reshape(-1)
     outputs = ("log_probs", "entropy")
@@ -218,12 +223,13 @@ def peers(*, compiled: bool = False) -> list[Peer]:
         "is for sm_90 in bf16, elsewhere it runs tiles of 512 rows in torch"
     )
     cce = "`linear_cross_entropy`, its default filter of small gradients on: no entropies and no selection by them"
-    found += [Peer("TRL", trl, _trl, module="trl"), Peer("naive", naive, _naive)]
+    # TRL's trainers need datasets, which TRL can be installed without.
+    found += [Peer("TRL", trl, _trl, module="trl", needs="trl.trainer.utils"), Peer("naive", naive, _naive)]
     if compiled:
         found.append(Peer("torch.compile", compiled_note, _compiled))
     return found + [
         Peer("Liger", liger, _liger, module="liger_kernel", ignores_rho=True),
-        Peer("Liger FLSCE", flsce, _flsce, module="liger_kernel", kernel=SM90 if _sm90() else None),
+        Peer("Liger FLSCE", flsce, _flsce, module="liger_kernel", needs=SM90 if _sm90() else None),
         Peer("cut-cross-entropy", cce, _cce, module="cut_cross_entropy", gpu=True, ignores_rho=True),
     ]
 

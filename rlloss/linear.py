@@ -50,7 +50,9 @@ def linear_token_stats(
     which torch sets for the process: an fp32 product that another thread runs in that moment is rounded as well.
 
     Args:
-        hidden: `[..., D]`, bf16, fp16, fp32 or fp64 (fp64: torch backend).
+        hidden: `[..., D]`, bf16, fp16, fp32 or fp64 (fp64: torch backend). fp16 needs a loss scale, as
+            `torch.amp.GradScaler` gives it: on a GPU the gradients of logits are fp16 too, and without one most of them
+            underflow.
         weight: `[V, D]`, tied to the embedding or not; without `requires_grad` no product is run for its gradient. Of
             two dtypes the wider one is taken; under autocast, autocast's.
         target: `[...]`, int64 or int32 with 0 <= target < V where `mask` is True.

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlloss import backends, lm_head
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 bench, scaling, linear_case, linear_peers, limits = (
     importlib.import_module(name)
@@ -30,7 +32,23 @@ def solved(rho=0.2, dtype=torch.float32):
     return bench.solved(SHAPE, dtype, rho)
 
 
-def test_the_program_runs(tmp_path, capsys):
+@pytest.fixture(params=["this device", "as on a GPU"])
+def device(request, monkeypatch):
+    """The program also with what is different on a GPU: TRL leaves padding out, and tiles have other shapes.
+
+    They are made smaller than the sizes here, as the real ones are than real sizes.
+    """
+    choice, meta = backends.choice, torch.device("meta")
+    monkeypatch.setattr(backends, "choice", lambda name, *of: (512, 1 << 19) if name == "tile" else choice(name, *of))
+    if request.param == "as on a GPU":
+        tile_shape, chunk_rows = lm_head.tile_shape, lm_head.chunk_rows
+        monkeypatch.setattr(lm_head, "tile_shape", lambda rows, V, _, invariant: tile_shape(rows, V, meta, invariant))
+        monkeypatch.setattr(lm_head, "chunk_rows", lambda _, V, invariant: chunk_rows(meta, V, invariant))
+        monkeypatch.setattr(linear_peers, "trl_compacts", lambda device: True)
+
+
+def test_the_program_runs(device, tmp_path, capsys):
+    absent = {peer.name: peer.absent() for peer in linear_peers.peers()}
     arguments = (
         "--rounds 2 --shape 4 16 16 96 --dtypes float32 --rho 0.2 --scaling --scaling-base 8 4096 16 --out".split()
     )
@@ -43,24 +61,38 @@ def test_the_program_runs(tmp_path, capsys):
         assert result["live"] == int(result["rho"] * (result["counted"] - 1)) + 1
         r = result["live"] / result["counted"]
         entries = result["peers"] | result["bare"]
+        of_trl = 4 * 16
+        if not absent["TRL"] and linear_peers.trl_compacts(bench.DEVICE):
+            of_trl = result["counted"]
         for name, expected in {
             "rlloss recompute": 1 + 3 * r,
             "rlloss keep": 1 + 2 * r,
             "rlloss gradient_in_forward": 1 + 2 * r,
-            "TRL": 4 * 4 * 16 / result["counted"],
+            "TRL": 4 * of_trl / result["counted"],
             "naive": 3 * 4 * 16 / result["counted"],
             "bare 1 + 3r": 1 + 3 * r,
             "bare 1 + 3r, fresh": 1 + 3 * r,
             "bare 1 + 2r": 1 + 2 * r,
         }.items():
+            if absent.get(name):
+                assert entries[name]["status"] == absent[name]
+                continue
             assert entries[name]["status"] == "measured" and len(entries[name]["seconds"]) == 2
             assert entries[name]["units"] == pytest.approx(expected)
-        assert all(entries[name]["peak_bytes"] > 0 for name in ("rlloss", "TRL", "naive"))
+        assert all(entries[name]["peak_bytes"] > 0 for name in ("rlloss", "TRL", "naive") if not absent[name])
     assert report["targets"] == []  # they are for another shape
     assert set(report["scaling"]["time"]) == {"N", "V", "D", "r"}
     # The recomputing plan holds no N * V logits, and the other one those of the half that is live.
     shares = report["scaling"]["memory"]["share"]
     assert report["scaling"]["memory"]["met"] and abs(shares["recompute"]) < 0.01 and shares["keep"] > 0.4
+
+
+def test_trl_without_datasets_is_absent(monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it raises, as if it were not installed
+    monkeypatch.delitem(sys.modules, "trl.trainer.utils", raising=False)
+    (trl,) = (peer for peer in linear_peers.peers() if peer.name == "TRL")
+    assert "trl.trainer.utils cannot be loaded" in trl.absent() and "datasets" in trl.absent()
 
 
 def test_everyone_is_right_in_bf16_with_every_token_kept():

@@ -20,6 +20,7 @@ from rlloss import (
     lm_head,
     modules,
     ops,
+    tiled_linear,
     token_stats,
 )
 
@@ -331,6 +332,33 @@ def test_a_plan_that_does_not_exist_is_named_without_values():
     hidden, weight = (torch.empty(*shape, device="meta") for shape in ((3, D), (V, D)))
     with pytest.raises(ValueError, match="plan: found 'kep'"):
         linear_token_stats(hidden, weight, torch.empty(3, device="meta", dtype=torch.int64), plan="kep")
+
+
+@pytest.mark.parametrize("plan", ["recompute", "keep"])
+def test_fp16_hidden_states_need_a_loss_scale_on_a_gpu(monkeypatch, plan):
+    """Where products take fp16 operands the gradient of a tile is rounded to it; here that is done by hand."""
+    exact = tiled_linear.gradient_tile
+    monkeypatch.setattr(tiled_linear, "gradient_tile", lambda *tile: exact(*tile).half().float())
+    monkeypatch.setattr(lm_head, "CPU_ROWS", 1024)
+    g = torch.Generator().manual_seed(0)
+    B, T, D, V = 4, 500, 32, 4096
+    hidden = (torch.randn(B, T, D, generator=g) * D**-0.5).half()
+    weight = torch.randn(V, D, generator=g).half()
+    rest = torch.randint(0, V, (B, T), generator=g), torch.randn(B, generator=g)
+    mask = torch.ones(B, T, dtype=torch.bool)
+
+    def gradients(loss_type, dtype, scale, **options):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        given = (leaves[0] @ leaves[1].T,) if loss_type is GRPOLoss else leaves
+        loss = loss_type(LossConfig(), **options)(*given, *rest, mask=mask).loss
+        return [x.double() / scale for x in torch.autograd.grad(loss * scale, leaves)]
+
+    expected = gradients(GRPOLoss, torch.float32, 1.0)
+    allowed = 4 * torch.finfo(torch.float16).eps  # operands and results are rounded once each
+    for scale, right in ((2.0**12, True), (1.0, False)):
+        found = gradients(LinearGRPOLoss, torch.float16, scale, plan=plan)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+        assert (max(errors) < allowed) == right, errors
 
 
 def test_budgets_that_just_fit():
