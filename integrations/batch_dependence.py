@@ -24,6 +24,8 @@ class BatchDependence:
         configs = {id(c): c for m in modules for c in _configs(vars(m).get("config"))}
         self._configs = list(configs.values())
         rope_types = {str(vars(m).get("rope_type")) for m in modules}
+        # Modules of torch.compile hold the original; those that compiled themselves, the call.
+        self.compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules)
         self.on_length = any(kind in rope_type for kind in LENGTH_DEPENDENT_ROPE for rope_type in rope_types)
 
     def why(self) -> str | None:

@@ -139,7 +139,8 @@ class GRPOConfig(trl.GRPOConfig):
             "no gradient: 'forward_only' runs them without one, for the metrics; 'drop' does not run them, and the "
             "metrics of the loss (entropy, clip ratios, live_share) then cover the completions that ran; 'keep' runs "
             "all in one call. Loss and gradient are the same. One call is also made where every completion has a "
-            "gradient (beta, an entropy bonus) or where completions of a call depend on one another (dropout, images)."
+            "gradient (beta, an entropy bonus), where completions of a call depend on one another (dropout, images), "
+            "and under torch.compile, which would compile a graph per shape."
         },
     )
     spread_live_rows: bool = dataclasses.field(

@@ -301,7 +301,7 @@ class ZeroAdvantage:
     def apart(self, model, inputs: dict):
         """(what to call as the model, the completions to call it with): decided anew, as callbacks change settings."""
         trainer, choice, sees = self.trainer, self.choice, self._sees(inputs)
-        trls_call, together = trainer._why_trls_call(), self._why_together()
+        trls_call, together = trainer._why_trls_call(), self._why_compiled() or self._why_together()
         why = trls_call or together or self._why_all_live()
         splits = choice != "keep" and trainer.model.training and torch.is_grad_enabled()
         if splits and (why is not None or sees):
@@ -344,7 +344,13 @@ class ZeroAdvantage:
         return self.dependence
 
     def _why_one_call(self) -> str | None:
-        return self.trainer._why_trls_call() or self._why_together() or self._why_all_live()
+        trls_call = self.trainer._why_trls_call()
+        return trls_call or self._why_compiled() or self._why_together() or self._why_all_live()
+
+    def _why_compiled(self) -> str | None:
+        """What makes another graph of a call with another number of rows or columns."""
+        by_accelerate = self.trainer.accelerator.state.dynamo_plugin.backend != "NO"
+        return "torch.compile" if by_accelerate or self._of_model().compiled else None
 
     def _why_together(self) -> str | None:
         """What makes a completion's log-probabilities depend on what shares its call."""

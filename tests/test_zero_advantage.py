@@ -324,3 +324,39 @@ def test_options_that_do_not_fit_raise(trainer, monkeypatch, options, message):
 def test_an_option_that_does_not_fit_raises_when_the_trainer_is_made(tmp_path):
     with pytest.raises(ValueError, match="zero_advantage: found 'drop'"):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, zero_advantage="drop", top_entropy_quantile=0.5)
+
+
+def graphs(folder, choice: str) -> int:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rewards = [lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids]]
+    trainer = build_trainer(
+        GRPOTrainer, GRPOConfig, folder, rewards, zero_advantage=choice, torch_compile=True,
+        torch_compile_backend="eager", per_device_train_batch_size=8, max_steps=4, learning_rate=1e-3,
+    )  # fmt: skip
+    with backend("torch"):
+        trainer.train()
+    trainer.accelerator.state.dynamo_plugin.backend = "NO"  # the state is that of all trainers of the process
+    shares = [log["zero_advantage_share"] for log in trainer.state.log_history if "zero_advantage_share" in log]
+    assert len(set(shares)) > 1  # so that the number of rows with a gradient varies
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_under_torch_compile_there_are_no_more_graphs_than_with_keep(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it; put back at the end
+    with caplog.at_level(logging.INFO):
+        found = {choice: graphs(tmp_path, choice) for choice in ("keep", "forward_only", "drop")}
+    assert 0 < found["forward_only"] == found["drop"] == found["keep"]
+    for choice in ("forward_only", "drop"):
+        assert caplog.text.count(f"zero_advantage='{choice}': one call per micro-batch with torch.compile") == 1
+
+
+def test_a_model_that_was_compiled_by_its_owner_is_called_once_and_whole(trainer, monkeypatch):
+    inputs = kill(apply_setting(trainer, draw_setting(0) | SPLITS, 0), DEAD["half"])
+    plan, layers = trainer._zero_advantage, trainer.model.model.layers
+    for compiled in (False, True):
+        if compiled:
+            monkeypatch.setitem(layers._modules, "0", torch.compile(layers[0], backend="eager"))
+        plan.dependence = None
+        assert (plan.apart(trainer.model, inputs)[0]._parts is None) == compiled
+    plan.dependence = None
