@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-NEEDED = ("trl", "transformers", "datasets", "accelerate", "rich")
+NEEDED = ("trl", "transformers", "datasets", "accelerate", "tokenizers", "packaging", "yaml", "rich")
 """What `demo` and `train` import beyond rlloss itself: the extra [trl]."""
 
 

@@ -13,23 +13,31 @@ YAML key is the option's name and the command line wins over the file.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from rlloss.checkpoints import what_is_wrong
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer
+from rlloss.report import make_folder
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _TRUE, _FALSE = ("true", "last"), ("false", "none", "")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class UserError(Exception):
@@ -131,67 +139,137 @@ def load_prompts(source: str, *, split: str = "train", config: str | None = None
         raise UserError(f"--dataset: found no file {source!r} in {os.getcwd()}, expected an existing file")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise UserError(f"--dataset: found the file {source!r}, expected one of {', '.join(FILE_FORMATS)}")
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"--dataset {source}: found no rows, expected at least one")
     try:
         if path.is_file():
             dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
         else:
             dataset = load_dataset(source, name=config, split=split)
+        problem = _wrong_prompt(dataset)
     except Exception as error:  # datasets raises many kinds; the cause is kept and named
+        if path.suffix == ".jsonl" and (line := _wrong_line(path)) is not None:
+            raise UserError(f"--dataset {source}: {line}") from error
+        if "corresponds to no data" in str(error):
+            raise UserError(f"--dataset {source}: found no rows, expected at least one") from error
         kind = "file" if path.is_file() else "directory" if path.is_dir() else "Hub id (there is no such file here)"
-        raise UserError(f"--dataset {source}: this {kind} could not be read: {_one_line(error)}") from error
-    _check_prompts(dataset, source)
+        cause = _one_line(error.__cause__ or error)
+        raise UserError(f"--dataset {source}: this {kind} could not be read: {cause}") from error
+    if problem is not None:
+        line = _wrong_line(path) if path.suffix == ".jsonl" and "prompt" in (dataset.column_names or []) else None
+        raise UserError(f"--dataset {source}: {line or problem}")
     return dataset
 
 
-def _check_prompts(dataset: Any, source: str) -> None:
+PROMPT = "expected a string or a list of {'role', 'content'}"
+
+
+def _wrong_prompt(dataset: Any) -> str | None:
     columns = dataset.column_names or []
     if "prompt" not in columns:
-        raise UserError(f"--dataset {source}: found the columns {', '.join(columns)}, expected one named 'prompt'")
+        return f"found the columns {', '.join(columns)}, expected one named 'prompt'"
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise UserError(f"--dataset {source}: found no rows, expected at least one")
+        return "found no rows, expected at least one"
     prompts: Any = dataset["prompt"] if isinstance(dataset, Dataset) else ()  # a stream is read only once
     for number, prompt in enumerate(prompts):
-        conversation = isinstance(prompt, list) and bool(prompt)
-        if conversation and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt):
-            continue
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(
-                f"--dataset {source}: row {number} has the prompt {str(prompt)[:60]!r}, expected a string or a list of "
-                "{'role', 'content'}"
-            )
+        if not _is_prompt(prompt):
+            return f"row {number} has the prompt {str(prompt)[:60]!r}, {PROMPT}"
+    return None
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list) and prompt:
+        return all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
+    return isinstance(prompt, str) and bool(prompt)
+
+
+def _wrong_line(path: Path) -> str | None:
+    """The first line of a .jsonl that is not an object with a prompt, and what it is."""
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            empty = False
+            try:
+                row = json.loads(line.decode("utf-8-sig").strip())
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:
+                return f"line {number} could not be read: {_one_line(error)}"
+            if not isinstance(row, dict):
+                return f"line {number} holds {str(row)[:60]!r}, expected an object with a 'prompt'"
+            if "prompt" not in row:
+                return f"line {number} has {', '.join(row) or 'nothing'}, expected a 'prompt'"
+            if not _is_prompt(row["prompt"]):
+                return f"line {number} has the prompt {str(row['prompt'])[:60]!r}, {PROMPT}"
+    return "found no rows, expected at least one" if empty else None
 
 
 def find_checkpoint(value: str | None, output_dir: str) -> str | None:
-    """`--resume_from_checkpoint` as a path: "true" or "last" mean the newest checkpoint in `output_dir`."""
-    if value is None or value.lower() in _FALSE:
+    """`--resume_from_checkpoint` as a path: "true" or "last" mean the newest complete checkpoint in `output_dir`."""
+    value = str(value)  # a YAML file has true and false
+    if value.lower() in _FALSE:
         return None
-    if value.lower() in _TRUE:
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None:
-            raise UserError(f"--resume_from_checkpoint {value}: found no checkpoint-* in --output_dir {output_dir}")
-        return last
-    if not (Path(value) / "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint: found no trainer_state.json in {value!r}, expected a checkpoint-* directory, "
-            "'last' or 'true'"
-        )
-    return value
+    if value.lower() not in _TRUE:
+        if (found := what_is_wrong(value)) is not None:
+            raise UserError(
+                f"--resume_from_checkpoint: found {found} in {value!r}, expected a complete checkpoint-* directory, "
+                "'last' or 'true'"
+            )
+        return value
+    names = [path.name for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    steps = sorted((int(match[1]) for match in map(_CHECKPOINT.fullmatch, names) if match), reverse=True)
+    skipped = []
+    for step in steps:
+        path = os.path.join(output_dir, f"checkpoint-{step}")
+        if (found := what_is_wrong(path)) is None:
+            if skipped:
+                why = ", ".join(skipped)
+                print(f"rlloss train: resumes from checkpoint-{step}; skipped as not complete: {why}", file=sys.stderr)
+            return path
+        skipped.append(f"checkpoint-{step} ({found})")
+    but = f"; not complete: {', '.join(skipped[:5])}{', ...' if len(skipped) > 5 else ''}" if skipped else ""
+    whole = "complete checkpoint" if skipped else "checkpoint-*"
+    raise UserError(f"--resume_from_checkpoint {value}: found no {whole} in --output_dir {output_dir}{but}")
+
+
+class _WrittenOver(TrainerCallback):
+    """A checkpoint of an earlier run that this one writes over is not complete until it has its own last file."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and state.is_world_process_zero:
+            Path(str(args.output_dir), f"checkpoint-{state.global_step}", "trainer_state.json").unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
+
+
+class _Parser(TrlParser):
+    def error(self, message: str):
+        raise UserError(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]:
     """The three groups of options from `argv` and from the YAML file after ``--config``."""
     groups: Any = (TrainArguments, GRPOConfig, ModelConfig)
-    parser = TrlParser(groups, prog="rlloss train", description=__doc__)
+    parser = _Parser(groups, prog="rlloss train", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)  # TRL's default would be refused on this machine
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    config_file = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
-    if config_file is not None and not Path(config_file).is_file():
-        raise UserError(f"--config: found no file {config_file!r} in {os.getcwd()}, expected a YAML file")
+    known = [option.name for group in groups for option in fields(group) if option.init]
+    if "--config" in argv:
+        at = argv.index("--config")
+        argv, given = argv[:at] + argv[at + 2 :], argv[at + 1 : at + 2]
+        if not given or given[0].startswith("--"):
+            raise UserError("--config: found no file behind it, expected a YAML file")
+        parser.set_defaults_with_config(**_read_settings(given[0], known, parser))
+    for extra in parser.parse_known_args(argv)[1][:1]:
+        name, kind = extra.lstrip("-").partition("=")[0], "option" if extra.startswith("-") else "value"
+        raise UserError(f"{extra}: found an unknown {kind}{_instead(name.replace('-', '_'), known, '--')}")
     try:
-        arguments, config, model_config = parser.parse_args_and_config(args=list(argv))
-    except ValueError as error:
+        arguments, config, model_config = parser.parse_args_into_dataclasses(args=argv)
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(_one_line(error)) from error
     if arguments.model and model_config.model_name_or_path:
         raise UserError("--model and --model_name_or_path: found both, expected one: they mean the same")
@@ -201,18 +279,87 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]
     for option, value in (("--model", arguments.model), ("--dataset", arguments.dataset)):
         if not value:
             raise UserError(f"{option}: found none, expected one on the command line or in the --config file")
+        if not isinstance(value, str):
+            raise UserError(f"{option}: found {value!r}, expected one")
+    if not isinstance(arguments.reward, list) or not all(isinstance(name, str) for name in arguments.reward):
+        raise UserError(f"--reward: found {arguments.reward!r}, expected module:function, or a list of them")
     return arguments, config, model_config
+
+
+def _read_settings(file: str, known: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options of a YAML file, and its "env" put into the environment."""
+    if not Path(file).is_file():
+        raise UserError(f"--config: found no file {file!r} in {os.getcwd()}, expected a YAML file")
+    try:
+        settings = yaml.safe_load(Path(file).read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--config {file}: found no YAML: {_one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {file}: found {type(settings).__name__}, expected a mapping of options to values")
+    environment = settings.pop("env", {})
+    if not isinstance(environment, dict):
+        raise UserError(f"--config {file}: env: found {environment!r}, expected a mapping of names to values")
+    types = {action.dest: action.type for action in parser._actions if action.nargs is None}
+    for name, value in settings.items():
+        if name not in known:
+            raise UserError(f"--config {file}: found the unknown option {name!r}{_instead(name, known)}")
+        if isinstance(value, list | dict) and types.get(name) in (int, float):
+            raise UserError(f"--config {file}: {name}: found {value!r}, expected a number")
+        if not isinstance(value, str | bool | list | dict | None):
+            settings[name] = str(value)  # checked and converted as on the command line
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return settings
+
+
+def _instead(name: object, known: Sequence[str], before: str = "") -> str:
+    close = difflib.get_close_matches(str(name), known, 1)
+    return f", did you mean {before}{close[0]}?" if close else ", expected one of `rlloss train --help`"
 
 
 def run(argv: Sequence[str]) -> None:
     """Train as `argv` says, then save model and tokenizer to ``--output_dir``. Raises UserError for bad input."""
-    arguments, config, model_config = parse(argv)
-    assert arguments.model is not None and arguments.dataset is not None
+    try:
+        trainer, checkpoint = _prepare(*parse(argv))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    config = trainer.args
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(config.output_dir)
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    accelerator = trainer.accelerator
+    accelerator.print(f"Saved model and tokenizer to {config.output_dir}")
+    # The model's DDP wrapper has to go before the process group: the last to hold the group joins gloo's thread, and
+    # the wrapper would do that under the GIL, for which that thread may be waiting.
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def _prepare(
+    arguments: TrainArguments, config: GRPOConfig, model_config: ModelConfig
+) -> tuple[GRPOTrainer, str | None]:
+    """The trainer, and the checkpoint to resume from."""
+    assert arguments.model is not None and arguments.dataset is not None and config.output_dir is not None
+    try:
+        make_folder(config.output_dir)
+    except OSError as error:
+        found = f"{error.filename!r}: {error.strerror}"
+        raise UserError(f"--output_dir: found {found}, expected a folder that can be written to") from error
     rewards = load_rewards(arguments.reward)
     with config.main_process_first(desc="reading the dataset"):
         dataset = load_prompts(arguments.dataset, split=arguments.dataset_split, config=arguments.dataset_config)
-    assert config.output_dir is not None
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    decided: list[str | None] = [None, None]
+    if config.process_index == 0:
+        try:
+            decided[0] = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+        except UserError as error:
+            decided[1] = str(error)
+    checkpoint, problem = broadcast_object_list(decided)
+    if problem is not None:
+        raise UserError(problem)
     looks_local = arguments.model.startswith((".", "/", "~")) or arguments.model.count("/") > 1
     if looks_local and not Path(arguments.model).is_dir():
         raise UserError(f"--model: found no directory {arguments.model!r}, expected one with a model and its tokenizer")
@@ -235,23 +382,16 @@ def run(argv: Sequence[str]) -> None:
             train_dataset=dataset,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            callbacks=[_WrittenOver()],
         )
-    except OSError as error:  # how transformers says that there is no such model or tokenizer
+    except OSError as error:
+        if error.filename is not None:  # a file that is not the model's
+            raise
         here = "" if Path(arguments.model).is_dir() else f"no such directory in {os.getcwd()}, and as a Hub id "
         raise UserError(f"--model {arguments.model}: {here}it could not be loaded: {_one_line(error)}") from error
-    except ValueError as error:  # settings that exclude one another
+    except (ValueError, ImportError) as error:  # settings that exclude one another, or a library that they need
         raise UserError(_one_line(error)) from error
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(config.output_dir)
-    if config.push_to_hub:
-        trainer.push_to_hub()
-    accelerator = trainer.accelerator
-    accelerator.print(f"Saved model and tokenizer to {config.output_dir}")
-    # The model's DDP wrapper has to go before the process group: the last to hold the group joins gloo's thread, and
-    # the wrapper would do that under the GIL, for which that thread may be waiting.
-    del trainer
-    accelerator.free_memory()
-    accelerator.end_training()
+    return trainer, checkpoint
 
 
 def _one_line(error: BaseException) -> str:

@@ -62,6 +62,7 @@ FLOORS = {
     "rlloss.arithmetic": 4,
     "rlloss.report": 4,
     "rlloss.run_log": 4,
+    "rlloss.checkpoints": 4,
     "rlloss.run_page": 4,
     "rlloss.run_report": 4.5,
     "rlloss.arms": 4,
@@ -72,7 +73,7 @@ FLOORS = {
 }
 PACKAGE_FLOORS = {"rlloss.kernels": 0, "rlloss.integrations": 4}
 CORE = 3.5
-STANDALONE = {"rlloss.arithmetic", "rlloss.report", "rlloss.run_log", "rlloss.run_page"}
+STANDALONE = {"rlloss.arithmetic", "rlloss.checkpoints", "rlloss.report", "rlloss.run_log", "rlloss.run_page"}
 CORE_LIBRARIES = {"torch", "triton"}
 
 

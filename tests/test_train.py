@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("trl")
+
+from transformers import AutoModelForCausalLM
 
 from rlloss import __version__, arithmetic, cli, train
 
@@ -91,7 +96,7 @@ def state(checkpoint):
 
 
 def test_training_leaves_a_model_that_loads_and_its_checkpoints(trained):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     assert {"checkpoint-1", "checkpoint-2"} <= {p.name for p in trained.iterdir()}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
@@ -111,8 +116,12 @@ def test_resume_from_yaml_goes_on_where_it_stopped(project, trained):
 
     settings = OPTIONS | {"reward": ["my_rewards:short", "my_rewards:has_answer"], "output_dir": "out", "max_steps": 3}
     (project / "train.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copytree(trained / "checkpoint-2", trained / "checkpoint-3")
+    (trained / "checkpoint-3" / "trainer_state.json").unlink()
+    (trained / "checkpoint-3" / "optimizer.pt").write_bytes(b"PK")
     ran = rlloss(project, "train", "--config", "train.yaml", "--resume_from_checkpoint", "last")
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "resumes from checkpoint-2; skipped as not complete: checkpoint-3 (no trainer_state.json)" in ran.stderr
     resumed, before = state(trained / "checkpoint-3"), state(trained / "checkpoint-2")
     assert resumed["global_step"] == 3
     assert resumed["log_history"][: len(before["log_history"])] == before["log_history"]
@@ -130,18 +139,17 @@ def test_accelerate_launches_it(project):
 def test_two_processes_train_together(project, trained):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
     options = OPTIONS | {"output_dir": "two", "max_steps": 2, "save_steps": 2, "reward": "my_rewards:short"}
+    shutil.copytree(trained / "checkpoint-1", project / "two" / "checkpoint-1")
+    shutil.copytree(trained / "checkpoint-1", project / "two" / "checkpoint-2")
+    (project / "two" / "checkpoint-2" / "trainer_state.json").write_text("{")
+    options |= {"resume_from_checkpoint": "last"}
     ran = rlloss(project, "train", *flags(**options), launcher=launcher, ACCELERATE_USE_CPU="true")
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("Saved model and tokenizer") == 1  # by the first process
+    skipped = "resumes from checkpoint-1; skipped as not complete: checkpoint-2 (trainer_state.json cut off)"
+    assert ran.stderr.count(skipped) == 1
     both, alone = (state(project / out / "checkpoint-2")["epoch"] for out in ("two", trained.name))
     assert both == 2 * alone  # twice the prompts a step
-
-
-def test_the_command_reports_bad_input_in_one_line(project):
-    ran = rlloss(project, "train", *flags(**OPTIONS | {"dataset": "absent.jsonl"}), "--reward", "my_rewards:short")
-    assert ran.returncode == 2
-    lines = [line for line in ran.stderr.splitlines() if "error" in line]
-    assert len(lines) == 1 and "found no file 'absent.jsonl'" in lines[0] and "Traceback" not in ran.stderr
 
 
 def test_a_config_file_gives_defaults_that_options_replace(project, monkeypatch):
@@ -170,12 +178,54 @@ def test_rewards_may_be_repeated_or_listed():
         (["--model", "a", "--model_name_or_path", "c", "--dataset", "b"], "found both, expected one"),
         (["--model", "a", "--dataset", "b", "--no_such_option", "1"], "--no_such_option"),
         (["--config", "absent.yaml"], "--config: found no file 'absent.yaml'"),
+        (["--config"], "--config: found no file behind it"),
+        (["--model", "a", "--dataset", "b", "--learnig-rate", "1"], "unknown option, did you mean --learning_rate"),
+        (["--model", "a", "--dataset", "b", "more"], "more: found an unknown value"),
+        (["--model", "a", "--dataset", "b", "--max_steps", "x"], "max_steps.*: invalid int value: 'x'"),
+        (["--model", "a", "--dataset", "b", "--optim", "x"], "--optim: invalid choice: 'x'"),
         (["--model", "a", "--dataset", "b", "--epsilon", "0.3", "--epsilon_low", "0.1"], "epsilon_low"),
     ],
 )
 def test_bad_options_are_named(argv, message):
     with pytest.raises(train.UserError, match=message):
         train.parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnig_rate: 1", "found the unknown option 'learnig_rate', did you mean learning_rate"),
+        ("3: 4", "found the unknown option 3, expected one of"),
+        ("a: [1", "found no YAML: ParserError: .* line 1"),
+        ("model: caf\udce9", "found no YAML"),
+        ("- model", "found list, expected a mapping"),
+        ("", "found NoneType, expected a mapping"),
+        ("env: 3", "env: found 3, expected a mapping"),
+        ("max_steps: [1]", r"max_steps: found \[1\], expected a number"),
+        ("max_steps: 2.5", "max_steps.*: invalid int value: '2.5'"),
+        ("max_steps: abc", "max_steps.*: invalid int value: 'abc'"),
+        ("dataset: [b]", r"--dataset: found \['b'\], expected one"),
+        ("reward: {a: b}", "--reward: found {'a': 'b'}, expected module:function"),
+        ("temperature: [1]", r"temperature: found \[1\], expected a number"),
+    ],
+)
+def test_bad_config_files_are_named(tmp_path, text, message):
+    path = tmp_path / "some.yaml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(train.UserError, match=message):
+        train.parse(["--model", "a", *([] if "dataset" in text else ["--dataset", "b"]), "--config", str(path)])
+
+
+def test_a_config_file_may_hold_numbers_where_texts_are_expected(tmp_path):
+    (tmp_path / "some.yaml").write_text(
+        "model: 3\ndataset: b\noutput_dir: 2026-11-26\nlearning_rate: 1e-4\nenv: {X_1: 2}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("X_1", raising=False)
+        arguments, config, _ = train.parse(["--config", str(tmp_path / "some.yaml")])
+        assert os.environ["X_1"] == "2"
+    os.environ.pop("X_1", None)
+    assert (arguments.model, config.output_dir, config.learning_rate) == ("3", "2026-11-26", 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -211,16 +261,25 @@ def test_rewards_come_from_the_current_directory(project, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"question": "1+1=", "answer": 2}\n', "found the columns question, answer, expected .* 'prompt'"),
-        ("b.jsonl", '{"prompt": "1+1="}\n{"prompt": 3\n', "this file could not be read"),
-        ("c.jsonl", '{"prompt": 3}\n', "row 0 has the prompt '3', expected a string or a list"),
-        ("d.jsonl", '{"prompt": [{"text": "hi"}]}\n', "row 0 has the prompt"),
-        ("e.jsonl", '{"prompt": "1+1="}\n{"prompt": ""}\n', "row 1 has the prompt ''"),
+        ("b.jsonl", '{"prompt": "1+1="}\n\n{"prompt": 3\n', "line 3 is not JSON: Expecting ',' delimiter at column 13"),
+        ("c.jsonl", '{"prompt": 3}\n', "line 1 has the prompt '3', expected a string or a list"),
+        ("d.jsonl", '{"prompt": [{"text": "hi"}]}\n', "line 1 has the prompt"),
+        ("e.jsonl", '{"prompt": "1+1="}\n\n{"prompt": ""}\n', "line 3 has the prompt ''"),
+        ("g.jsonl", '{"prompt": "1+1="}\n{"answer": 3, "b": 4}\n', "line 2 has answer, b, expected a 'prompt'"),
+        ("h.jsonl", '{"prompt": "1+1="}\n7\n', "line 2 holds '7', expected an object with a 'prompt'"),
+        ("i.jsonl", '{"prompt": "caf\udce9"}\n', "line 1 could not be read: UnicodeDecodeError"),
+        ("j.jsonl", "", "found no rows, expected at least one"),
+        ("k.jsonl", "\n\n", "found no rows, expected at least one"),
+        ("l.csv", "prompt,answer\n", "found no rows, expected at least one"),
+        ("m.csv", 'prompt,answer\n"1,2\n', "this file could not be read: ParserError"),
+        ("n.parquet", "PAR1", "this file could not be read: ArrowInvalid"),
+        ("o.json", '[{"prompt": 3}]', "row 0 has the prompt '3'"),
         ("f.txt", "1+1=", "expected one of .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_bad_datasets_are_named(tmp_path, monkeypatch, name, content, message):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(train.UserError, match=message):
         train.load_prompts(str(tmp_path / name))
 
@@ -232,18 +291,169 @@ def test_prompts_may_be_conversations_with_other_columns(tmp_path):
     assert dataset[0] == {"prompt": [{"role": "user", "content": "1+1?"}], "answer": 2}
 
 
-def test_a_checkpoint_is_found_or_missed_by_name(tmp_path):
-    newest = tmp_path / "out" / "checkpoint-10"
-    for step in (2, 10):
-        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
-    (newest / "trainer_state.json").write_text("{}")
-    assert train.find_checkpoint(None, "out") is None and train.find_checkpoint("false", "out") is None
-    for value in ("last", "True", str(newest)):
-        assert train.find_checkpoint(value, str(tmp_path / "out")) == str(newest)
-    with pytest.raises(train.UserError, match="found no checkpoint-"):
-        train.find_checkpoint("last", str(tmp_path / "empty"))
-    with pytest.raises(train.UserError, match="found no trainer_state.json"):
-        train.find_checkpoint(str(tmp_path), "out")
+CHECKED = {".json", ".safetensors", ".pt", ".pth", ".bin"}  # files that tell how long they are
+NEEDED = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def resumed(output_dir, capsys):
+    """(the step that "last" finds, what it says)."""
+    found = train.find_checkpoint("last", str(output_dir))
+    return int(Path(found).name.removeprefix("checkpoint-")), capsys.readouterr().err
+
+
+def copies(tmp_path, trained, change=None):
+    """A folder with two checkpoints, and the newer one of them."""
+    older, newer = (tmp_path / "out" / f"checkpoint-{number}" for number in (2, 10))
+    shutil.copytree(trained / "checkpoint-2", older)
+    if change is not None:
+        change(older)
+    shutil.copytree(older, newer)
+    return tmp_path / "out", newer
+
+
+def in_shards(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+
+
+def as_adapter(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+def of_two_processes(folder):
+    for n in (0, 1):
+        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{n}.pth")
+    (folder / "rng_state.pth").unlink()
+
+
+def of_fsdp(folder):
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name).mkdir()
+        for file in (".metadata", "__0_0.distcp"):
+            (folder / name / file).write_bytes(b"x" * 64)
+    for name in ("model.safetensors", "optimizer.pt"):
+        (folder / name).unlink()
+
+
+def of_deepspeed(folder):
+    (folder / "global_step2").mkdir()
+    (folder / "latest").write_text("global_step2")
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (folder / name).rename(folder / "global_step2" / f"{name.partition('.')[0]}.pt")
+    shutil.copy(folder / "training_args.bin", folder / "global_step2" / "model.pt")
+
+
+LAYOUTS = {
+    # how it is written: what has to be there
+    None: NEEDED,
+    in_shards: NEEDED - {"model.safetensors"} | {"model.safetensors.index.json", "model-*-of-*.safetensors"},
+    as_adapter: NEEDED - {"model.safetensors"} | {"adapter_model.safetensors", "adapter_config.json"},
+    of_two_processes: NEEDED - {"rng_state.pth"} | {"rng_state_0.pth", "rng_state_1.pth"},
+    of_fsdp: NEEDED - {"model.safetensors", "optimizer.pt"} | {"*_fsdp_0/.metadata", "optimizer_0/.metadata"},
+    of_deepspeed: {"rng_state.pth", "trainer_state.json", "latest"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: getattr(layout, "__name__", "one file"))
+def test_the_newest_complete_checkpoint_is_taken(trained, tmp_path, capsys, layout):
+    """With each of the newest one's files missing or cut off, the one before it."""
+    folder, newest = copies(tmp_path, trained, layout)
+    capsys.readouterr()  # progress bars
+    assert resumed(folder, capsys) == (10, "")
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    needed = {path for pattern in LAYOUTS[layout] for path in newest.glob(pattern)}
+    assert len(needed) >= len(LAYOUTS[layout])
+    for path in files:
+        name, whole = path.relative_to(newest).as_posix(), path.read_bytes()
+        path.unlink()
+        expected = (2, f"checkpoint-10 (no {name})") if path in needed else (10, "")
+        step, said = resumed(folder, capsys)
+        if name in ("model.safetensors", "pytorch_model_fsdp_0/.metadata"):
+            expected = (2, "checkpoint-10 (no ")
+        elif name == "latest":
+            expected = (2, "checkpoint-10 (no latest global_step)")
+        elif "adapter_model" in name or name.endswith("index.json"):
+            expected = (2, "checkpoint-10 (no weights)")
+        assert (step, expected[1] in said) == (expected[0], True), name
+        for kept in (0, len(whole) // 2, len(whole.rstrip()) - 1) if path.suffix in CHECKED else ():
+            path.write_bytes(whole[:kept])
+            cut = f"skipped as not complete: checkpoint-10 ({name} cut off)\n"
+            assert resumed(folder, capsys) == (2, f"rlloss train: resumes from checkpoint-2; {cut}"), (name, kept)
+        path.write_bytes(whole)
+    assert resumed(folder, capsys) == (10, "")
+
+
+def test_a_checkpoint_is_found_or_missed_by_name(trained, tmp_path):
+    folder, newest = copies(tmp_path, trained)
+    (folder / "checkpoint-99").write_text("a file")
+    (folder / "checkpoint-x").mkdir()
+    for value in (None, "false", False):
+        assert train.find_checkpoint(value, str(folder)) is None
+    for value in ("last", "True", True, str(newest)):
+        assert train.find_checkpoint(value, str(folder)) == str(newest)
+    for empty in ("empty", "absent"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(train.UserError, match="found no checkpoint-"):
+            train.find_checkpoint("last", str(tmp_path / empty))
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(train.UserError, match="found no trainer_state.json in"):
+            train.find_checkpoint(str(path), "out")
+    for name in ("checkpoint-2", "checkpoint-10"):
+        (folder / name / "optimizer.pt").write_bytes(b"PK")
+    with pytest.raises(train.UserError, match="found optimizer.pt cut off in '.*checkpoint-10', expected a complete"):
+        train.find_checkpoint(str(newest), str(folder))
+    with pytest.raises(train.UserError, match=r"not complete: checkpoint-10 \(optimizer.pt cut off\), checkpoint-2 \("):
+        train.find_checkpoint("last", str(folder))
+
+
+def test_weights_alone_are_complete(trained, tmp_path, capsys):
+    """As save_only_model leaves them; one of the parts alone is missing."""
+    folder, newest = copies(tmp_path, trained)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (newest / name).unlink()
+        assert resumed(folder, capsys)[0] == (10 if name == "rng_state.pth" else 2)
+
+
+def test_a_checkpoint_that_is_written_over_is_not_complete_meanwhile(trained, tmp_path, capsys):
+    folder, newest = copies(tmp_path, trained)
+    args = SimpleNamespace(output_dir=str(folder))
+    for main, saves, step in ((False, True, 10), (True, False, 10), (True, True, 11), (True, True, 10)):
+        assert resumed(folder, capsys)[0] == 10
+        state = SimpleNamespace(is_world_process_zero=main, global_step=step)
+        train._WrittenOver().on_step_end(args, state, SimpleNamespace(should_save=saves))
+    assert resumed(folder, capsys)[0] == 2
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"output_dir": "my_rewards.py"}, "--output_dir: found 'my_rewards.py': Not a directory, expected a folder"),
+    ({"output_dir": "my_rewards.py/out"}, "--output_dir: found 'my_rewards.py/out': Not a directory"),
+    ({"output_dir": "logged", "token_log_steps": 1}, "logged/tokens/process-00000.jsonl: Is a directory"),
+    ({"output_dir": "measured", "token_log_steps": 1}, "folder: found a directory measured/metrics.jsonl"),
+    ({"model": "nowhere"}, "--model nowhere: no such directory in .*, and as a Hub id it could not be loaded"),
+    ({"model": "./nowhere"}, "--model: found no directory './nowhere'"),
+    ({"dataset": "x" * 300}, "x" * 300),
+    ({"dataset": "absent.jsonl"}, "--dataset: found no file 'absent.jsonl'"),
+    ({"reward": "my_rewards:long"}, "has no 'long'"),
+    ({"loss_type": "nope"}, "loss_type"),
+    ({"resume_from_checkpoint": "last"}, "found no checkpoint-"),
+], ids=str)  # fmt: skip
+def test_the_option_that_does_not_fit_is_blamed(project, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", project / "cache")
+    for folder in ("logged/tokens/process-00000.jsonl", "measured/metrics.jsonl"):
+        (project / folder).mkdir(parents=True, exist_ok=True)
+    options = OPTIONS | {"reward": "my_rewards:short", "output_dir": "unused"} | change
+    assert cli.main(["train", *flags(**options)]) == 2
+    shown = capsys.readouterr().err
+    said = [line for line in shown.splitlines() if "error" in line]
+    assert len(said) == 1 and "Traceback" not in shown and re.match(f"rlloss train: error: .*{message}", said[0])
 
 
 def test_help_and_version(capsys):

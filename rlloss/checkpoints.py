@@ -1,0 +1,92 @@
+"""Whether a checkpoint of transformers' Trainer is complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+_WEIGHTS = re.compile(
+    r"(^(pytorch_)?model|(^|/)adapter_model)\.(safetensors|bin)(\.index\.json)?$|^pytorch_model_fsdp(\.bin$|_\d+/)"
+)
+
+
+def what_is_wrong(checkpoint: str | Path) -> str | None:
+    """The part of a checkpoint that is missing or cut off, or None. No weights are read.
+
+    transformers writes the weights, the optimizer, the scheduler, the random state of each process, and last
+    trainer_state.json. With save_only_model all three in the middle are missing.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "no trainer_state.json"
+    try:
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        folders = {path.name for path in folder.iterdir() if path.is_dir()}
+        for name in ("trainer_state.json", *sorted(files)):
+            if name not in files:
+                return f"no {name}"
+            if _is_cut_off(folder / name):
+                return f"{name} cut off"
+        return _missing_part(folder, files, folders)
+    except OSError as error:
+        return f"no {error.filename} ({error.strerror})"
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the file ends before what it says itself that it holds."""
+    if path.suffix in (".pt", ".pth", ".bin"):
+        try:
+            zipfile.ZipFile(path).close()  # its directory is at the end
+        except zipfile.BadZipFile:
+            return True
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    return True
+                ends = [
+                    entry["data_offsets"][1] for entry in json.loads(file.read(length)).values() if "dtype" in entry
+                ]
+            return path.stat().st_size != 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return True
+    return False
+
+
+def _missing_part(folder: Path, files: set[str], folders: set[str]) -> str | None:
+    for index in (name for name in files if name.endswith(".index.json")):
+        shards = set(json.loads((folder / index).read_bytes())["weight_map"].values())
+        if missing := sorted(shards - files):
+            return f"no {missing[0]}"
+    for adapter in (name for name in files if Path(name).name in ("adapter_model.safetensors", "adapter_model.bin")):
+        if (config := Path(adapter).with_name("adapter_config.json").as_posix()) not in files:
+            return f"no {config}"
+    sharded = [name for name in folders if name.startswith(("pytorch_model_fsdp", "optimizer_"))]  # FSDP
+    for name in sharded:
+        if f"{name}/.metadata" not in files:
+            return f"no {name}/.metadata"
+    deepspeed = any(name.startswith("global_step") for name in folders)
+    if deepspeed and ("latest" not in files or (folder / "latest").read_text().strip() not in folders):
+        return "no latest global_step"
+    if not deepspeed and not any(_WEIGHTS.search(name) for name in files):
+        return "no weights"
+    random_of = {name for name in files if re.fullmatch(r"rng_state(_\d+)?\.pth", name)}
+    parts = {
+        "optimizer.pt": deepspeed or any("optimizer" in name for name in files),
+        "scheduler.pt": deepspeed or "scheduler.pt" in files,
+        "rng_state.pth": bool(random_of),
+    }
+    if any(parts.values()):
+        for name, is_there in parts.items():
+            if not is_there:
+                return f"no {name}"
+        if "rng_state.pth" not in random_of:
+            for n in range(max(2, len(random_of))):
+                if f"rng_state_{n}.pth" not in random_of:
+                    return f"no rng_state_{n}.pth"
+    return None
