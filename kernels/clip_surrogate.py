@@ -59,10 +59,12 @@ def _finish(
     tokens = tl.sum(tl.where(fields == 3, totals, 0.0), axis=0)
     kept = tl.sum(tl.where(fields == 5, totals, 0.0), axis=0)
     ratios = tl.sum(tl.where(fields == 7, totals, 0.0), axis=0)
+    counted = tokens
+    if KEPT_COUNTS:
+        counted = kept
     if TOKENS:
-        denominator = tl.maximum(tokens, 1.0)
-        if KEPT_COUNTS:
-            denominator = tl.maximum(kept, 1.0)
+        denominator = counted
+    denominator = tl.where(counted == 0.0, 1.0, denominator)
     loss = loss / denominator
     kept_scale = 1.0 / tl.maximum(kept, 1.0)
     if BONUS:

@@ -77,6 +77,7 @@ def checked(
         selected is not None or not given_elsewhere, "selected", None,
         "a [B, T] tensor with covariance.scope='generation': `rlloss.covariance_selection` of the whole batch",
     )  # fmt: skip
+    _check_numbers(mask, config, cutoff, denominator)
     logp = logp if logp.dtype == torch.float64 else logp.float()
     if entropy is not None and entropy.dtype != torch.float64:
         entropy = entropy.float()
@@ -85,6 +86,18 @@ def checked(
         None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
     )
     return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy
+
+
+def _check_numbers(mask: Tensor, config: LossConfig, cutoff, denominator) -> None:
+    """Of tensors too, where looking at them is free."""
+    if cutoff is not None and (not isinstance(cutoff, Tensor) or checks.values_checked(cutoff)):
+        checks.require(bool(cutoff == cutoff), "cutoff", cutoff, "a number")
+    if isinstance(denominator, Tensor) and checks.values_checked(denominator) and checks.values_checked(mask):
+        none_kept = config.entropy_denominator == "kept" and bool(denominator == 0)
+        checks.require(
+            bool((denominator > 0) & (denominator < torch.inf)) or none_kept or not bool(mask.any()), "denominator",
+            denominator, "a finite number above 0 where a token counts",
+        )  # fmt: skip
 
 
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:

@@ -76,7 +76,11 @@ def aggregate(
     """One number from token losses [B, T] that are 0 where they do not count."""
     if loss_type.mean_of_sequence:
         loss = loss / counted.sum(-1, keepdim=True).clamp(min=1)
-    return loss.sum() / (default_denominator(counted, loss_type, config) if denominator is None else denominator)
+    if denominator is None:
+        denominator = default_denominator(counted, loss_type, config)
+    elif isinstance(denominator, Tensor):
+        denominator = torch.where(counted.any(), denominator.reshape(()), 1.0)  # 0 of nothing is a loss of 0
+    return loss.sum() / denominator
 
 
 def row_local(config: LossConfig, cutoff: object, denominator: object) -> bool:
@@ -128,7 +132,8 @@ def policy_loss(
         denominator: what the sum over tokens ("grpo", "gspo", "sapo", "luspo": over sequences) is divided by; whoever
             splits a batch over micro-batches or ranks passes the count of the whole. None: this call's own: mask
             tokens (the kept ones with entropy_denominator="kept"), B for the losses over sequences,
-            B * max_completion_length for "dr_grpo".
+            B * max_completion_length for "dr_grpo". A tensor may be 0 where nothing counts, as `mask.sum()` is; on a
+            GPU it is not looked at.
         kept: `[B, T]` bool, the tokens that the surrogate acts on, for `top_entropy_quantile` < 1: part of the
             `top_entropy_mask` of a batch that was split. None: this call's own.
         selected: `[B, T]` bool, the tokens picked by covariance, part of the `covariance_selection` of a batch that was

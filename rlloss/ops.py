@@ -305,5 +305,9 @@ def check_rows(x, name, target, mask, temperature, softcap, logit_scale, V: int)
     if checks.values_checked(x):
         checks.target_in_range(target, mask, V)
         if isinstance(temperature, Tensor):
-            bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
-            checks.require(not bool(bad.any()), "temperature", "an entry that is 0, negative or NaN", "all above 0")
+            bad = ~((temperature > 0) & (temperature < torch.inf))
+            bad = bad if mask is None else bad & mask
+            checks.require(
+                not bool(bad.any()), "temperature", "an entry that is 0, negative, infinite or NaN",
+                "all finite and above 0",
+            )  # fmt: skip

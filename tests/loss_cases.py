@@ -146,8 +146,8 @@ def textbook_pick(x: dict, config: LossConfig, acts: torch.Tensor, advantage: to
     return picked
 
 
-def ours(config: LossConfig, sampled=False):
-    return lambda x: policy_loss(**arguments(x, config, sampled), config=config).loss
+def ours(config: LossConfig, sampled=False, **more):
+    return lambda x: policy_loss(**arguments(x, config, sampled), config=config, **more).loss
 
 
 def converted(x: dict, dtype: torch.dtype, on: str = "torch") -> dict:

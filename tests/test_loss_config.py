@@ -205,6 +205,10 @@ def test_the_sections_are_not_dicts(loss_type, name, kind):
     ({"denominator": 0.0}, ValueError, "denominator: found 0.0"),
     ({"denominator": -3}, ValueError, "denominator: found -3"),
     ({"denominator": torch.ones(2)}, ValueError, r"denominator: found shape \(2,\), expected one number"),
+    *(({"denominator": torch.tensor(found)}, ValueError, "denominator: found .*, expected a finite number")
+      for found in (0, -1.0, math.nan, math.inf)),
+    *(({"cutoff": found, "entropy": torch.zeros(2, 3), "config": LossConfig(top_entropy_quantile=0.2)}, ValueError,
+       "cutoff: found .*nan.*, expected a number") for found in (math.nan, torch.tensor(math.nan))),
     ({"kept": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "kept: found a tensor, expected None with top_entropy"),
     ({"kept": torch.ones(2, 3, dtype=torch.bool), "cutoff": 0.5, "entropy": torch.zeros(2, 3),
       "config": LossConfig(top_entropy_quantile=0.2)}, ValueError, "kept: found a tensor, expected None with.*cutoff"),

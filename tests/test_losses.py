@@ -8,6 +8,7 @@ import torch
 from loss_cases import (
     BACKENDS,
     COVARIANCE,
+    DEVICE,
     FUSED,
     LENGTH,
     LEVELS,
@@ -109,8 +110,10 @@ def test_an_empty_mask_gives_a_differentiable_zero(loss_type, level):
         x["mask"][:] = False
         config = make_config(loss_type, level, **settings)
         for on in BACKENDS:
-            loss, *gradients = value_and_gradients(ours(config, sampled=True), x, torch.float32, on)
-            assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
+            for denominator in (None, 7.0, torch.zeros((), device="cpu" if on == "torch" else DEVICE)):
+                compute = ours(config, sampled=True, denominator=denominator)
+                loss, *gradients = value_and_gradients(compute, x, torch.float32, on)
+                assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
         metrics = policy_loss(
             x["logp"], x["advantage"], x["mask"], config=config, entropy=x["entropy"].requires_grad_(),
             ref_logp=x["ref_logp"] if config.beta else None,

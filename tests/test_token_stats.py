@@ -421,6 +421,7 @@ ok = {"logits": torch.zeros(2, 5), "target": torch.zeros(2, dtype=torch.int64)}
     ({"temperature": -1.0}, ValueError, "temperature"),
     ({"temperature": math.nan}, ValueError, "temperature"),
     ({"temperature": torch.tensor([1.0, 0.0])}, ValueError, "temperature"),
+    ({"temperature": torch.tensor([1.0, math.inf])}, ValueError, "temperature: found .*negative, infinite"),
     ({"temperature": torch.ones(3)}, ValueError, r"temperature: found shape \(3,\)"),
     ({"softcap": 0.0}, ValueError, "softcap: found 0.0"),
     ({"logit_scale": -1.0}, ValueError, "logit_scale: found -1.0"),
