@@ -47,6 +47,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr(linear_peers, "trl_compacts", lambda device: True)
 
 
+@pytest.mark.slow
 def test_the_program_runs(device, tmp_path, capsys):
     absent = {peer.name: peer.absent() for peer in linear_peers.peers()}
     arguments = (
@@ -231,6 +232,7 @@ def step():
     return importlib.import_module("bench_step")
 
 
+@pytest.mark.slow
 class TestStep:
     @pytest.mark.parametrize("beta", ["0", "0.04"])
     def test_the_program_runs(self, step, tmp_path, beta):

@@ -23,6 +23,7 @@ def no_interpreter(monkeypatch):
     monkeypatch.setenv("RLLOSS_BACKEND", "torch")
 
 
+@pytest.mark.slow
 def test_the_program_runs(tmp_path, capsys, monkeypatch):
     measures = [bench.Measure("forward", 1.0), bench.Measure("step", 1.0, 1.0), STEP]
     monkeypatch.setattr(bench, "CASES", [(N, V, torch.float32, measure) for measure in measures])

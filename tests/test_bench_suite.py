@@ -49,6 +49,7 @@ def done(tmp_path_factory):
     return code, path.parent, report.load(path.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("bench suite")  # one run for all of them
 class TestARun:
     def test_the_files_are_written(self, done):
@@ -111,6 +112,7 @@ class TestARun:
         assert (tmp_path / "memory-float32.svg").exists() and not (tmp_path / "hidden_time-bfloat16.svg").exists()
 
 
+@pytest.mark.slow
 def test_a_red_test_and_there_is_no_number(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suite, "run", lambda *_: pytest.fail("it measured"))
     red = file_of(tmp_path, "test_red.py", "1 == 2")
@@ -120,6 +122,7 @@ def test_a_red_test_and_there_is_no_number(tmp_path, capsys, monkeypatch):
     assert "test_red.py::test_it" in found and "nothing is measured" in found
 
 
+@pytest.mark.slow
 def test_no_time_and_everything_is_not_measured(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(run, "run_tests", lambda paths: {"command": "pytest", "summary": "1 passed"})
@@ -157,6 +160,7 @@ class TestTime:
         found = self.samples(clock, 1.0, 30, limit, warm=warm)
         assert {name: len(values) for name, values in found.items()} == {"a": expected, "b": expected}
 
+    @pytest.mark.slow
     def test_cells_share_the_time_and_are_left_out_when_it_is_over(self, clock, monkeypatch):
         limits, taken = [], []
 

@@ -16,6 +16,7 @@ from rlloss.arms import ARMS, REMEDIES, ArmResult, what_never_acted
 from rlloss.cli import main
 from rlloss.integrations.trl_grpo import GRPOConfig
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one run for all of them
 SMALL = {
     "steps": 4, "seeds": 2, "arms": ["dynamic temperature", "KL-Cov"], "warm_start_steps": 3, "held_out_samples": 1,
 }  # fmt: skip

@@ -51,9 +51,11 @@ def kinds(line: str) -> set[str]:
     return {f"{what.partition(':')[0]}: {kernel}, {target}" for what in wrong.split("; ")}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_the_compiler_makes_of_the_kernels(target):
-    rows = json.loads(run_without_interpreter(REPORT, "--json", target))
+@pytest.mark.parametrize(
+    "target, flags", [("sm_90", ["plain"]), *(pytest.param(t, [], marks=pytest.mark.slow) for t in TARGETS)]
+)
+def test_what_the_compiler_makes_of_the_kernels(target, flags):
+    rows = json.loads(run_without_interpreter(REPORT, "--json", target, *flags))
     assert {row["function"] for row in rows} == jitted_kernels()
     assert len(jitted_kernels()) >= 12
     short = [f"{row['name']}: {'; '.join(row['violations'])}" for row in rows if row["violations"]]
@@ -85,6 +87,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fault_of_each_kind_is_found(tmp_path):
     shutil.copytree(ROOT / "rlloss", tmp_path / "rlloss")  # with what the links point to
     for file, before, after, _, _ in FAULTS:
@@ -125,6 +128,7 @@ for arch in (80, 90, 100, 120):
 """
 
 
+@pytest.mark.slow
 def test_spills_are_seen_and_code_is_read_as_cuobjdump_reads_it():
     spills, *equal = run_without_interpreter("-c", SPILLS_AND_LISTINGS, path=ROOT / "benchmarks").splitlines()
     assert spills.startswith("spills: ")

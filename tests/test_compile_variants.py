@@ -109,6 +109,7 @@ def test_combinations_are_as_many_as_the_docstring_says():
         assert f" {count(name):,} of the {name}" in str(compile_variants.__doc__)
 
 
+@pytest.mark.slow
 def test_launchers_ask_for_what_is_known_and_for_all_of_it():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import socket
 import warnings
 
 import pytest
 import torch
 from loss_cases import batch, make_config
-from torch import distributed, multiprocessing
+from ranks import on_ranks
+from torch import distributed
 
 from rlloss import (
     CovarianceConfig,
@@ -277,7 +277,6 @@ def _on_a_rank(rank: int, port: int, expected: dict) -> None:
             logp, advantage, mask, loss_type=loss_type, config=config, draw=draw, process_group=distributed.group.WORLD
         )
         assert torch.equal(found, whole[rows]), (rank, loss_type, draw)
-    distributed.destroy_process_group()
 
 
 def test_processes_pick_together_what_one_would_pick():
@@ -290,7 +289,4 @@ def test_processes_pick_together_what_one_would_pick():
         for loss_type, draw in (("clip_cov", 5), ("clip_cov", None), ("kl_cov", None))
     }  # fmt: skip
     assert all(pick.any() for pick in expected.values())
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    multiprocessing.spawn(_on_a_rank, (port, expected), nprocs=len(PARTS))
+    on_ranks(_on_a_rank, len(PARTS), expected)

@@ -2,7 +2,6 @@
 test_dynamic_sampling_parts.py."""
 
 import os
-import socket
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ trl = pytest.importorskip("trl")
 pytest.importorskip("trl.trainer.utils")
 
 from datasets import Dataset  # noqa: E402
+from ranks import on_ranks  # noqa: E402
 from trl_harness import build_trainer, lm_head_in_torch, loss_gradients_metrics, tiny_model  # noqa: E402, F401
 
 from rlloss import group_advantage  # noqa: E402
@@ -335,10 +335,7 @@ def test_what_cannot_act_raises(tmp_path, monkeypatch):
 
 
 def _generate_on_a_rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                   "RLLOSS_BACKEND": "torch"}  # fmt: skip
-    torch.set_num_threads(1)
+    os.environ["RLLOSS_BACKEND"] = "torch"
     trainer = build(f"{folder}/{rank}", scale_rewards="batch")
     assert trainer.accelerator.num_processes == 2
     prompts = [[DEAD[0], PROMPTS[12], PROMPTS[13], PROMPTS[14]], DEAD[1:5]][rank]
@@ -352,14 +349,10 @@ def _generate_on_a_rank(rank: int, port: int, folder: str) -> None:
         "metrics": {n: v for n, v in trainer._metrics["train"].items() if n.startswith("dynamic_sampling/")},
     }
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_draw_alike(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_generate_on_a_rank, (port, str(tmp_path)), nprocs=2)
+    on_ranks(_generate_on_a_rank, 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     sizes = [[len(prompts) for prompts in rank["draws"]] for rank in ranks]
     assert sizes[0] == sizes[1] and sizes[0][:2] == [4, 4]  # as many as the second rank needs

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from rounding import FP32, assert_sums_close
 
 from rlloss import ops, reference, tiled, token_stats
 
@@ -33,11 +34,14 @@ def test_the_bits_of_a_row_do_not_depend_on_the_launch(dtype, V):
         assert torch.equal(x[..., 1:2], z)
     exact = reference.token_stats(logits.double(), target, 0.9)
     for x, e in zip(whole[:3], exact, strict=True):
-        torch.testing.assert_close(x.double(), e, rtol=1e-5, atol=1e-5)
+        assert_sums_close(x, e, 64)
 
 
 @kernels
-@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, 1:6], lambda x: x.transpose(0, 1)])
+@pytest.mark.parametrize("view", [
+    pytest.param(lambda x: x, marks=pytest.mark.slow), pytest.param(lambda x: x[:, 1:6], marks=pytest.mark.slow),
+    lambda x: x[:, 1:6].transpose(0, 1),
+])  # fmt: skip
 def test_split_rows_take_mask_temperature_softcap_and_strides(view):
     logits = view(2 * torch.randn(4, 7, 1500, generator=torch.Generator().manual_seed(0)).to(DEVICE))
     shape = logits.shape[:-1]
@@ -68,7 +72,7 @@ def test_a_vocabulary_of_several_chunks_backward(backend):
     exact = logits.detach().double().requires_grad_()
     logp, entropy, _ = reference.token_stats(exact, target)
     ((logp + entropy) * weight).sum().backward()
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-8)
+    assert_sums_close(logits.grad, exact.grad, 64)
     assert (logits.grad[1] == 0).all() and (exact.grad[0] != 0).all()
 
 
@@ -90,7 +94,7 @@ def test_the_torch_backend_over_several_tiles(V, mask):
     torch.where(keep, logp - entropy, 0.0).sum().backward()
     torch.testing.assert_close(stats.logp.double(), torch.where(keep, logp, 0.0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.entropy.double(), torch.where(keep, entropy, 0.0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+    assert_sums_close(leaf.grad, exact.grad, 64)
 
 
 @pytest.mark.parametrize("bad", [-1, -100, 300, 2**32 + 3])
@@ -161,4 +165,4 @@ def test_the_gradient_where_the_softcap_saturates(softcap):
                 compute(leaf).sum().backward()
                 errors.append((leaf.grad.double() - exact.grad).abs().max().item())
     kernel, twin, plain, _ = errors
-    assert math.isfinite(kernel) and max(kernel, twin) <= 2 * plain + 2e-8
+    assert math.isfinite(kernel) and max(kernel, twin) <= 2 * plain + FP32 * exact.grad.abs().max().item()

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from loss_cases import BACKENDS, TYPES_AND_LEVELS, make_config, settings_of
+from rounding import assert_sums_close
 from test_linear import problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -130,7 +131,9 @@ def test_the_kernels_too(monkeypatch, plan):
         if BACKENDS[-1] == "triton":
             x = {name: value.cuda() for name, value in x.items()}
         expected = step(LossConfig(), x, None)
-        assert_same(step(LossConfig(), x, plan), expected, rtol=2e-5, atol=1e-7)
+        found = step(LossConfig(), x, plan)
+        assert_sums_close(found[0], expected[0], B * T, size=1)
+        assert_sums_close(found[1], expected[1], V)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -1,10 +1,10 @@
 """Selections of tokens: the entropy cutoff against torch.quantile, ties, NaN, ranks, and more than 2^24 tokens."""
 
 import math
-import socket
 
 import pytest
 import torch
+from ranks import on_ranks
 
 from rlloss import entropy_cutoff
 from rlloss.backends import backend
@@ -53,6 +53,7 @@ def test_a_nan_entropy_does_not_move_the_cutoff_and_is_kept():
         assert kept.tolist() == [[False, False, True, True, True, False]]
 
 
+@pytest.mark.slow
 def test_more_tokens_than_torchs_quantile_takes():
     n = 2**24 + 3
     # 10000019 and n share no factor: every number below n once, so every value twice
@@ -101,7 +102,6 @@ def _rank(rank: int, port: int, queue) -> None:
     kept = [top_entropy_mask(entropy, mask, 0.3, exact_k=exact_k, **together).tolist() for exact_k in (False, True)]
     tied = top_entropy_mask(torch.zeros_like(entropy), mask, 0.3, exact_k=True, **together)
     queue.put((rank, cutoff.item(), *kept, tied.tolist()))
-    torch.distributed.destroy_process_group()
 
 
 def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,17 +112,8 @@ def _share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_ranks_share_one_cutoff():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(r, port, queue)) for r in range(3)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(120)
-        assert p.exitcode == 0
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    on_ranks(_rank, 3, queue)
     found = {rank: rest for rank, *rest in (queue.get() for _ in range(3))}
     everything = torch.cat([e[m] for e, m in map(_share, range(3))])
     cutoff = everything.quantile(0.7).item()

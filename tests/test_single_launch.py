@@ -6,7 +6,9 @@ import types
 
 import pytest
 import torch
+from rounding import assert_sums_close
 from test_token_pass import DEVICE, FUSED
+from tiers import slow_unless
 
 from rlloss import GRPOLoss, LossConfig, backends, reference, token_stats
 from rlloss.single_launch import why_two_launches, worthwhile
@@ -49,12 +51,13 @@ def step(config: LossConfig, x: dict, single: bool, factor: float = 1.0, **more)
     return loss.detach(), gradient, metrics
 
 
-def assert_same(found, expected, rtol=1e-5) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found[1], expected[1], rtol=rtol, atol=1e-8)
+def assert_same(found, expected) -> None:
+    assert_sums_close(found[0], expected[0], 16, size=1)  # of 15 tokens of about 1
+    assert_sums_close(found[1], expected[1], 64)
     assert torch.equal(found[1] == 0, expected[1] == 0)
     assert set(found[2]) == set(expected[2])
-    assert all(torch.allclose(found[2][n], v, rtol=1e-6, equal_nan=True) for n, v in expected[2].items())
+    for name, value in expected[2].items():
+        torch.testing.assert_close(found[2][name], value, rtol=2e-6, atol=2e-6, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("settings, more", [
@@ -72,7 +75,7 @@ def assert_same(found, expected, rtol=1e-5) -> None:
     ({"entropy_coef": 0.2}, {"softcap": 9.0}),
     ({"loss_type": "grpo", "entropy_coef": -0.1, "beta": 0.3}, {}),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per_token", slow_unless(lambda per_token: not per_token, [False, True]))
 def test_the_same_loss_gradient_and_metrics_as_in_two_launches(settings, more, per_token):
     x = batch(per_token=per_token)
     shape, g = x["mask"].shape, torch.Generator().manual_seed(9)
@@ -238,7 +241,7 @@ def test_the_module_writes_the_gradient_over_the_logits(backend):
             loss.backward()
         assert torch.equal(logits, before) is not inplace
         gradients.append(head.weight.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert_sums_close(*gradients, 64)
 
 
 @pytest.mark.parametrize("function", [torch.tanh, torch.exp, lambda z: z.log_softmax(-1), torch.relu, torch.sigmoid])
@@ -281,7 +284,7 @@ def test_every_pair_of_switches_gives_one_gradient():
         ).loss
         results.append(torch.autograd.grad(loss, leaf)[0])
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-8)
+        assert_sums_close(other, results[0], 64)
 
 
 @pytest.mark.parametrize("sizes, pays", [

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from rlloss import __version__, arithmetic, cli, train
 
+pytestmark = pytest.mark.xdist_group("train")  # one training for all of them
+
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = """
 NUMBER = 3
@@ -128,6 +130,7 @@ def test_resume_from_yaml_goes_on_where_it_stopped(project, trained):
     assert "Saved model and tokenizer to out" in ran.stdout
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it(project):
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no", "-m")
     options = OPTIONS | {"output_dir": "launched", "max_steps": 1, "reward": "my_rewards:short"}
@@ -136,6 +139,7 @@ def test_accelerate_launches_it(project):
     assert state(project / "launched" / "checkpoint-1")["global_step"] == 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(project, trained):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
     options = OPTIONS | {"output_dir": "two", "max_steps": 2, "save_steps": 2, "reward": "my_rewards:short"}

@@ -15,9 +15,11 @@ import trl.trainer.utils  # noqa: E402
 if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
     pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
+from tiers import slow_unless  # noqa: E402
 from trl_harness import (  # noqa: E402
     TRLS_LOSS,
     apply_setting,
+    assert_same_step,
     build_trainer,
     draw_setting,
     lm_head_in_torch,  # noqa: F401
@@ -65,8 +67,7 @@ def test_clip_cov_that_picks_nothing_is_trls_dapo(trainer, monkeypatch, seed):
     trainer.loss_type = "clip_cov"
     monkeypatch.setattr(trainer.args, "covariance", {"low": 1e9, "high": 1e9})
     found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+    assert_same_step(found, expected)
     assert found[2]["cov/selected_share"] == 0.0
     for name in set(expected[2]):
         assert found[2][name] == pytest.approx(expected[2][name], rel=1e-5, abs=1e-6), name
@@ -123,7 +124,7 @@ def test_kl_cov_moves_completions_without_an_advantage(trainer, monkeypatch):
     for choice in ("keep", "forward_only"):
         monkeypatch.setattr(trainer.args, "zero_advantage", choice)
         found[choice] = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
-    torch.testing.assert_close(found["forward_only"][1], found["keep"][1], rtol=1e-5, atol=1e-7)
+    assert_same_step(found["forward_only"], found["keep"])
     tokens = inputs["completion_mask"].bool()
     assert found["keep"][2]["live_share"] * int(tokens.sum()) > int(tokens[[1, 3]].sum()) + 0.5
 
@@ -145,7 +146,8 @@ def test_a_bonus_on_all_tokens(trainer, monkeypatch):
 COVARIANCE = {"ratio": 0.1, "scope": "generation"}
 GLOBAL = {
     "clip_cov": {"loss_type": "clip_cov", "covariance": COVARIANCE | {"low": 0.1, "high": 9.0}},
-    "kl_cov": {"loss_type": "kl_cov", "covariance": COVARIANCE},
+    # Not "abs": on policy its slope is the sign of rounding noise.
+    "kl_cov": {"loss_type": "kl_cov", "covariance": COVARIANCE | {"penalty": "k3"}},
     "cutoff of the window": {"top_entropy_quantile": 0.3, "entropy_scope": "window"},
     "k of the window": {"top_entropy_quantile": 0.3, "entropy_scope": "window", "exact_k": True},
     "cutoff of the generation": {"top_entropy_quantile": 0.3, "entropy_scope": "generation"},
@@ -162,6 +164,8 @@ GLOBAL = {
     },
 }  # fmt: skip
 
+FAST = ("clip_cov", "kl_cov", "k of the window", "divided by the kept of the generation")
+
 
 def trained(folder, size: int, **options):
     """The parameters after two optimizer steps on one generation of 8, in micro-batches of `size`."""
@@ -175,7 +179,7 @@ def trained(folder, size: int, **options):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), logs
 
 
-@pytest.mark.parametrize("which", GLOBAL)
+@pytest.mark.parametrize("which", slow_unless(FAST.__contains__, GLOBAL))
 def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_path, which):
     whole, logs = trained(tmp_path / "8", 8, **GLOBAL[which])
     split, their_logs = trained(tmp_path / "2", 2, **GLOBAL[which])

@@ -1,8 +1,5 @@
 """Two processes select together and log together what one process would."""
 
-import os
-import socket
-
 import pytest
 import torch
 
@@ -13,6 +10,7 @@ import trl.trainer.utils  # noqa: E402
 if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
     pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
+from ranks import on_ranks  # noqa: E402
 from trl_harness import build_trainer, loss_gradients_metrics, random_inputs  # noqa: E402
 
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
@@ -58,9 +56,6 @@ def step(folder, name: str, rows: slice) -> tuple[dict, torch.Tensor, dict]:
 
 
 def _on_a_rank(rank: int, port: int, folder: str, expected: dict) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    torch.set_num_threads(1)
     rows = slice(0, B // 2) if rank == 0 else slice(B // 2, B)
     for name, (inputs, gradient, metrics) in expected.items():
         own, own_gradient, own_metrics = step(f"{folder}/{name}/{rank}", name, rows)
@@ -75,20 +70,20 @@ def _on_a_rank(rank: int, port: int, folder: str, expected: dict) -> None:
         logged = [*GAUGES, *(k for k in metrics if k.startswith(("cov/", "entropy"))), "live_share"]
         for key in logged:
             assert own_metrics[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), (name, key)
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes_select_and_log_what_one_does(tmp_path):
-    expected = {name: step(tmp_path / name / "one", name, slice(0, B)) for name in CASES}
+@pytest.mark.parametrize("names", [
+    ("clip_cov", "k", "divided by the kept"),
+    pytest.param(("kl_cov", "cutoff", "k of the micro-batch", "k of the window"), marks=pytest.mark.slow),
+], ids=",".join)  # fmt: skip
+def test_two_processes_select_and_log_what_one_does(tmp_path, names):
+    expected = {name: step(tmp_path / name / "one", name, slice(0, B)) for name in names}
     for name, (inputs, gradient, _) in expected.items():
         mask = inputs["completion_mask"].bool()
         for key in {"selected_tokens", "kept_tokens"} & set(inputs):
             assert 0 < inputs[key].sum() < mask.sum(), name
         assert gradient.norm() > 0.01
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for name in CASES:  # once there are ranks, only the first one saves the model
+    for name in names:  # once there are ranks, only the first one saves the model
         for rank in range(2):
             build_trainer(GRPOTrainer, GRPOConfig, tmp_path / name / str(rank))
-    torch.multiprocessing.spawn(_on_a_rank, (port, str(tmp_path), expected), nprocs=2)
+    on_ranks(_on_a_rank, 2, str(tmp_path), expected)

@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import os
-import socket
 
 import pytest
 import torch
@@ -11,6 +9,8 @@ import torch
 trl = pytest.importorskip("trl")
 pytest.importorskip("trl.trainer.utils")
 
+from ranks import on_ranks  # noqa: E402
+from tiers import slow_unless  # noqa: E402
 from trl_harness import (  # noqa: E402
     TRL_LOSS_TYPES,
     VALUES,
@@ -51,7 +51,7 @@ def backend_of(seed: int):
     return contextlib.nullcontext() if seed // len(TRL_LOSS_TYPES) % 10 == 0 else backend("torch")
 
 
-@pytest.mark.parametrize("seed", range(SETTINGS))
+@pytest.mark.parametrize("seed", slow_unless(lambda seed: seed < 96, range(SETTINGS)))
 def test_loss_gradients_metrics_and_controller_equal_trl(trainers, seed):
     with backend_of(seed):
         compare_setting(trainers, GRPOTrainer._compute_loss, seed)
@@ -125,16 +125,12 @@ def test_the_auxiliary_loss_of_experts_reaches_loss_and_router(trainers):
 
 
 def _compare_on_a_rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    torch.set_num_threads(1)
     trl.GRPOTrainer._compute_loss = forbidden
     trainers = build_trainers(GRPOTrainer, GRPOConfig, f"{folder}/{rank}")
     assert trainers[False].accelerator.num_processes == 2
     for seed in range(RANKS_SETTINGS):
         with backend("torch"):
             compare_setting(trainers, GRPOTrainer._compute_loss, seed, inputs_seed=seed * 2 + rank)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_equal_trl(tmp_path):
@@ -142,7 +138,4 @@ def test_two_ranks_equal_trl(tmp_path):
     assert {loss_type for loss_type, _ in kinds} == set(TRL_LOSS_TYPES) and {"static", "adaptive"} < {
         k for _, k in kinds
     }
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_compare_on_a_rank, (port, str(tmp_path)), nprocs=2)
+    on_ranks(_compare_on_a_rank, 2, str(tmp_path))

@@ -46,7 +46,8 @@ def test_a_candidate_has_to_be_faster_by_more_than_noise(times, taken):
 @interpreted
 @pytest.mark.parametrize("kernel, values", [
     ("statistics", [(256, 1), (512, 2)]), ("gradient", [(256, 1), (512, 2)]), ("split", [(0,), (2,)]),
-    ("single_launch", [(0,), (10**9,)]), ("tile", [(4, 64), (8, 128)]),
+    pytest.param("single_launch", [(0,), (10**9,)], marks=pytest.mark.slow),
+    pytest.param("tile", [(4, 64), (8, 128)], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_search_takes_the_fastest_and_leaves_the_table_as_it_was(monkeypatch, kernel, values):
     monkeypatch.setitem(tune.CANDIDATES, kernel, values)

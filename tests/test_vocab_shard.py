@@ -1,22 +1,12 @@
 """A vocabulary split over ranks gives what the whole gives."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import on_ranks
 from torch import distributed
 
-from rlloss import GRPOLoss, LinearGRPOLoss, linear_token_stats, token_stats
-
-ROOT = Path(__file__).parents[1]
-
-TWO_RANKS = """
-import sys
-import torch
-from torch import distributed, multiprocessing
-from rlloss import LinearGRPOLoss, LossConfig, linear_token_stats, lm_head
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, linear_token_stats, lm_head, token_stats
+from rlloss.backends import backend
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 SPLIT = (70, 31)  # one rank's part is smaller, and one row has nothing above -inf in it
@@ -39,60 +29,45 @@ def steps(hidden, weight, bias, target, mask, advantage, group):
     stats = linear_token_stats(hidden, weight, target, outputs=OUTPUTS, entropy_grad=True, **more)
     (stats.logp.sum() + 2 * stats.entropy.sum() + stats.lse.square().sum()).backward()
     found += [*stats, hidden.grad, weight.grad, bias.grad]
-    plain = {"mask": mask, "vocab_group": None}
     for plan in ("recompute", "keep", "gradient_in_forward"):
         for x in (hidden, weight, bias):
             x.grad = None
         loss = LinearGRPOLoss(LossConfig(), plan=plan, vocab_group=group)(
-            hidden, weight, target, advantage, bias=bias, mask=mask).loss
+            hidden, weight, target, advantage, bias=bias, mask=mask
+        ).loss
         (3 * loss).backward()
         found += [loss, hidden.grad, weight.grad, bias.grad]
     return [x.detach().clone() for x in found]
 
 
-def rank(number, port, expected):
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+def _on_a_rank(rank, port, expected):
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     lm_head.CPU_WIDTH, lm_head.CPU_ROWS = 16, 4
-    own = slice(0, SPLIT[0]) if number == 0 else slice(SPLIT[0], None)
+    own = slice(0, SPLIT[0]) if rank == 0 else slice(SPLIT[0], None)
     hidden, weight, bias, *rest = inputs()
     weight, bias = weight[own], bias[own]
     for x in (hidden, weight, bias):
         x.requires_grad_()
-    found = steps(hidden, weight, bias, *rest, distributed.group.WORLD)
+    with backend("torch"):
+        found = steps(hidden, weight, bias, *rest, distributed.group.WORLD)
     assert len(found) == len(expected)
-    for i, (x, y) in enumerate(zip(found, expected)):
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
         if x.shape != y.shape:
             y = y[own]
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m: f"{i}: {m}")
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m, i=i: f"{i}: {m}")
     mean = torch.stack([x.double().sum() for x in found[:6]])
     both = [torch.zeros_like(mean) for _ in range(2)]
     distributed.all_gather(both, mean)
     assert torch.equal(*both)  # the ranks decide by these which rows are live
-    distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def test_two_ranks_give_what_one_gives():
     hidden, weight, bias, *rest = inputs()
     for x in (hidden, weight, bias):
         x.requires_grad_()
-    expected = steps(hidden, weight, bias, *rest, None)
-    multiprocessing.spawn(rank, (port, expected), nprocs=2)
-    print("equal")
-"""
-
-
-def test_two_ranks_give_what_one_gives(tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RLLOSS_BACKEND": "torch"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+    with backend("torch"):
+        expected = steps(hidden, weight, bias, *rest, None)
+    on_ranks(_on_a_rank, 2, expected)
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from trl_harness import (  # noqa: E402
     TRLS_LOSS,
     Rivals,
     apply_setting,
+    assert_same_step,
     build_trainer,
     draw_setting,
     end_step,
     loss_gradients_metrics,
 )
-from zero_advantage_cases import DEAD, SPLITS, Echo, assert_the_same, kill  # noqa: E402
+from zero_advantage_cases import DEAD, SPLITS, Echo, kill  # noqa: E402
 
 from rlloss.backends import backend  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
@@ -106,7 +107,7 @@ def test_drop_has_the_loss_and_gradient_of_the_whole_batch(trainer, calls, optio
     trainer.loss_type, trainer.importance_sampling_level = loss_type, "token"
     option("zero_advantage", "drop")
     found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
-    assert_the_same(found, expected)
+    assert_same_step(found, expected)
     assert set(found[2]) - set(expected[2]) - GAUGES_ALONE == {"live_share", "zero_advantage_share"}
     assert found[2]["zero_advantage_share"] == pytest.approx(len(DEAD[which]) / 4)
     live = [i for i in range(4) if i not in DEAD[which]]
@@ -123,7 +124,7 @@ def test_gspo_equals_trls_grpo_with_one_ratio_per_sequence(trainer, calls):
     expected = loss_gradients_metrics(trainer, TRLS_LOSS, inputs)
     trainer.loss_type, trainer.importance_sampling_level = "gspo", "token"
     found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
-    assert_the_same(found, expected)
+    assert_same_step(found, expected)
     assert {name: found[2][name] for name in expected[2]} == pytest.approx(expected[2], rel=1e-5, abs=1e-6)
     assert [(grad, len(hidden)) for grad, hidden in calls[1:]] == [(False, 2), (True, 2)]
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 
 import pytest
 import torch
@@ -12,15 +11,17 @@ utils = pytest.importorskip("trl.trainer.utils")
 if not hasattr(utils, "add_fused_lm_head"):
     pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
+from ranks import on_ranks  # noqa: E402
 from trl_harness import (  # noqa: E402
     TRL_LOSS_TYPES,
     apply_setting,
+    assert_same_step,
     build_trainer,
     draw_setting,
     random_inputs,
     tiny_model,
 )
-from zero_advantage_cases import DEAD, SPLITS, Echo, assert_the_same, echo_inputs, kill  # noqa: E402
+from zero_advantage_cases import DEAD, SPLITS, Echo, echo_inputs, kill  # noqa: E402
 
 from rlloss.backends import backend  # noqa: E402
 from rlloss.integrations.batch_dependence import BatchDependence  # noqa: E402
@@ -182,7 +183,7 @@ def test_spreading_leaves_the_gradient_of_the_optimizer_step(trainer, loss_type)
 
     expected = step()
     spread(batches, 4)
-    assert_the_same(step(), expected)
+    assert_same_step(step(), expected)
 
 
 def half_of_the_groups(prompts, completion_ids, **_):
@@ -223,6 +224,7 @@ def runs(tmp_path_factory):
     return finished
 
 
+@pytest.mark.xdist_group("runs")  # all of them once
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "keep"])
 def test_a_training_run_ends_where_one_without_the_option_ends(runs, name):
     expected, shares, live = runs["keep"]
@@ -235,9 +237,6 @@ def test_a_training_run_ends_where_one_without_the_option_ends(runs, name):
 
 def _on_a_rank(rank: int, port: int, folder: str) -> None:
     """Rank 0 has no live row, rank 1 no dead one. DDP broadcasts its buffers at every call: calls have to match."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    torch.set_num_threads(1)
 
     def rewards(prompts, **_):
         return [float(rank * i) for i in range(len(prompts))]
@@ -303,7 +302,4 @@ def test_two_ranks_make_the_same_calls_and_gradients(tmp_path):
     for rank in (0, 1):  # once there are ranks, only the first one saves
         for choice in ("keep", "forward_only"):
             tiny_model().save_pretrained(tmp_path / str(rank) / choice / "tiny")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_on_a_rank, (port, str(tmp_path)), nprocs=2)
+    on_ranks(_on_a_rank, 2, str(tmp_path))

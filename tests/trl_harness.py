@@ -242,10 +242,7 @@ class Rivals:
         finally:
             self.trainer.args.lm_head_plan = plan
         found, self.ours = self._step(self.our_loss, inputs, self.ours)
-        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7, msg=lambda m: f"{note}: loss: {m}")
-        scale = expected[1].norm().item()
-        assert found[1].shape == expected[1].shape
-        assert (found[1] - expected[1]).norm().item() <= 1e-5 * scale + 1e-8, note
+        assert_same_step(found, expected, note)
         assert set(found[2]) - OURS_ALONE == set(expected[2]), note
         for name, value in expected[2].items():
             assert equal(found[2][name], value), (note, name, value, found[2][name])
@@ -257,6 +254,17 @@ class Rivals:
             setattr(self.trainer, name, value)
         result = loss_gradients_metrics(self.trainer, compute_loss, inputs)
         return result, {name: getattr(self.trainer, name) for name in CONTROLLER}
+
+
+# Of sums over the vocabulary, the longest ones, in the forward and the backward: 1.1e-5.
+ROUNDING = 2 * VOCABULARY * torch.finfo(torch.float32).eps
+
+
+def assert_same_step(found, expected, note="") -> None:
+    """The loss, a mean of tokens of about 1 that may cancel, and the gradient by its norm."""
+    assert abs(found[0] - expected[0]) <= ROUNDING * max(1, abs(expected[0])), f"{note}: loss"
+    assert found[1].shape == expected[1].shape
+    assert (found[1] - expected[1]).norm() <= ROUNDING * expected[1].norm().clamp(min=1e-3), f"{note}: gradient"
 
 
 def equal(found, expected) -> bool:

@@ -20,12 +20,6 @@ def kill(inputs: dict, dead: list[int]) -> dict:
     return inputs
 
 
-def assert_the_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
-    assert found[1].shape == expected[1].shape
-    assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm() + 1e-8
-
-
 class Echo:
     """A stand-in for a model: log-probabilities that are the ids, so that the merge can be read off."""
 
