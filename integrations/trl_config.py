@@ -179,6 +179,7 @@ class GRPOConfig(trl.GRPOConfig):
 
     def __post_init__(self):
         checks.one_of("lm_head_plan", self.lm_head_plan, ("trl", *PLANS))
+        checks.memory_budget("lm_head_memory_budget", self.lm_head_memory_budget)
         checks.require(
             self.lm_head_plan != "trl" or self.lm_head_memory_budget is None, "lm_head_memory_budget",
             self.lm_head_memory_budget, "None with lm_head_plan='trl', where it has no effect",

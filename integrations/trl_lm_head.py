@@ -176,8 +176,8 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | None = None, batch_inv
         ValueError: an option does not fit.
     """
     checks.one_of("plan", plan, PLANS)
-    if memory_budget is not None:
-        checks.require(memory_budget >= 0, "memory_budget", memory_budget, "a number of bytes, or None")
+    checks.memory_budget("memory_budget", memory_budget)
+    checks.flag("batch_invariant", batch_invariant)
     if (reason := why_not()) is not None:
         raise RuntimeError(f"patch_trl: {reason}")
     patch = Patch(LmHead(plan, memory_budget, batch_invariant))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlloss import checks
 from rlloss.checks import one_of, values_checked
 
 METHODS = ("grpo", "dr_grpo", "rloo", "gdpo")
@@ -85,8 +86,11 @@ def group_advantage(
             a synchronisation, only under ``RLLOSS_CHECK=1``, and without it what they touch is not meaningful.
     """
     _check_settings(method, scale, eps, token_counts)
-    rewards_NK = _checked_rewards(rewards, num_generations)
-    weights_K = _checked_weights(weights, rewards_NK)
+    rewards_NK = checked_rewards(rewards, num_generations)
+    if values_checked(rewards) and rewards.isinf().any():
+        raise ValueError("rewards: found an infinite value, expected finite ones, or NaN for a missing reward")
+    rewards_NK = rewards_NK.to(torch.promote_types(rewards.dtype, torch.float32))
+    weights_K = checked_weights(weights, rewards_NK)
     rewards_NK = apply_conditions(rewards_NK, conditions)
     present_NK = ~rewards_NK.isnan()
     scorable_N = present_NK.any(dim=1)
@@ -157,6 +161,7 @@ def _check_settings(method: str, scale: str, eps: float, token_counts: Tensor | 
         raise ValueError(f"scale: found {scale!r}, expected 'group': gdpo always divides by the group's std first")
     if method in ("dr_grpo", "rloo") and scale == "batch":
         raise ValueError(f"scale: found 'batch', expected 'group' (the default) or 'none': {method} is never scaled")
+    checks.number("eps", eps, "a finite number >= 0")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: found {eps}, expected a finite number >= 0")
     if (method in ("dr_grpo", "rloo") or scale == "none") and eps != _DEFAULT_EPS:
@@ -165,31 +170,30 @@ def _check_settings(method: str, scale: str, eps: float, token_counts: Tensor | 
         raise ValueError(f"token_counts: found a value with method {method!r}, expected None: only gdpo uses it")
 
 
-def _checked_rewards(rewards: Tensor, num_generations: int) -> Tensor:
-    if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
-        found = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise TypeError(f"rewards: found {found}, expected a floating tensor")
+def checked_rewards(rewards: Tensor, num_generations: int) -> Tensor:
+    """Rewards as [N, K], of whole groups."""
+    checks.floating("rewards", rewards)
     if rewards.ndim not in (1, 2) or rewards.numel() == 0:
         raise ValueError(f"rewards: found shape {list(rewards.shape)}, expected a non-empty [N] or [N, K]")
-    if isinstance(num_generations, bool) or not isinstance(num_generations, int):
-        raise TypeError(f"num_generations: found {type(num_generations).__name__}, expected an int")
-    if num_generations < 1:
-        raise ValueError(f"num_generations: found {num_generations}, expected at least 1")
+    checks.whole("num_generations", num_generations, 1)
     if rewards.shape[0] % num_generations != 0:
         raise ValueError(
             f"rewards: found {rewards.shape[0]} rows, expected a multiple of num_generations = {num_generations}"
         )
-    if values_checked(rewards) and rewards.isinf().any():
-        raise ValueError("rewards: found an infinite value, expected finite ones, or NaN for a missing reward")
-    rewards_NK = rewards if rewards.ndim == 2 else rewards[:, None]
-    return rewards_NK.to(torch.promote_types(rewards.dtype, torch.float32))
+    return rewards if rewards.ndim == 2 else rewards[:, None]
 
 
-def _checked_weights(weights: Sequence[float] | Tensor | None, rewards_NK: Tensor) -> Tensor:
+def checked_weights(weights: Sequence[float] | Tensor | None, rewards_NK: Tensor) -> Tensor:
+    """[K], in the dtype and on the device of the rewards."""
     K = rewards_NK.shape[1]
     if weights is None:
         return rewards_NK.new_ones(K)
-    weights_K = torch.as_tensor(weights)
+    try:
+        # Not in the default dtype, which may be bf16.
+        weights_K = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=rewards_NK.dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"weights: found {weights!r}, expected a number for each reward") from error
+    checks.real("weights", weights_K)
     if weights_K.shape != (K,):
         raise ValueError(f"weights: found shape {list(weights_K.shape)}, expected [{K}], one for each reward")
     if values_checked(weights_K) and not weights_K.isfinite().all():
@@ -198,9 +202,7 @@ def _checked_weights(weights: Sequence[float] | Tensor | None, rewards_NK: Tenso
 
 
 def _checked_token_counts(token_counts: Tensor, like_N: Tensor) -> Tensor:
-    if not isinstance(token_counts, Tensor) or token_counts.dtype == torch.bool or token_counts.is_complex():
-        found = token_counts.dtype if isinstance(token_counts, Tensor) else type(token_counts).__name__
-        raise TypeError(f"token_counts: found {found}, expected an integer or floating tensor")
+    checks.real("token_counts", token_counts)
     if token_counts.shape != like_N.shape:
         raise ValueError(f"token_counts: found shape {list(token_counts.shape)}, expected {list(like_N.shape)}")
     if values_checked(token_counts) and not (token_counts.isfinite() & (token_counts >= 0)).all():
@@ -215,16 +217,20 @@ def apply_conditions(
     if conditions is None:
         return rewards_NK
     K = rewards_NK.shape[1]
-    triples = [(k, *v) for k, v in conditions.items()] if isinstance(conditions, Mapping) else list(conditions)
+    checks.of_type("conditions", conditions, (Mapping, Sequence), "(k, l, threshold) triples, or a mapping of such")
+    triples = conditions
+    if isinstance(conditions, Mapping):
+        triples = [(k, *v) if isinstance(v, Sequence) else (k, v) for k, v in conditions.items()]
     conditioned_NK = rewards_NK.clone()
     for triple in triples:
-        if len(triple) != 3:
+        if not isinstance(triple, Sequence) or len(triple) != 3:
             raise ValueError(f"conditions: found {triple}, expected (k, l, threshold)")
         k, l, threshold = triple  # noqa: E741
         if k not in range(K) or l not in range(K):
             raise ValueError(f"conditions: found rewards {k} and {l}, expected indices in 0 ... {K - 1}")
         if k == l:
             raise ValueError(f"conditions: found reward {k} conditioned on itself, expected two different rewards")
+        checks.number("conditions", threshold, "a number as the threshold")
         if math.isnan(threshold):
             raise ValueError("conditions: found threshold NaN, expected a number")
         fulfilled_N = rewards_NK[:, l] >= threshold

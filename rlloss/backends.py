@@ -68,6 +68,7 @@ def _forced_here() -> str | None:
 
 def choose_backend(x: Tensor) -> str:
     """The backend for a tensor: what is forced, else Triton where it runs, else torch."""
+    checks.of_type("x", x, Tensor, "a tensor")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if x.device.type in ("cuda", "xpu"):
         possible = ["triton", "torch"] if triton_forward is not None and not interpreted else ["torch"]

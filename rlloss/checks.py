@@ -1,10 +1,14 @@
 """Errors that name the argument, what was found and what was expected."""
 
+import numbers
 import os
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
+
+COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""dtypes of logits, hidden states and weights."""
 
 
 def has_values(x: torch.Tensor) -> bool:
@@ -29,10 +33,91 @@ def fail(name: str, found: object, expected: str) -> NoReturn:
     raise ValueError(f"{name}: found {found}, expected {expected}")
 
 
+def wrong_type(name: str, found: object, expected: str) -> NoReturn:
+    said = repr(found) if found is None or isinstance(found, str | numbers.Number) else type(found).__name__
+    raise TypeError(f"{name}: found {said}, expected {expected}")
+
+
+def of_type(name: str, found: object, kind: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(found, kind):
+        wrong_type(name, found, expected)
+
+
 def one_of(name: str, found: object, allowed: Iterable[object]) -> None:
     allowed = list(allowed)
-    if found not in allowed:
+    if not isinstance(found, str) or found not in allowed:
         raise ValueError(f"{name}: found {found!r}, expected one of {', '.join(repr(a) for a in allowed)}")
+
+
+def flag(name: str, value: object) -> None:
+    of_type(name, value, bool, "True or False")
+
+
+def number(name: str, value: object, expected: str = "a number") -> None:
+    """Real and no bool. A NaN is one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        wrong_type(name, value, expected)
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    expected = f"a number in [{low}, {high}]"
+    number(name, value, expected)
+    if not low <= value <= high:
+        fail(name, value, expected)
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value, "a finite number above 0")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: found {value}, expected a finite number above 0")
+
+
+def whole(name: str, value: int, low: int | None = None, expected: str = "an int") -> None:
+    """An integer and no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        wrong_type(name, value, expected)
+    if low is not None and value < low:
+        fail(name, value, f"at least {low}")
+
+
+def scalar(name: str, value: Any) -> None:
+    """A number, or a tensor that holds one."""
+    if not isinstance(value, torch.Tensor):
+        number(name, value, "a number, or a tensor that holds one")
+        return
+    real(name, value)
+    require(tuple(value.shape) in ((), (1,)), name, f"shape {tuple(value.shape)}", "one number")
+
+
+def cutoff(value: Any) -> None:
+    """An entropy, as a number or as a tensor; no NaN, where looking is free."""
+    scalar("cutoff", value)
+    if not isinstance(value, torch.Tensor) or values_checked(value):
+        require(bool(value == value), "cutoff", value, "a number")
+
+
+def denominator(value: Any) -> None:
+    scalar("denominator", value)
+    if not isinstance(value, torch.Tensor):
+        positive("denominator", value)
+
+
+def memory_budget(name: str, value: int | None) -> None:
+    if value is not None:
+        whole(name, value, 0, "a whole number of bytes, or None")
+
+
+def process_group(name: str, group: object) -> None:
+    if group is not None:
+        of_type(name, group, torch.distributed.ProcessGroup, "a process group or None")
+
+
+def tensors(name: str, found: Mapping[str, torch.Tensor], keys: Iterable[str]) -> None:
+    """A mapping that has a tensor under each of these keys."""
+    of_type(name, found, Mapping, "a mapping of names to tensors")
+    for key in keys:
+        require(key in found, name, f"no {key!r} in it", "a mapping that has one")
+        of_type(f"{name}[{key!r}]", found[key], torch.Tensor, "a tensor")
 
 
 def same_shape(name: str, x: torch.Tensor, shape: Iterable[int], like: str) -> None:
@@ -53,19 +138,60 @@ def local(name: str, x: object, ways_out: str) -> None:
         raise TypeError(f"{name}: found a DTensor with {placements}, expected a plain tensor: {ways_out}")
 
 
+def of_dtype(name: str, x: torch.Tensor, dtypes: Iterable[torch.dtype], expected: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        wrong_type(name, x, f"a tensor, {expected}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: found dtype {x.dtype}, expected {expected}")
+
+
 def boolean(name: str, x: torch.Tensor) -> None:
-    if x.dtype != torch.bool:
-        raise TypeError(f"{name}: found dtype {x.dtype}, expected torch.bool with True where a token counts")
+    of_dtype(name, x, (torch.bool,), f"torch.bool with True where a token counts ({name}.bool() makes one)")
 
 
 def floating(name: str, x: torch.Tensor) -> None:
+    of_type(name, x, torch.Tensor, "a floating-point tensor")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: found dtype {x.dtype}, expected a floating-point tensor")
 
 
-def positive(name: str, value: float) -> None:
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"{name}: found {value}, expected a finite number above 0")
+def real(name: str, x: torch.Tensor) -> None:
+    of_type(name, x, torch.Tensor, "an integer or floating tensor")
+    if x.dtype == torch.bool or x.dtype.is_complex:
+        raise TypeError(f"{name}: found dtype {x.dtype}, expected an integer or floating tensor")
+
+
+def token_ids(name: str, x: torch.Tensor) -> None:
+    of_dtype(name, x, (torch.int64, torch.int32), "int64 or int32 token ids")
+
+
+def constant(name: str, x: torch.Tensor) -> None:
+    """Not differentiated by the loss: a gradient would be lost without a word."""
+    if x.requires_grad:
+        fail(
+            name, "a tensor that requires a gradient", f"one that does not, as the loss gives it none: {name}.detach()"
+        )
+
+
+def advantage(x: torch.Tensor, B: int, T: int, narrow: str = "[B]") -> None:
+    """`[B]` (or, if said, `[B, 1]`) or `[B, T]`."""
+    floating("advantage", x)
+    narrow_shape = (B,) if narrow == "[B]" else (B, 1)
+    require(
+        tuple(x.shape) in {narrow_shape, (B, T)}, "advantage", f"shape {tuple(x.shape)}",
+        f"{narrow} = {narrow_shape} or [B, T] = ({B}, {T})",
+    )  # fmt: skip
+
+
+def tokens(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, narrow: str = "[B]") -> None:
+    """logp and mask `[B, T]`, and their advantages."""
+    floating("logp", logp)
+    require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
+    boolean("mask", mask)
+    same_shape("mask", mask, logp.shape, "like logp")
+    same_device("mask", mask, logp, "logp")
+    advantage(advantages, *logp.shape, narrow)
+    same_device("advantage", advantages, logp, "logp")
 
 
 def target_in_range(target: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:

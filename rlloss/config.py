@@ -110,16 +110,16 @@ class CovarianceConfig:
     """Pick a token even where `ratio` of the tokens is less than one (verl); False: the paper's floor(ratio N)."""
 
     def __post_init__(self) -> None:
+        for name in ("ratio", "low", "high"):
+            checks.number(f"covariance.{name}", getattr(self, name))
         checks.require(0.0 < self.ratio <= 1.0, "covariance.ratio", self.ratio, "a number in (0, 1]")
         checks.require(self.low <= self.high, "covariance.low", self.low, f"at most covariance.high={self.high}")
         checks.positive("covariance.kl_coef", self.kl_coef)
         checks.one_of("covariance.penalty", self.penalty, COVARIANCE_PENALTIES)
         checks.one_of("covariance.scope", self.scope, COVARIANCE_SCOPES)
         checks.one_of("covariance.selection", self.selection, COVARIANCE_SELECTIONS)
-        for name, kind in (("seed", int), ("at_least_one", bool)):
-            found = getattr(self, name)
-            if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-                raise TypeError(f"covariance.{name}: found {found!r}, expected {kind.__name__}")
+        checks.whole("covariance.seed", self.seed)
+        checks.flag("covariance.at_least_one", self.at_least_one)
 
 
 @dataclass(frozen=True)
@@ -211,21 +211,22 @@ class LossConfig:
         optional = ("delta", "max_log_ratio", "off_policy_threshold")
         for name in ("epsilon_low", "epsilon_high", "top_entropy_quantile", "beta", "entropy_coef", *optional):
             value = getattr(self, name)
-            if not isinstance(value, int | float) and not (value is None and name in optional):
-                raise TypeError(f"{name}: found {value!r}, expected a number{' or None' if name in optional else ''}")
+            if value is not None or name not in optional:
+                checks.number(name, value, "a number or None" if name in optional else "a number")
+        for name in ("exact_k", "kl_bias_correction"):
+            checks.flag(name, getattr(self, name))
+        if self.max_completion_length is not None:
+            checks.whole("max_completion_length", self.max_completion_length, 1)
         checks.one_of("entropy_bonus_tokens", self.entropy_bonus_tokens, BONUS_TOKENS)
         for name, kind in (("sapo", SapoConfig), ("vespo", VespoConfig), ("covariance", CovarianceConfig)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name}: found {getattr(self, name)!r}, expected a {kind.__name__}")
+            checks.of_type(name, getattr(self, name), kind, f"a {kind.__name__}")
         checks.require(self.epsilon_low >= 0.0, "epsilon_low", self.epsilon_low, "a number >= 0")
         checks.require(self.epsilon_high >= 0.0, "epsilon_high", self.epsilon_high, "a number >= 0")
         checks.require(
             self.loss_type != "cispo" or self.epsilon_high >= self._least_cispo_cap, "epsilon_high", self.epsilon_high,
             "a number >= 1 with 'cispo', for which it is the cap of the ratio itself",
         )  # fmt: skip
-        checks.require(
-            0.0 <= self.top_entropy_quantile <= 1.0, "top_entropy_quantile", self.top_entropy_quantile, "in [0, 1]"
-        )
+        checks.within("top_entropy_quantile", self.top_entropy_quantile, 0, 1)
         checks.require(math.isfinite(self.beta), "beta", self.beta, "a finite number")
         checks.require(math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "a finite number")
         for name in optional:
@@ -236,8 +237,7 @@ class LossConfig:
     def _reject_settings_without_effect(self) -> None:
         if "max_completion_length" in READ_BY[self.loss_type]:
             checks.require(
-                isinstance(self.max_completion_length, int) and self.max_completion_length > 0,
-                "max_completion_length", self.max_completion_length,
+                self.max_completion_length is not None, "max_completion_length", None,
                 f"a positive number of tokens with {self.loss_type!r}",
             )  # fmt: skip
         for field in fields(self):

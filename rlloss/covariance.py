@@ -22,6 +22,17 @@ def token_covariance(logp: Tensor, advantage: Tensor, mask: Tensor, *, process_g
     are those of the tokens that count in all processes of the group; a token that is not finite is in neither, and its
     own covariance is NaN.
     """
+    _checked(logp, advantage, mask, process_group)
+    return _covariance(logp, advantage, mask, process_group)
+
+
+def _checked(logp: Tensor, advantage: Tensor, mask: Tensor, process_group) -> None:
+    checks.tokens(logp, advantage, mask)
+    checks.process_group("process_group", process_group)
+
+
+def _covariance(logp: Tensor, advantage: Tensor, mask: Tensor, process_group) -> Tensor:
+    """`token_covariance` after its checks; advantage `[B]`, `[B, 1]` or `[B, T]`."""
     logp = logp.detach().double()
     advantage = (advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)).detach().double().expand(mask.shape)
     counted = mask & logp.isfinite() & advantage.isfinite()
@@ -71,18 +82,18 @@ def covariance_selection(
     Source: 2505.22617 Eq. 10 to 14.
     """
     config = CovarianceConfig() if config is None else config
+    checks.of_type("config", config, CovarianceConfig, "a CovarianceConfig")
     checks.one_of("loss_type", loss_type, LOSS_TYPES)
-    checks.floating("logp", logp)
-    checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
-    checks.boolean("mask", mask)
-    checks.same_shape("mask", mask, logp.shape, "like logp")
-    checks.require(
-        tuple(advantage.shape) in {(len(logp),), tuple(logp.shape)}, "advantage", f"shape {tuple(advantage.shape)}",
-        f"[B] = ({len(logp)},) or [B, T] = {tuple(logp.shape)}",
-    )  # fmt: skip
+    _checked(logp, advantage, mask, process_group)
     if candidates is not None:
         checks.boolean("candidates", candidates)
         checks.same_shape("candidates", candidates, logp.shape, "like logp")
+        checks.same_device("candidates", candidates, logp, "logp")
+    if isinstance(draw, Tensor):
+        checks.scalar("draw", draw)
+        checks.require(not draw.is_floating_point(), "draw", f"dtype {draw.dtype}", "an int, or a tensor of one")
+    elif draw is not None:
+        checks.whole("draw", draw)
     return select(logp, advantage, mask, mask if candidates is None else mask & candidates, loss_type, config, draw,
                   process_group)  # fmt: skip
 
@@ -98,7 +109,7 @@ def select(
     process_group,
 ) -> Tensor:
     """`covariance_selection` after its checks; advantage `[B]`, `[B, 1]` or `[B, T]`."""
-    covariance = token_covariance(logp, advantage, mask, process_group=process_group)
+    covariance = _covariance(logp, advantage, mask, process_group)
     candidates = candidates & ~covariance.isnan()
     score = covariance
     if loss_type == "clip_cov":

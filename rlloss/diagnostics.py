@@ -20,6 +20,7 @@ from rlloss import checks
 DIFFICULTIES = ("hardest", "hard", "easy", "easiest")
 LOW_ENTROPY = 0.01  # nats; about half of the tokens of a reasoning model lie below (2506.01939, section 2)
 QUANTILES = {"p50": 0.5, "p80": 0.8, "p95": 0.95}
+_ALWAYS = ("tokens", "nonfinite", "moments")  # sums that `diagnose` gives whatever its arguments
 # Neighbouring edges differ by 1.94 %; the last, 16.4 nats, is the entropy of a uniform choice among 13 million.
 _FIRST_EDGE, _OCTAVES, _EDGES_PER_OCTAVE = 1e-3, 14, 36
 
@@ -104,6 +105,7 @@ def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     ``nonfinite_share``                     share of the tokens with a NaN or infinity
     ======================================  ============================================================================
     """
+    checks.tensors("sums", sums, _ALWAYS)
     result = {"nonfinite_share": sums["nonfinite"] / sums["tokens"]}
     covariances = _covariances(sums["moments"])
     result |= {f"cov/{name}": value for name, value in covariances.items()}
@@ -127,11 +129,15 @@ def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def pack(sums: dict[str, Tensor]) -> Tensor:
     """The sums as one vector, for one reduction over ranks. Ranks agree if they gave `diagnose` the same arguments."""
+    checks.tensors("sums", sums, _ALWAYS)
     return torch.cat([value.reshape(-1) for value in sums.values()])
 
 
 def unpack(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums of a vector that `pack` made of sums shaped `like` these."""
+    checks.tensors("like", like, _ALWAYS)
+    checks.floating("vector", vector)
+    checks.same_shape("vector", vector, (sum(value.numel() for value in like.values()),), "one number for each of like")
     parts = vector.split([value.numel() for value in like.values()])
     return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
@@ -152,6 +158,8 @@ class EntropyFit:
 
     def update(self, entropy: float | Tensor, cov: float | Tensor) -> None:
         """The mean entropy (nats) and the covariance of one step. With a NaN or infinity, no pair has this step."""
+        checks.scalar("entropy", entropy)
+        checks.scalar("cov", cov)
         entropy, cov = float(entropy), float(cov)
         if self._last is not None and math.isfinite(entropy):
             x, y = Fraction(self._last[1]), Fraction(entropy) - Fraction(self._last[0])
@@ -268,18 +276,8 @@ def _checked(
     logp: Tensor, advantage: Tensor, mask: Tensor, entropy: Tensor | None, old_logp: Tensor | None, group: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Check the arguments against each other; return those per token as fp64 [B, T]."""
-    checks.floating("logp", logp)
-    checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
-    checks.boolean("mask", mask)
-    checks.same_shape("mask", mask, logp.shape, "like logp")
-    checks.same_device("mask", mask, logp, "logp")
+    checks.tokens(logp, advantage, mask)
     B, T = logp.shape
-    checks.floating("advantage", advantage)
-    checks.require(
-        tuple(advantage.shape) in {(B,), (B, T)}, "advantage", f"shape {tuple(advantage.shape)}",
-        f"[B] = ({B},) or [B, T] = ({B}, {T})",
-    )  # fmt: skip
-    checks.same_device("advantage", advantage, logp, "logp")
     for name, x in {"entropy": entropy, "old_logp": old_logp}.items():
         if x is not None:
             checks.floating(name, x)

@@ -1,6 +1,7 @@
 """The adaptive entropy bonus of Skywork-OR1 (2505.22312): a coefficient that follows the measured entropy."""
 
 import math
+from collections.abc import Mapping
 
 from rlloss import checks
 
@@ -55,6 +56,8 @@ class AdaptiveEntropyCoef:
     ):
         checks.positive("target", target)
         checks.positive("delta", delta)
+        for name, value in (("coef", coef), ("minimum", minimum), ("maximum", maximum)):
+            checks.number(name, value)
         checks.require(-math.inf < minimum <= maximum < math.inf, "minimum", minimum, f"at most maximum = {maximum}")
         checks.require(minimum <= coef <= maximum, "coef", coef, f"{minimum} to {maximum}")
         self.target, self.delta, self.minimum, self.maximum = target, delta, minimum, maximum
@@ -67,6 +70,7 @@ class AdaptiveEntropyCoef:
 
     def update(self, mean_entropy: float) -> None:
         """Take in the mean entropy (nats) of the step's tokens, over all its micro-batches and ranks."""
+        checks.scalar("mean_entropy", mean_entropy)
         self._last_entropy = float(mean_entropy)
         bounds = (self.minimum, self.maximum)
         self._coef = adapted(self._coef, self._last_entropy, self.target, self.delta, *bounds)
@@ -77,6 +81,9 @@ class AdaptiveEntropyCoef:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from a `state_dict`; target, step and bounds stay those of this object."""
+        checks.of_type("state", state, Mapping, "a mapping with coef and last_entropy")
         missing = {"coef", "last_entropy"} ^ set(state)
         checks.require(not missing, "state", sorted(state), "coef and last_entropy")
+        for name, value in state.items():
+            checks.number(f"state[{name!r}]", value)
         self._coef, self._last_entropy = float(state["coef"]), float(state["last_entropy"])

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from rlloss import checks
 from rlloss.config import LossConfig
-from rlloss.linear import ONLY_WITH_A_LOSS, check_capacity, choose
+from rlloss.linear import ONLY_WITH_A_LOSS, check_capacity, check_head, check_options, choose
 from rlloss.linear_loss import candidates, why_not_in_forward
+from rlloss.loss_inputs import check_scalars
 from rlloss.plans import PlanReport
 
 
@@ -44,10 +45,22 @@ def explain_plan(
     Raises:
         ValueError: the plan that is asked for cannot be taken; why.
     """
+    check_options(plan, memory_budget, batch_invariant, None)
+    check_head(hidden, weight, bias)
+    if mask is not None:
+        checks.boolean("mask", mask)
+        checks.same_shape("mask", mask, hidden.shape[:-1], "like hidden without its last dimension")
+    if live_share is not None:
+        checks.within("live_share", live_share, 0, 1)
+    check_scalars(cutoff, denominator)
+    if advantage is not None:
+        checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D] with an advantage")
+        checks.advantage(advantage, *hidden.shape[:2])
     readable = mask is not None and checks.has_values(mask)
     some = None
     why_not: str | None = ONLY_WITH_A_LOSS
     if config is not None:
+        checks.of_type("config", config, LossConfig, "a LossConfig or None")
         why_not = why_not_in_forward(hidden, weight, config, cutoff, denominator)
         if advantage is not None and mask is not None and checks.has_values(advantage):
             some = candidates(advantage, mask, config)

@@ -9,9 +9,9 @@ from torch import Tensor
 from rlloss import checks, lm_head
 from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, linear_token_stats_op
 from rlloss.lm_head import Settings, Wanted
-from rlloss.ops import LOCAL_ROWS, OUTPUTS, TokenStats, check_rows
+from rlloss.ops import LOCAL_ROWS, TokenStats, check_outputs, check_rows
 from rlloss.picked import Capacity, Picked, Survey
-from rlloss.plans import PlanReport, Work, make_plan
+from rlloss.plans import PLANS, PlanReport, Work, make_plan
 from rlloss.vocab_shard import shard_of
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
@@ -20,7 +20,6 @@ WHOLE = (
     "call inside the forward of FSDP2's root module, which gathers it; or give .to_local() with vocab_group, where the "
     "ranks have the same tokens; or .full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), where each has its own"
 )
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def linear_token_stats(
@@ -110,11 +109,7 @@ class Call(NamedTuple):
     keep: tuple[Picked | bool, list[int] | None] = (False, None)
 
     def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
-        unknown = [o for o in outputs if o not in OUTPUTS]
-        checks.require(not unknown and len(outputs) > 0, "outputs", outputs, f"some of {', '.join(OUTPUTS)}")
-        checks.require(
-            not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
-        )
+        check_outputs(outputs, entropy_grad)
         wanted = Wanted(
             "entropy" in outputs, "log_sum_sq_probs" in outputs, "mean_logit" in outputs, "is_top1" in outputs
         )
@@ -167,18 +162,17 @@ def prepare(
     candidates: bool, like target: rows that may get a gradient; None: all. live_share: the share of these expected to
     get one. gather: a context in which the weight, sharded elsewhere, is whole.
     """
+    check_options(plan, memory_budget, batch_invariant, vocab_group)
     shard, compiling = None, torch.compiler.is_compiling()
-    has_values = compiling or checks.has_values(hidden)
     with gather():
         check_head(hidden, weight, bias)
+        has_values = compiling or checks.has_values(hidden)
         V, D = weight.shape
         if vocab_group is not None:
             checks.require(
                 has_values and not compiling, "vocab_group", "a process group",
                 "None inside torch.compile and for meta and fake tensors",
             )  # fmt: skip
-            if not isinstance(vocab_group, torch.distributed.ProcessGroup):
-                raise TypeError(f"vocab_group: found {type(vocab_group).__name__}, expected a process group or None")
             shard = shard_of(weight, vocab_group)
     check_rows(
         hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale,
@@ -254,19 +248,30 @@ def choose(
     return report, counted, (True, None) if some is None or survey is None else (some, survey.edges)
 
 
-def check_capacity(static_capacity: tuple[int, int] | None, target: Tensor, mask: Tensor | None) -> Capacity | None:
+def check_options(plan: str, memory_budget: int | None, batch_invariant: bool, vocab_group: Any) -> None:
+    """Raise, naming the argument, where one does not fit."""
+    checks.one_of("plan", plan, ("auto", *PLANS))
+    checks.memory_budget("memory_budget", memory_budget)
+    checks.flag("batch_invariant", batch_invariant)
+    checks.process_group("vocab_group", vocab_group)
+
+
+def check_capacity(
+    static_capacity: tuple[int, int] | None, target: Tensor | None = None, mask: Tensor | None = None
+) -> Capacity | None:
     """(rows, live) as `Capacity`. Raises, naming the argument, where it does not fit."""
     if static_capacity is None:
         return None
-    pair = tuple(static_capacity)
+    pair = static_capacity if isinstance(static_capacity, tuple | list) else ()
     checks.require(
-        len(pair) == 2 and all(isinstance(n, int) for n in pair) and 1 <= pair[1] <= pair[0],
+        len(pair) == 2 and all(type(n) is int for n in pair) and 1 <= pair[1] <= pair[0],
         "static_capacity", static_capacity, "(rows, live), two whole numbers with rows >= live >= 1",
     )  # fmt: skip
-    checks.require(
-        mask is not None or pair[0] >= target.numel(), "static_capacity", static_capacity,
-        f"room for all {target.numel()} rows without a mask",
-    )  # fmt: skip
+    if mask is None and target is not None:
+        checks.require(
+            pair[0] >= target.numel(), "static_capacity", static_capacity,
+            f"room for all {target.numel()} rows without a mask",
+        )  # fmt: skip
     return Capacity(*pair)
 
 
@@ -275,8 +280,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, x, ways_out in (("hidden", hidden, LOCAL_ROWS), ("weight", weight, WHOLE), ("bias", bias, WHOLE)):
         checks.local(name, x, ways_out)
     for name, x in (("hidden", hidden), ("weight", weight)):
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: found dtype {x.dtype}, expected bf16, fp16, fp32 or fp64")
+        checks.of_dtype(name, x, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
     checks.require(hidden.dim() >= 1 and hidden.shape[-1] >= 1, "hidden", tuple(hidden.shape), "[..., D] with D >= 1")
     D = hidden.shape[-1]
     checks.require(

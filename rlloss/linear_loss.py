@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlloss import lm_head
+from rlloss import checks, lm_head
 from rlloss.backends import backend, choose_backend
 from rlloss.config import LossConfig
-from rlloss.linear import Call, prepare
+from rlloss.linear import Call, check_head, prepare
 from rlloss.linear_op import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
 from rlloss.lm_head import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.losses import LOSSES, PolicyLoss, policy_loss, row_local
@@ -181,8 +181,12 @@ def prepare_loss(
     batch_invariant, vocab_group, static_capacity: tuple[int, int] | None, config: LossConfig, cutoff, denominator,
 ) -> Call:  # fmt: skip
     """`linear.prepare` with what the loss says about the gradient before there is one."""
-    if mask is None:
-        raise TypeError("mask: found None, expected a bool tensor [B, T], True where a token counts")
+    check_head(hidden, weight, bias)
+    checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D]")
+    checks.boolean("mask", mask)
+    checks.same_shape("mask", mask, hidden.shape[:-1], "like hidden without its last dimension")
+    checks.advantage(advantage, *mask.shape)
+    checks.same_device("advantage", advantage, mask, "mask")
     return prepare(
         hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
         vocab_group, static_capacity, candidates=candidates(advantage, mask, config),
@@ -194,8 +198,6 @@ def prepare_loss(
 def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:
     """Tokens [B, T] that may get a gradient: where the loss is a multiple of it, those with an advantage. None: all."""
     if config.loss_type == "kl_cov" or config.beta != 0.0 or config.entropy_coef != 0.0:
-        return None
-    if advantage.shape not in (mask.shape[:1], mask.shape):
         return None
     has_advantage = advantage.detach() != 0  # NaN is one
     if has_advantage.dim() == 1:

@@ -12,34 +12,30 @@ def checked(
     kept=None, selected=None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"config: found {type(config).__name__}, expected a LossConfig")
-    for name, x in (("cutoff", cutoff), ("denominator", denominator)):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
-        checks.require(shape in ((), (1,)), name, f"shape {shape}", "one number")
-    if denominator is not None and not isinstance(denominator, Tensor):
-        checks.positive("denominator", denominator)
-    checks.floating("logp", logp)
-    checks.require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
-    checks.boolean("mask", mask)
-    checks.same_shape("mask", mask, logp.shape, "like logp")
+    checks.of_type("config", config, LossConfig, "a LossConfig")
+    check_scalars(cutoff, denominator)
+    checks.tokens(logp, advantage, mask)
     B, T = logp.shape
-    checks.floating("advantage", advantage)
-    checks.require(
-        tuple(advantage.shape) in {(B,), (B, T)}, "advantage", f"shape {tuple(advantage.shape)}",
-        f"[B] = ({B},) or [B, T] = ({B}, {T})",
-    )  # fmt: skip
     per_token = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy": entropy}
     for name, x in per_token.items():
         if x is not None:
             checks.floating(name, x)
             checks.same_shape(name, x, logp.shape, "like logp")
+            checks.same_device(name, x, logp, "logp")
     if sampler_ratio is not None:
         checks.floating("sampler_ratio", sampler_ratio)
         checks.require(
             tuple(sampler_ratio.shape) in {(B, 1), (B, T)}, "sampler_ratio", f"shape {tuple(sampler_ratio.shape)}",
             f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})",
         )  # fmt: skip
+        checks.same_device("sampler_ratio", sampler_ratio, logp, "logp")
+    constants = {
+        "advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio,
+        "sampler_logp": sampler_logp, "cutoff": cutoff, "denominator": denominator,
+    }  # fmt: skip
+    for name, x in constants.items():
+        if isinstance(x, Tensor):
+            checks.constant(name, x)
     if ref_logp is None and config.beta != 0.0:
         checks.fail("ref_logp", None, f"a tensor with beta={config.beta}")
     checks.require(ref_logp is None or config.beta != 0.0, "ref_logp", "a tensor", "None with beta=0.0")
@@ -51,8 +47,8 @@ def checked(
     if entropy is None and needs_entropy:
         settings = f"top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}"
         checks.fail("entropy", None, f"a [B, T] tensor with {settings}")
-    has_gradient = entropy is not None and entropy.requires_grad
-    if config.entropy_coef != 0.0 and not has_gradient and torch.is_grad_enabled():
+    bonus = config.entropy_coef != 0.0 and logp.requires_grad and torch.is_grad_enabled()
+    if bonus and not entropy.requires_grad:
         checks.fail(
             "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}"
         )
@@ -64,6 +60,7 @@ def checked(
         if x is not None:
             checks.boolean(name, x)
             checks.same_shape(name, x, logp.shape, "like logp")
+            checks.same_device(name, x, logp, "logp")
     checks.require(
         kept is None or (config.top_entropy_quantile < 1.0 and cutoff is None), "kept", "a tensor",
         "None with top_entropy_quantile=1.0 or a cutoff, where it has no effect",
@@ -77,7 +74,7 @@ def checked(
         selected is not None or not given_elsewhere, "selected", None,
         "a [B, T] tensor with covariance.scope='generation': `rlloss.covariance_selection` of the whole batch",
     )  # fmt: skip
-    _check_numbers(mask, config, cutoff, denominator)
+    _check_divisor(denominator, mask, config)
     logp = logp if logp.dtype == torch.float64 else logp.float()
     if entropy is not None and entropy.dtype != torch.float64:
         entropy = entropy.float()
@@ -88,10 +85,15 @@ def checked(
     return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy
 
 
-def _check_numbers(mask: Tensor, config: LossConfig, cutoff, denominator) -> None:
-    """Of tensors too, where looking at them is free."""
-    if cutoff is not None and (not isinstance(cutoff, Tensor) or checks.values_checked(cutoff)):
-        checks.require(bool(cutoff == cutoff), "cutoff", cutoff, "a number")
+def check_scalars(cutoff: Tensor | float | None, denominator: Tensor | float | None) -> None:
+    if cutoff is not None:
+        checks.cutoff(cutoff)
+    if denominator is not None:
+        checks.denominator(denominator)
+
+
+def _check_divisor(denominator: Tensor | float | None, mask: Tensor, config: LossConfig) -> None:
+    """The value of a tensor, where looking at it is free."""
     if isinstance(denominator, Tensor) and checks.values_checked(denominator) and checks.values_checked(mask):
         none_kept = config.entropy_denominator == "kept" and bool(denominator == 0)
         checks.require(

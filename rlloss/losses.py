@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import covariance, ratios
+from rlloss import checks, covariance, ratios
 from rlloss.config import READ_BY, LossConfig
 from rlloss.loss_inputs import as_scalar, checked
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask, top_entropy_selection
@@ -144,7 +144,8 @@ def policy_loss(
         that clip and "cispo" are one launch, which has no second derivative; `rlloss.ops.backend("torch")` has one.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, is missing, or would have no effect; it is named.
+        ValueError, TypeError: an argument does not fit, is missing, would have no effect, or requires a gradient, which
+            only logp and entropy get; it is named.
 
     Source: the formulas are in `rlloss.reference`, their papers in `LossConfig`.
     """
@@ -183,7 +184,7 @@ def policy_loss(
         else:
             selected = mask & selected
         if loss_type.surrogate is clip:  # left out as a token that the sampler's ratio leaves out
-            sampler_ratio = torch.where(selected, 0.0, 1.0 if sampler_ratio is None else sampler_ratio)
+            sampler_ratio = torch.where(selected, 0.0, logp.new_ones(()) if sampler_ratio is None else sampler_ratio)
         elif old_logp is None:
             _say_on_policy()
 
@@ -246,6 +247,7 @@ def policy_loss(
 
 def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each sum divided by its count (reduce the sums over ranks and micro-batches first), and kept and live shares."""
+    checks.tensors("metrics", metrics, ("tokens", "kept", "live"))
     over = {
         "tokens": ("surrogate", "kl", "entropy", "entropy_cutoff"),
         "ratios": ("ratio", "clip_low", "clip_high", "clip_region", "weight"),
@@ -351,7 +353,7 @@ def _ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_se
     low, high = surrogate.clip_low & counted, surrogate.clip_high & counted
 
     def share(clipped: Tensor, missing: float) -> Tensor:
-        shares = torch.where(count > 0, clipped.sum(-1) / count.clamp(min=1), missing)
+        shares = torch.where(count > 0, clipped.sum(-1).float() / count.clamp(min=1), missing)
         return torch.cat([shares, shares.new_full((1,), missing)])  # the least and the greatest of no sequence
 
     nothing = ~(count > 0).any()

@@ -1,6 +1,7 @@
 """Which tokens count: selections as bool [B, T], True = counts."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ from rlloss.selection import largest
 
 def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
     """Tokens [B, T] up to and including the first end-of-sequence token."""
-    is_eos = completion_ids == eos_token_id
+    is_eos = _is_eos(completion_ids, eos_token_id)
     return is_eos.cumsum(-1) - is_eos.to(torch.int64) == 0
 
 
 def not_truncated(completion_ids: Tensor, eos_token_id: int) -> Tensor:
     """Sequences [B] that ended by themselves: DAPO's overlong filtering (2503.14476) drops the others."""
-    return (completion_ids == eos_token_id).any(-1)
+    return _is_eos(completion_ids, eos_token_id).any(-1)
+
+
+def _is_eos(completion_ids: Tensor, eos_token_id: int) -> Tensor:
+    checks.token_ids("completion_ids", completion_ids)
+    checks.whole("eos_token_id", eos_token_id)
+    return completion_ids == eos_token_id
 
 
 @torch.library.custom_op("rlloss::entropy_quantile", mutates_args=())
@@ -69,6 +76,7 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
         not limited (torch.quantile's is, to 2^24). Source: 2506.01939, Eq. 6.
     """
     entropy = _checked(entropy, mask, rho)
+    checks.process_group("process_group", process_group)
     if process_group is None:
         return _entropy_quantile_op(entropy, mask, rho)
     total = functools.partial(torch.distributed.all_reduce, group=process_group)
@@ -89,11 +97,12 @@ def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k:
 
 
 def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
-    """The entropies without gradient, in full precision."""
+    """The entropies without gradient, in full precision: a bf16 entropy would round the cutoff it is compared with."""
     checks.floating("entropy", entropy)
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, entropy.shape, "like entropy")
-    checks.require(0.0 <= rho <= 1.0, "rho", rho, "a number in [0, 1]")
+    checks.same_device("mask", mask, entropy, "entropy")
+    checks.within("rho", rho, 0, 1)
     return _full_precision(entropy.detach())
 
 
@@ -113,20 +122,22 @@ def top_entropy_mask(
     floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN entropy is kept: it must show. process_group: the
     processes whose tokens count together; with `exact_k` they exchange their entropies.
     """
-    last = None
+    last, entropy = None, _checked(entropy, mask, rho)
+    checks.flag("exact_k", exact_k)
     if cutoff is not None:
+        checks.cutoff(cutoff)
         checks.require(not exact_k, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
         checks.require(process_group is None, "process_group", "a group", "None with a cutoff: it has no effect")
     elif process_group is None:
         cutoff, last = top_entropy_selection(entropy, mask, rho, exact_k=exact_k)
     elif exact_k:
+        checks.process_group("process_group", process_group)
         n = mask.sum()
         torch.distributed.all_reduce(n, group=process_group)
         k = torch.where(n > 0, (rho * (n - 1).double()).floor() + 1, 0.0)
-        return largest(_checked(entropy, mask, rho), mask, k, process_group=process_group)
+        return largest(entropy, mask, k, process_group=process_group)
     else:
         cutoff = entropy_cutoff(entropy, mask, rho, process_group=process_group)
-    entropy = _full_precision(entropy.detach())  # a bf16 entropy would round the cutoff it is compared with
     kept = (entropy >= cutoff) | entropy.isnan()
     if last is not None:
         index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
@@ -141,6 +152,11 @@ def off_policy_mask(advantage: Tensor, logp: Tensor, behavior_logp: Tensor, mask
     advantage [B, 1] or [B, T], the others [B, T]; returns bool shaped like advantage. A NaN log-probability (a token
     the sampler could not score) is no evidence and counts as 0.
     """
+    checks.tokens(logp, advantage, mask, narrow="[B, 1]")
+    checks.floating("behavior_logp", behavior_logp)
+    checks.same_shape("behavior_logp", behavior_logp, logp.shape, "like logp")
+    checks.same_device("behavior_logp", behavior_logp, logp, "logp")
+    checks.within("threshold", threshold, -math.inf, math.inf)
     drift = torch.where(mask, behavior_logp - logp.detach(), 0.0).nan_to_num(nan=0.0)
     mean_drift = drift.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     return (advantage >= 0) | (mean_drift <= threshold)

@@ -6,11 +6,22 @@ from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.config import LossConfig
+from rlloss.linear import check_capacity, check_options
 from rlloss.linear_loss import gradient_in_forward, prepare_loss
 from rlloss.losses import PolicyLoss, policy_loss
 from rlloss.ops import token_stats
-from rlloss.plans import PLANS
 from rlloss.single_launch import single_launch_loss, why_two_launches, worthwhile
+
+
+def _config(config: LossConfig | str | None, settings: dict[str, Any]) -> LossConfig:
+    """The config, or the one that a `loss_type` and settings are short for."""
+    if isinstance(config, LossConfig):
+        checks.require(not settings, "config", "a LossConfig", f"a loss_type or nothing beside {', '.join(settings)}")
+        return config
+    if config is not None:
+        checks.of_type("config", config, str, "a LossConfig, a loss_type or None")
+        settings = {"loss_type": config, **settings}
+    return LossConfig(**settings)
 
 
 class GRPOLoss(nn.Module):
@@ -20,7 +31,8 @@ class GRPOLoss(nn.Module):
     Triton kernels run, the losses that clip and "cispo" take one launch between the two passes over the logits.
 
     Args:
-        config: `LossConfig()` if None.
+        config: a `LossConfig`, or a loss_type, which settings as keywords may follow: `GRPOLoss("grpo", beta=0.04)` is
+            `GRPOLoss(LossConfig("grpo", beta=0.04))`. `LossConfig()` if None.
         inplace_grad: write the gradient over the logits in the backward, as `token_stats` does, with its conditions.
         single_launch: let the forward write the gradient too, while a row is in the cache; the loss and the gradient
             are the same. It takes settings by which a token's coefficient depends on no other token: a ratio per
@@ -31,10 +43,18 @@ class GRPOLoss(nn.Module):
     """
 
     def __init__(
-        self, config: LossConfig | None = None, *, inplace_grad: bool = False, single_launch: bool | None = None
+        self,
+        config: LossConfig | str | None = None,
+        *,
+        inplace_grad: bool = False,
+        single_launch: bool | None = None,
+        **settings: Any,
     ):
         super().__init__()
-        self.config = LossConfig() if config is None else config
+        self.config = _config(config, settings)
+        checks.flag("inplace_grad", inplace_grad)
+        if single_launch is not None:
+            checks.flag("single_launch", single_launch)
         self.inplace_grad = inplace_grad
         self.single_launch = single_launch
         checks.require(
@@ -65,6 +85,9 @@ class GRPOLoss(nn.Module):
         selected: Tensor | None = None,
     ) -> PolicyLoss:
         """logits `[B, T, V]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` -> `PolicyLoss`."""
+        checks.floating("logits", logits)
+        checks.require(logits.dim() == 3, "logits", f"shape {tuple(logits.shape)}", "[B, T, V]")
+        checks.boolean("mask", mask)
         config = self.config
         given = {
             "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
@@ -102,7 +125,7 @@ class LinearGRPOLoss(nn.Module):
     get a gradient (not masked, clipped, of low entropy or of advantage 0), in the backward.
 
     Args:
-        config: `LossConfig()` if None.
+        config: as for `GRPOLoss`.
         plan: "recompute", "keep" (see `linear_token_stats`), or "gradient_in_forward": the gradients of hidden and
             weight are made in the forward and held, 1 + 2r products, the logits of a chunk of rows at a time; for
             settings by which a token's coefficient depends on no other token (a ratio per token, no off-policy mask,
@@ -117,17 +140,19 @@ class LinearGRPOLoss(nn.Module):
 
     def __init__(
         self,
-        config: LossConfig | None = None,
+        config: LossConfig | str | None = None,
         *,
         plan: str = "auto",
         memory_budget: int | None = None,
         batch_invariant: bool = False,
         vocab_group: Any = None,
         static_capacity: tuple[int, int] | None = None,
+        **settings: Any,
     ):
         super().__init__()
-        self.config = LossConfig() if config is None else config
-        checks.one_of("plan", plan, ("auto", *PLANS))
+        self.config = _config(config, settings)
+        check_options(plan, memory_budget, batch_invariant, vocab_group)
+        check_capacity(static_capacity)
         self.plan, self.memory_budget, self.batch_invariant = plan, memory_budget, batch_invariant
         self.vocab_group, self.static_capacity = vocab_group, static_capacity
 

@@ -15,7 +15,6 @@ OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1"
 # The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
 _SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
 LOCAL_ROWS = ".to_local() where that is whole rows, the same ones of each argument, or .full_tensor()"
-_LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class TokenStats(NamedTuple):
@@ -221,11 +220,8 @@ def token_stats(
             with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
     """
     check_call(logits, target, mask, temperature, softcap, logit_scale)
-    unknown = [o for o in outputs if o not in OUTPUTS]
-    checks.require(not unknown and len(outputs) > 0, "outputs", outputs, f"some of {', '.join(OUTPUTS)}")
-    checks.require(
-        not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
-    )
+    check_outputs(outputs, entropy_grad)
+    checks.flag("inplace_grad", inplace_grad)
     if inplace_grad:
         owner = logits._base if logits._base is not None else logits
         checks.require(
@@ -265,11 +261,22 @@ def token_stats(
     )
 
 
+def check_outputs(outputs, entropy_grad) -> None:
+    """Raise, naming the argument, where one does not fit."""
+    some = f"some of {', '.join(OUTPUTS)}"
+    checks.of_type("outputs", outputs, (tuple, list, set, frozenset), some)
+    unknown = [o for o in outputs if o not in OUTPUTS]
+    checks.require(not unknown and len(outputs) > 0, "outputs", outputs, some)
+    checks.flag("entropy_grad", entropy_grad)
+    checks.require(
+        not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
+    )
+
+
 def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
     """Raise, naming the argument, where one does not fit: shapes and types always, values where looking is free."""
     checks.local("logits", logits, LOCAL_ROWS)
-    if logits.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"logits: found dtype {logits.dtype}, expected bf16, fp16, fp32 or fp64")
+    checks.of_dtype("logits", logits, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
     checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
     check_rows(
         logits, "logits without the vocabulary", target, mask, temperature, softcap, logit_scale, logits.shape[-1]
@@ -281,8 +288,7 @@ def check_rows(x, name, target, mask, temperature, softcap, logit_scale, V: int)
     for argument, given in (("target", target), ("mask", mask), ("temperature", temperature)):
         checks.local(argument, given, LOCAL_ROWS)
     rows = x.shape[:-1]
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: found dtype {target.dtype}, expected int64 or int32 token ids")
+    checks.token_ids("target", target)
     of = name.partition(" ")[0]
     checks.same_shape("target", target, rows, name)
     checks.same_device("target", target, x, of)

@@ -1,6 +1,6 @@
 """The soft penalty on overlong completions: DAPO (2503.14476), Eq. 13."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ def soft_overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Te
     Source: 2503.14476, Eq. 13: (max_length - cache - length) / cache in between.
     """
     _check(max_length, cache)
-    if not isinstance(lengths, Tensor) or lengths.dtype == torch.bool or lengths.is_complex():
-        found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths: found {found}, expected an integer or floating tensor")
+    checks.real("lengths", lengths)
     left = max_length - cache - lengths.detach().double()
     penalty = (left / cache).clamp(-1.0, 0.0) if cache else torch.where(left < 0, -1.0, left.new_zeros(()))
     return penalty if lengths.dtype == torch.float64 else penalty.float()
@@ -50,6 +48,9 @@ class SoftOverlongPenalty:
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
         """One penalty for each completion, from its token ids. What else TRL hands over is not read."""
+        checks.of_type("completion_ids", completion_ids, Sized, "the token ids of each completion")
+        for ids in completion_ids:
+            checks.of_type("completion_ids", ids, Sized, "the token ids of each completion")
         lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.float64)
         return soft_overlong_penalty(lengths, max_length=self.max_length, cache=self.cache).tolist()
 
@@ -58,8 +59,6 @@ class SoftOverlongPenalty:
 
 
 def _check(max_length: int, cache: int) -> None:
-    for name, value in (("max_length", max_length), ("cache", cache)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: found {type(value).__name__}, expected an int")
-    checks.require(max_length >= 1, "max_length", max_length, "at least 1")
+    checks.whole("max_length", max_length, 1)
+    checks.whole("cache", cache)
     checks.require(0 <= cache <= max_length, "cache", cache, f"0 to max_length = {max_length}")

@@ -107,9 +107,6 @@ def make_plan(
 
     forbidden: {plan: why it cannot be taken here, or None}. Raises ValueError where the one asked for cannot.
     """
-    checks.one_of("plan", plan, ("auto", *PLANS))
-    if memory_budget is not None:
-        checks.require(memory_budget >= 0, "memory_budget", memory_budget, "a number of bytes, or None")
     budget = default_budget(work.V, work.D) if memory_budget is None else memory_budget
     tile_rows, width = lm_head.tile_shape(work.rows, work.V, work.device, work.batch_invariant)
     r, gradients = work.live_share, sum(work.needed)

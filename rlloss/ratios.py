@@ -49,6 +49,11 @@ def sampler_ratio(
     checks.same_shape("sampler_logp", sampler_logp, old_logp.shape, "like old_logp")
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, old_logp.shape, "like old_logp")
+    for name, x in (("sampler_logp", sampler_logp), ("mask", mask)):
+        checks.same_device(name, x, old_logp, "old_logp")
+    for name, x in (("clip_min", clip_min), ("clip_max", clip_max)):
+        if x is not None:
+            checks.number(name, x, "a number or None")
     low, high = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
     checks.require(high > 0.0, "clip_max", clip_max, "a number above 0, or None")
     checks.require(low <= high, "clip_min", clip_min, f"a number <= clip_max={clip_max}, or None")

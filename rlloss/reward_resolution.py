@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlloss import checks
-from rlloss.advantages import Condition, apply_conditions, group_advantage
+from rlloss.advantages import Condition, apply_conditions, checked_rewards, checked_weights, group_advantage
 
 # Advantages closer than this share of the largest are one: rewards in fp32 carry errors of 1e-7 of their size, which a
 # group's std that is a hundredth of that size turns into 1e-5, and no optimizer tells such advantages apart.
@@ -24,7 +24,7 @@ def group_accuracy(rewards: Tensor, *, num_generations: int) -> Tensor:
     rewards `[N]` or `[N, K]`, groups consecutive; the mean of the first reward over those of the group that have it.
     All NaN (not known) where that reward is no accuracy: where any of its values lies outside [0, 1].
     """
-    first = rewards if rewards.dim() == 1 else rewards[:, 0]
+    first = checked_rewards(rewards, num_generations)[:, 0]
     mean = first.detach().double().unflatten(0, (-1, num_generations)).nanmean(-1, keepdim=True)
     is_accuracy = ~((first < 0) | (first > 1)).any()
     return torch.where(is_accuracy, mean, torch.nan).expand(-1, num_generations).flatten()
@@ -85,9 +85,13 @@ def reward_resolution(
     rewards_NK = (rewards if rewards.ndim == 2 else rewards[:, None]).detach().double().cpu()
     rewards_NK = apply_conditions(rewards_NK, conditions)
     K, G = rewards_NK.shape[1], num_generations
-    weights_K = rewards_NK.new_ones(K) if weights is None else torch.as_tensor(weights).to(rewards_NK)
-    names = [str(k) for k in range(K)] if names is None else list(names)
-    checks.require(len(names) == K == len(set(names)), "names", names, f"{K} different names")
+    weights_K = checked_weights(weights, rewards_NK)
+    expected = f"{K} different names"
+    names = [str(k) for k in range(K)] if names is None else names
+    checks.of_type("names", names, Sequence, expected)
+    checks.require(
+        len(names) == K == len(set(names)) and all(isinstance(name, str) for name in names), "names", names, expected
+    )
 
     rewards_KN = rewards_NK.unbind(1)
     normalised_NK = torch.stack([_advantage(_snap(r, G), G, "grpo") for r in rewards_KN], dim=1)
@@ -141,8 +145,10 @@ def resolution_table(
     Raises:
         ValueError: num_rewards or a group size is below 1.
     """
-    checks.require(num_rewards >= 1, "num_rewards", num_rewards, "at least 1")
-    checks.require(all(G >= 1 for G in group_sizes), "group_sizes", tuple(group_sizes), "sizes of at least 1")
+    checks.whole("num_rewards", num_rewards, 1)
+    checks.of_type("group_sizes", group_sizes, Sequence, "sizes of groups")
+    for G in group_sizes:
+        checks.whole("group_sizes", G, 1)
     vectors = torch.tensor(list(itertools.product((0.0, 1.0), repeat=num_rewards)), dtype=torch.float64)
     rows = []
     for G in group_sizes:

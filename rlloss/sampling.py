@@ -11,7 +11,6 @@ refuses T = 0.
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -26,23 +25,17 @@ MIN_TEMPERATURE = 0.01
 
 MAX_TEMPERATURE = 1e4
 
-_LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
 
 def _check(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """A number in [low, high], or in (low, high), and finite."""
-    checks.require(_is_number(value), name, repr(value), "a number")
+    checks.number(name, value)
     inside = low < value < high if open_low else low <= value <= high and value < math.inf
     brackets = f"({low}, {high})" if open_low else f"[{low}, {high}]"
     checks.require(inside, name, value, f"a finite number in {brackets}")
 
 
 def _check_temperature(name: str, value: float) -> None:
-    checks.require(_is_number(value), name, repr(value), "a number")
+    checks.number(name, value)
     valid = value == 0 or MIN_TEMPERATURE <= value <= MAX_TEMPERATURE
     checks.require(valid, name, value, f"0 (greedy) or a temperature in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]")
 
@@ -179,13 +172,14 @@ class DynamicTemperature:
 
     def temperature(self, entropy: Tensor, candidates: Tensor | int | None = None) -> Tensor:
         """See `temperature_rule`. `candidates` must be given."""
-        checks.require(
-            candidates is not None, "candidates", None, "the number of logits above -inf, which dynatemp reads"
-        )
         entropy = _entropies(entropy)
+        if isinstance(candidates, Tensor):
+            checks.real("candidates", candidates)
+            if candidates.dim():
+                checks.same_shape("candidates", candidates, entropy.shape, "like entropy, or a number")
+        else:
+            checks.number("candidates", candidates, "the number of logits above -inf, which dynatemp reads")
         n = torch.as_tensor(candidates, dtype=entropy.dtype)
-        if n.dim():
-            checks.same_shape("candidates", n, entropy.shape, "like entropy, or a number")
         # entropy - entropy is 0 and keeps a NaN.
         share = torch.where(n > 1, entropy / n.clamp(min=2).log(), entropy - entropy).clamp(0.0, 1.0)
         low, span, exponent = self.constants()
@@ -304,15 +298,12 @@ def _run(matrix: Tensor, mask: Tensor | None, out: Tensor | None, rule: Temperat
 
 
 def _check_logits(logits: Tensor) -> None:
+    checks.of_dtype("logits", logits, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
     checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
-    if logits.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"logits: found dtype {logits.dtype}, expected one of {', '.join(map(str, _LOGIT_DTYPES))}")
 
 
 def _check_rule(rule: object) -> None:
-    if not isinstance(rule, TemperatureRule):
-        found = type(rule).__name__
-        raise TypeError(f"rule: found {found}, expected {', '.join(r.__name__ for r in RULES.values())}")
+    checks.of_type("rule", rule, tuple(RULES.values()), ", ".join(r.__name__ for r in RULES.values()))
 
 
 @torch.no_grad()
@@ -354,6 +345,7 @@ def scale_logits(
     """
     _check_logits(logits)
     _check_rule(rule)
+    checks.flag("inplace", inplace)
     if mask is not None:
         checks.require(inplace, "mask", "a mask without inplace", "inplace=True, which leaves the other rows alone")
         checks.boolean("mask", mask)

@@ -125,7 +125,7 @@ def single_launch_loss(
 def _weights(mask: Tensor, config: LossConfig, denominator: Tensor | float | None) -> Tensor:
     """[2, B]: by what the coefficients of logp and of entropy in each sequence are multiplied."""
     loss_type = LOSSES[config.loss_type]
-    count = mask.sum(-1)
+    count = mask.sum(-1).float()
     if denominator is None:
         denominator = default_denominator(mask, loss_type, config)
     of_sequence = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlloss import checks
 from rlloss.config import READ_BY, LossConfig
 from rlloss.losses import LOSSES, policy_loss
 from rlloss.masks import off_policy_mask, top_entropy_mask
@@ -77,6 +78,9 @@ def token_states(
     It runs `policy_loss` and its backward once more, on [B, T] numbers; twice for "clip_cov" and "kl_cov".
     """
     config = LossConfig() if config is None else config
+    checks.tokens(logp, advantage, mask)
+    if given.get("entropy") is not None:
+        checks.floating("entropy", given["entropy"])
     gradient = _gradient(logp, advantage, mask, config, given)
     live = (gradient != 0).any(0)
     advantage_BT = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)

@@ -66,7 +66,7 @@ def test_a_setting_that_the_loss_does_not_read_raises(loss_type, name):
     ({"epsilon_low": -0.1}, "epsilon_low: found -0.1, expected a number >= 0"),
     ({"epsilon_high": -0.1}, "epsilon_high: found -0.1"),
     ({"epsilon_low": math.nan}, "epsilon_low: found nan"),
-    ({"top_entropy_quantile": 20}, r"top_entropy_quantile: found 20, expected in \[0, 1\]"),
+    ({"top_entropy_quantile": 20}, r"top_entropy_quantile: found 20, expected a number in \[0, 1\]"),
     ({"top_entropy_quantile": math.nan}, "top_entropy_quantile: found nan"),
     ({"delta": 0.0}, "delta: found 0.0"),
     ({"max_log_ratio": -1.0}, "max_log_ratio: found -1.0"),
@@ -96,7 +96,7 @@ def test_a_setting_that_the_loss_does_not_read_raises(loss_type, name):
 ])  # fmt: skip
 def test_conflicting_settings_are_named(settings, message):
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         LossConfig(**settings)
 
 
@@ -160,7 +160,7 @@ def test_settings_of_the_other_covariance_loss_raise(loss_type, settings):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("epsilon_low", "0.2"), ("epsilon_high", None), ("beta", None), ("delta", "4"), ("max_log_ratio", [5.0]),
+    ("epsilon_low", "0.2"), ("epsilon_high", None), ("beta", None), ("delta", "4"), ("max_log_ratio", "5"),
     ("top_entropy_quantile", "20%"), ("entropy_coef", None), ("off_policy_threshold", "0.1"),
 ])  # fmt: skip
 def test_settings_of_the_wrong_type_are_named(name, value):
@@ -173,7 +173,7 @@ def test_settings_of_the_wrong_type_are_named(name, value):
     ("sapo", "sapo", "SapoConfig"), ("vespo", "vespo", "VespoConfig"), ("kl_cov", "covariance", "CovarianceConfig"),
 ])  # fmt: skip
 def test_the_sections_are_not_dicts(loss_type, name, kind):
-    with pytest.raises(TypeError, match=f"{name}: found {{}}, expected a {kind}"):
+    with pytest.raises(TypeError, match=f"{name}: found dict, expected a {kind}"):
         LossConfig(loss_type, **{name: {}})
 
 
@@ -190,8 +190,8 @@ def test_the_sections_are_not_dicts(loss_type, name, kind):
     ({"config": LossConfig(beta=0.1)}, ValueError, "ref_logp: found None, expected a tensor with beta=0.1"),
     ({"config": LossConfig(top_entropy_quantile=0.2)}, ValueError, "entropy: found None"),
     ({"config": LossConfig(entropy_coef=0.2)}, ValueError, "entropy: found None.*entropy_coef=0.2"),
-    ({"config": LossConfig(entropy_coef=0.2), "entropy": torch.zeros(2, 3)}, ValueError,
-     "entropy: found a tensor without gradient"),
+    ({"config": LossConfig(entropy_coef=0.2), "entropy": torch.zeros(2, 3),
+      "logp": torch.zeros(2, 3).requires_grad_()}, ValueError, "entropy: found a tensor without gradient"),
     ({"cutoff": 0.5}, ValueError, "cutoff: found 0.5, expected None"),
     ({"cutoff": 0.5, "entropy": torch.zeros(2, 3), "config": LossConfig(top_entropy_quantile=0.2, exact_k=True)},
      ValueError, "cutoff: found 0.5, expected None with top_entropy_quantile=1.0 or exact_k"),
@@ -219,7 +219,7 @@ def test_the_sections_are_not_dicts(loss_type, name, kind):
     ({"selected": torch.ones(2, 1, dtype=torch.bool),
       "config": LossConfig("clip_cov", covariance=CovarianceConfig(scope="generation"))}, ValueError,
      r"selected: found shape \(2, 1\)"),
-    ({"config": "dapo"}, TypeError, "config: found str, expected a LossConfig"),
+    ({"config": "dapo"}, TypeError, "config: found 'dapo', expected a LossConfig"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):
     good = {"logp": torch.zeros(2, 3), "advantage": torch.zeros(2), "mask": torch.ones(2, 3, dtype=torch.bool)}

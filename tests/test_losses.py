@@ -205,7 +205,7 @@ def test_the_entropy_bonus_is_the_mean_entropy_of_the_kept_tokens():
     torch.testing.assert_close(bonus.loss - plain.loss, -0.3 * entropy[kept].mean())
     torch.testing.assert_close(torch.autograd.grad(bonus.loss, entropy)[0], -0.3 * kept.double() / kept.sum())
     with pytest.raises(ValueError, match="entropy: found a tensor without gradient"):
-        policy_loss(*arguments, config=config, entropy=entropy.detach())
+        policy_loss(x["logp"].requires_grad_(), *arguments[1:], config=config, entropy=entropy.detach())
 
 
 @pytest.mark.parametrize("on", BACKENDS)

@@ -296,7 +296,7 @@ def test_the_accuracy_of_a_group_is_the_mean_of_the_first_reward():
     ({"weights": [1.0]}, ValueError, r"weights: found shape \[1\], expected \[2\]"),
     ({"names": ["a"]}, ValueError, r"names: found \['a'\], expected 2 different names"),
     ({"names": ["a", "a"]}, ValueError, r"names: found \['a', 'a'\]"),
-    ({"rewards": torch.zeros(4, dtype=torch.int64)}, TypeError, "rewards: found torch.int64"),
+    ({"rewards": torch.zeros(4, dtype=torch.int64)}, TypeError, "rewards: found dtype torch.int64"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
