@@ -265,8 +265,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         old_logp = inputs.get("old_per_token_logps")
         return diagnose(
             logp, inputs["advantages"], mask, entropy=entropy, old_logp=logp if old_logp is None else old_logp,
-            group=inputs.get("group_accuracy"),
+            group=inputs.get("group_accuracy"), compute_dtype=self._compute_dtype(),
         )  # fmt: skip
+
+    def _compute_dtype(self) -> torch.dtype:
+        of_model: Any = self.model.dtype
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, of_model)
 
     def _write_tokens(self, logp, inputs, mask, given):
         steps = getattr(self.args, "token_log_steps", 0)

@@ -23,6 +23,7 @@ QUANTILES = {"p50": 0.5, "p80": 0.8, "p95": 0.95}
 _ALWAYS = ("tokens", "nonfinite", "moments")  # sums that `diagnose` gives whatever its arguments
 # Neighbouring edges differ by 1.94 %; the last, 16.4 nats, is the entropy of a uniform choice among 13 million.
 _FIRST_EDGE, _OCTAVES, _EDGES_PER_OCTAVE = 1e-3, 14, 36
+_PLACES = 1024  # of an entropy in its bin: whole numbers, whose sums are the same in any order
 
 
 @torch.no_grad()
@@ -34,6 +35,7 @@ def diagnose(
     entropy: Tensor | None = None,
     old_logp: Tensor | None = None,
     group: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the tokens that count. Added up over micro-batches and ranks they are the sums of the whole.
 
@@ -44,14 +46,23 @@ def diagnose(
         entropy: `[B, T]` in nats.
         old_logp: `[B, T]` log-probability under the policy that the batch was made with.
         group: `[B]`, the accuracy of each sequence's group: its mean reward, in [0, 1]. NaN: not known, in no bin.
+        compute_dtype: in which the model computed, where log-probabilities are more precise than that. Sets what
+            counts as rounding in `on_policy`. None: the dtype of logp or old_logp, the coarser one.
 
     Returns:
         name -> detached fp64 tensor on the device. Nothing is read back, so the host does not wait. 0-d: `tokens`
         (of the mask) and `nonfinite` (those with a NaN or infinity in an argument). `moments` `[6]`: what `gauges`
         makes the covariances of, and with `group` also `difficulty_moments` `[4, 6]`, by accuracy (`DIFFICULTIES`).
-        With `entropy`, 0-d: `entropies` (their count), `entropy`, `low_entropies` (below 0.01 nats); `[506]`:
-        `entropy_histogram`. With `old_logp`, 0-d: `ratios` (their count), `on_policy` (logp == old_logp),
-        `abs_log_ratio`, `kl` (k3: r - 1 - log r).
+        With `entropy`, 0-d: `entropies` (their count), `entropy`, `low_entropies` (below 0.01 nats); `[3, 506]`:
+        `entropy_histogram` (count, sum and sum of squares of the places in each bin). With `old_logp`, 0-d: `ratios`
+        (their count), `on_policy` (abs(logp - old_logp) within rounding, below), `abs_log_ratio`, `kl` (k3: r - 1 -
+        log r).
+
+        Two passes over one token differ by rounding where their batches have another shape. A pass rounds the token's
+        logit and the logsumexp to half an eps of compute_dtype each, which is 2 eps for the difference of two passes,
+        and adds up D products in fp32, which errs by sqrt(D) eps of fp32, 64 for D = 4096. Both are relative to the
+        size of the logits, here taken as 1 + abs(logp): `on_policy` counts up to (2 eps + 64 eps_fp32) (1 + abs(logp)),
+        in fp32 8e-6 at a logp of 0, in bf16 0.016.
 
         A token with a NaN or infinite number is left out of every sum that reads that number, and counted in
         `nonfinite`: one broken token shows, and does not blank the gauges of all others.
@@ -60,7 +71,11 @@ def diagnose(
         ValueError, TypeError: an argument does not fit; it is named. Accuracies outside [0, 1] raise on the CPU; on
             another device, where the check costs a synchronisation, only under `RLLOSS_CHECK=1`.
     """
+    if not (compute_dtype is None or (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point)):
+        raise TypeError(f"compute_dtype: found {compute_dtype!r}, expected a floating-point torch.dtype or None")
+    given = [logp, old_logp]
     logp, advantage, entropy, old_logp = _checked(logp, advantage, mask, entropy, old_logp, group)
+    dtypes = [x.dtype for x in given if x is not None] if compute_dtype is None else [compute_dtype]
     broken = ~(logp.isfinite() & advantage.isfinite())
     # Raw moments and no shifted ones, because those would need one shift for all micro-batches. The product of two
     # fp32 numbers is exact in fp64, so a covariance is off by about 2^-53 |mean x| |mean a|.
@@ -80,7 +95,9 @@ def diagnose(
         sums |= _entropy_sums(entropy, mask & entropy.isfinite())
     if old_logp is not None:
         broken = broken | ~old_logp.isfinite()
-        sums |= _ratio_sums(logp - old_logp, mask & logp.isfinite() & old_logp.isfinite())
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        rounding = (2 * eps + 64 * min(eps, torch.finfo(torch.float32).eps)) * (1 + logp.abs())
+        sums |= _ratio_sums(logp - old_logp, rounding, mask & logp.isfinite() & old_logp.isfinite())
     return {"tokens": mask.sum().double(), "nonfinite": (mask & broken).sum().double(), **sums}
 
 
@@ -96,10 +113,12 @@ def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     ``cov/.../hardest`` to ``/easiest``     both, among the sequences of a bin of group accuracy (with ``group``)
     ``difficulty/hardest_share`` to ...     share of the scored tokens in that bin
     ``entropy/mean``                        nats
-    ``entropy/p50``, ``/p80``, ``/p95``     nats; from the histogram: the value that so many of the tokens do not exceed
-                                            is at most 2 % or 0.001 nats away. From 16.4 nats on, 16.4
+    ``entropy/p50``, ``/p80``, ``/p95``     nats; from the histogram, interpolated by the mean and standard deviation of
+                                            the bin's entropies. The value that so many of the tokens do not exceed
+                                            is at most 2 % or 0.001 nats away, the median of entropies that share a bin
+                                            at most their standard deviation. From 16.4 nats on, 16.4
     ``entropy/below_0.01_share``            share of the tokens below 0.01 nats
-    ``on_policy_share``                     share of the tokens with logp == old_logp: their ratio is 1, no clip acts
+    ``on_policy_share``                     share of the tokens whose ratio is 1 within rounding: no clip acts
     ``abs_log_ratio``                       mean of abs(logp - old_logp)
     ``approx_kl``                           mean of r - 1 - log r: KL(old || policy) of tokens that the old one sampled
     ``nonfinite_share``                     share of the tokens with a NaN or infinity
@@ -230,46 +249,58 @@ def _covariances(moments: Tensor) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _entropy_edges(device: torch.device) -> Tensor:
+def _entropy_bins(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(edges between the bins, where each bin begins, its width); the last bin is open."""
     steps = torch.arange(_OCTAVES * _EDGES_PER_OCTAVE + 1, dtype=torch.float64)
-    return (_FIRST_EDGE * 2.0 ** (steps / _EDGES_PER_OCTAVE)).to(device)  # made on the CPU: the same bits everywhere
+    edges = _FIRST_EDGE * 2.0 ** (steps / _EDGES_PER_OCTAVE)
+    low = torch.cat([edges.new_zeros(1), edges])
+    width = torch.cat([edges, edges.new_full((1,), math.inf)]) - low
+    return edges.to(device), low.to(device), width.to(device)  # made on the CPU: the same bits everywhere
 
 
 def _entropy_sums(entropy: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    edges = _entropy_edges(entropy.device)
-    bins = edges.numel() + 1
-    index = torch.where(counted, torch.bucketize(entropy, edges, right=True), bins).flatten()  # the last: not counted
-    # Not bincount, which waits for the host on a GPU. Whole numbers add up to the same in any order.
-    ones = torch.ones_like(index, dtype=torch.float64)
-    histogram = torch.zeros(bins + 1, dtype=torch.float64, device=entropy.device).index_add_(0, index, ones)
+    edges, low, width = _entropy_bins(entropy.device)
+    bins = low.numel()
+    index = torch.bucketize(entropy, edges, right=True)
+    place = (entropy - low[index]) / width[index] * _PLACES
+    place = torch.where(counted, place.floor().clamp(0, _PLACES - 1), 0.0).flatten()
+    index = torch.where(counted, index, bins).flatten()  # the last: not counted
+    # Not bincount, which waits for the host on a GPU.
+    powers = torch.stack([torch.ones_like(place), place, place * place])
+    histogram = torch.zeros(3, bins + 1, dtype=torch.float64, device=entropy.device).index_add_(1, index, powers)
     return {
         "entropies": counted.sum().double(),
         "entropy": torch.where(counted, entropy, 0.0).sum(),
         "low_entropies": (counted & (entropy < LOW_ENTROPY)).sum().double(),
-        "entropy_histogram": histogram[:bins],
+        "entropy_histogram": histogram[:, :bins],
     }
 
 
-def _ratio_sums(log_ratio: Tensor, counted: Tensor) -> dict[str, Tensor]:
+def _ratio_sums(log_ratio: Tensor, rounding: Tensor, counted: Tensor) -> dict[str, Tensor]:
     log_ratio = torch.where(counted, log_ratio, 0.0)
     return {
         "ratios": counted.sum().double(),
-        "on_policy": (counted & (log_ratio == 0)).sum().double(),
+        "on_policy": (counted & (log_ratio.abs() <= rounding)).sum().double(),
         "abs_log_ratio": log_ratio.abs().sum(),
         "kl": (log_ratio.expm1() - log_ratio).sum(),
     }
 
 
 def _quantile(histogram: Tensor, share: float) -> Tensor:
-    """Within the bin of the smallest value that at least `share` of the values do not exceed; NaN if there is none."""
-    edges = _entropy_edges(histogram.device)
-    edges = torch.cat([edges.new_zeros(1), edges, edges[-1:]])  # the first bin begins at 0, the last is a point
-    upto = histogram.cumsum(0)
+    """In the bin of the smallest value that at least `share` of the values do not exceed; NaN if there is none.
+
+    Its values count as spread evenly, with their mean and standard deviation.
+    """
+    _, low, width = _entropy_bins(histogram.device)
+    upto = histogram[0].cumsum(0)
     wanted = share * upto[-1]
-    bin = torch.searchsorted(upto, wanted).clamp(max=histogram.numel() - 1)
+    bin = torch.searchsorted(upto, wanted).clamp(max=low.numel() - 1)
     # take, because an index that is a 0-d tensor is read back from the device.
-    low, high, here = edges.take(bin), edges.take(bin + 1), histogram.take(bin)
-    return low + (wanted - (upto.take(bin) - here)) / here * (high - low)
+    here, total, squares = (row.take(bin) for row in histogram)
+    mean, fraction = total / here, (wanted - (upto.take(bin) - here)) / here
+    std = (squares / here - mean * mean).clamp(min=0.0).sqrt()
+    place = (mean + 0.5 + math.sqrt(3) * std * (2 * fraction - 1)).clamp(0, _PLACES) / _PLACES
+    return low.take(bin) + torch.where(width.take(bin).isfinite(), place * width.take(bin), 0.0)
 
 
 def _checked(
