@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
+
+try:
+    from accelerate.utils import gather_object
+except ImportError as error:
+    raise ImportError('rlloss.integrations.dynamic_sampling needs accelerate: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
 from rlloss.integrations.zero_advantage import counted_tokens, has_rows

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList
+
+try:
+    from transformers import LogitsProcessorList
+except ImportError as error:
+    raise ImportError('rlloss.integrations.rollout needs transformers: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
 from rlloss.config import READ_BY, LossConfig

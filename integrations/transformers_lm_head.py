@@ -86,7 +86,8 @@ def lm_head_of(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         ValueError: the head is none, or not a plain `nn.Linear`: quantised, with an adapter (LoRA on "lm_head": its
-            share of the logits would be left out; with PEFT's `modules_to_save` the head works), or sharded.
+            share of the logits would be left out; with PEFT's `modules_to_save` the head works), with tokens trained by
+            themselves (PEFT's `trainable_token_indices`, which tied embeddings pass on to the head), or sharded.
     """
     whole = unwrapped(model)
     head = _plain(whole.get_output_embeddings())
@@ -110,9 +111,19 @@ def _plain(head: Any) -> nn.Linear:
     elif hasattr(head, "base_layer"):
         checks.require(
             head.disable_adapters or head.merged, "model", f"an adapter on the lm_head ({type(head).__name__})",
-            'a plain head: leave "lm_head" out of target_modules, or merge the adapter',
+            'a plain head: leave "lm_head" (with ensure_weight_tying the embedding it is tied to) out of '
+            "target_modules, or merge the adapter",
         )  # fmt: skip
         head = head.base_layer
+    elif hasattr(head, "token_adapter"):
+        checks.require(
+            head.disable_adapters, "model",
+            "an lm_head some of whose tokens PEFT trains by themselves (trainable_token_indices; on tied embeddings "
+            "the head has them too)",
+            'a plain head: train it whole (modules_to_save, for tied embeddings ["embed_tokens"] with '
+            "ensure_weight_tying=True), or merge_and_unload() the adapter",
+        )  # fmt: skip
+        head = head.original_module
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         found = "no output embedding" if head is None else f"the output embedding {type(head).__name__}"
         raise ValueError(f"model: found {found}, expected a plain nn.Linear")

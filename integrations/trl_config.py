@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 try:
-    import trl
+    from trl.trainer.grpo_config import GRPOConfig as TrlGRPOConfig
 except ImportError as error:
     raise ImportError('rlloss.integrations.trl_config needs TRL: pip install "rlloss[trl]"') from error
 
@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class GRPOConfig(trl.GRPOConfig):
+class GRPOConfig(TrlGRPOConfig):
     """TRL's GRPOConfig, its defaults unchanged, and options of rlloss."""
 
-    _VALID_DICT_FIELDS = trl.GRPOConfig._VALID_DICT_FIELDS + ["covariance", "dynamic_temperature", "reward_conditions"]
+    _VALID_DICT_FIELDS = TrlGRPOConfig._VALID_DICT_FIELDS + ["covariance", "dynamic_temperature", "reward_conditions"]
 
     epsilon_low: float | None = dataclasses.field(
         default=None,
@@ -185,7 +185,7 @@ class GRPOConfig(trl.GRPOConfig):
             self.lm_head_memory_budget, "None with lm_head_plan='trl', where it has no effect",
         )  # fmt: skip
         if self.epsilon_low is not None:
-            default = next(f.default for f in dataclasses.fields(trl.GRPOConfig) if f.name == "epsilon")
+            default = next(f.default for f in dataclasses.fields(TrlGRPOConfig) if f.name == "epsilon")
             if self.epsilon not in (default, self.epsilon_low):
                 raise ValueError(
                     f"epsilon_low: found {self.epsilon_low} and epsilon={self.epsilon}, expected one of the two: they "

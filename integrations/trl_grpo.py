@@ -12,10 +12,10 @@ import warnings
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 try:
     import trl
+    from packaging.version import Version
 except ImportError as error:
     raise ImportError('rlloss.integrations.trl_grpo needs TRL: pip install "rlloss[trl]"') from error
 

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, Partial
 
 try:
     import trl
+    import trl.trainer.utils as trl_utils
 except ImportError as error:
     raise ImportError('rlloss.integrations.trl_lm_head needs TRL: pip install "rlloss[trl]"') from error
-import trl.trainer.utils as trl_utils
 
 from rlloss import checks
 from rlloss.linear import prepare

@@ -116,3 +116,43 @@ def test_kernels_folder_does_not_hide_another_package_of_that_name(tmp_path):
     # `python -c` puts the working directory, here the root of the checkout, before PYTHONPATH.
     found = run("-c", "import kernels; print(kernels.__file__)", cwd=ROOT, pythonpath=tmp_path)
     assert Path(found.strip()) == other / "__init__.py"
+
+
+MISSING = """
+import importlib, os, sys
+import rlloss
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == library:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+for library in ("packaging", "transformers", "accelerate", "datasets", "tokenizers", "trl"):
+    if child := os.fork():
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
+        continue
+    for module in sys.argv[1:]:
+        for name in [name for name in sys.modules if name.startswith("rlloss.integrations")]:
+            del sys.modules[name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            print(library, module, 'pip install "rlloss[trl]"' in str(error), flush=True)
+    sys.exit()
+"""
+
+
+def test_a_missing_extra_is_said_whichever_part_of_it_is_missing():
+    modules = [f"rlloss.integrations.{path.stem}" for path in sorted((ROOT / "integrations").glob("*.py"))]
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MISSING, *modules], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = [line.split() for line in ran.stdout.splitlines()]
+    assert {name for name, module, _ in found if module.endswith("trl_grpo")} == {
+        "packaging", "transformers", "accelerate", "datasets", "tokenizers", "trl",
+    }  # fmt: skip
+    assert [line for line in found if line[2] != "True"] == []

@@ -209,6 +209,29 @@ def test_peft(targets, trained):
     assert_same(gradients(model, linear_token_stats(**inputs, mask=mask).logp.sum()), theirs)
 
 
+@pytest.mark.parametrize(
+    "tied, tokens", [(True, [2, 3]), (True, {"embed_tokens": [2, 3]}), (False, {"lm_head": [2, 3]})]
+)
+def test_a_head_with_tokens_that_peft_trains_by_themselves(tied, tokens):
+    """The way out that the error names works, and so does the model without its adapter."""
+    peft = pytest.importorskip("peft")
+    model, (ids, attention, _, _) = build(tie_word_embeddings=tied), batch()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    message = r"model: found an lm_head .*\(trainable_token_indices.*expected a plain head: .*merge_and_unload\(\)"
+    with pytest.raises(ValueError, match=message):
+        lm_head_of(model)
+    with model.disable_adapter():
+        check_lm_head(model, ids, attention)
+    check_lm_head(model.merge_and_unload(), ids, attention)
+    whole = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ) if tied else peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])  # fmt: skip
+    check_lm_head(peft.get_peft_model(build(tie_word_embeddings=tied), whole), ids, attention)
+
+
 def test_learned_prompts_are_refused():
     prompts = nn.Module()
     prompts.active_peft_config = SimpleNamespace(is_prompt_learning=True)
