@@ -1,5 +1,6 @@
 """What an installation holds: the mapped folders as real files, and a core that needs torch and triton only."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -144,6 +145,15 @@ for library in ("packaging", "transformers", "accelerate", "datasets", "tokenize
 """
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "integrations").rglob("*.py")), ids=lambda path: path.stem)
+def test_an_integration_imports_other_libraries_inside_a_guard(path):
+    bare = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [node.module if isinstance(node, ast.ImportFrom) else alias.name for node in bare for alias in node.names]
+    roots = {str(name).partition(".")[0] for name in names}
+    assert roots <= {"torch", "rlloss", *sys.stdlib_module_names}
+
+
+@pytest.mark.slow
 def test_a_missing_extra_is_said_whichever_part_of_it_is_missing():
     modules = [f"rlloss.integrations.{path.stem}" for path in sorted((ROOT / "integrations").glob("*.py"))]
     ran = subprocess.run(
