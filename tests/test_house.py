@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"kernels": "rlloss.kernels", "rlloss": "rlloss", "integrations": "rlloss.integrations", "benchmarks": None}
-MAX_LINES = 400
+MAX_LINES = 500  # more has a second noun in it
 
 FLOORS = {
     "rlloss.checks": -1,  # the cellar: argument checks, which even the configuration needs

@@ -135,6 +135,7 @@ KINDS = {
     "draw": these("x", 1.5, True, [1], torch.ones(3), torch.tensor(1.5), np.ones(2)),
     # Settings.
     "config": these({}, 3, LossConfig, "nonsense", [LossConfig()], torch.ones(3)),
+    "compute_dtype": these("float32", 3, True, float, torch.int64, torch.ones(3)),
     "entropy_grad": flag,
     "inplace_grad": flag,
     "single_launch": these("x", 1, 0, [True], torch.tensor(True)),
@@ -329,7 +330,8 @@ CALLS = {
                                        "candidates": mask, "draw": 3, "process_group": None}),
     ],
     "diagnose": [
-        (rlloss.diagnose, {**OF_TOKENS, "entropy": entropy, "old_logp": logp, "group": torch.tensor([0.5, 1.0])}),
+        (rlloss.diagnose, {**OF_TOKENS, "entropy": entropy, "old_logp": logp, "group": torch.tensor([0.5, 1.0]),
+                           "compute_dtype": torch.bfloat16}),
     ],
     "gauges": [(rlloss.gauges, {"sums": sums})],
     "pack": [(diagnostics.pack, {"sums": sums})],
