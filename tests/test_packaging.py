@@ -38,10 +38,11 @@ def build_wheel(source, into, *, cwd, pythonpath):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(wheel of the tree, sdist, wheel of the sdist), built from a copy, where importing torch fails."""
+    """(wheel of the tree, sdist, wheel of the sdist, editable wheel, tree), built from a copy, where importing torch
+    fails."""
     here = tmp_path_factory.mktemp("packaging")
-    tree = here / "tree"
-    tree.mkdir()
+    tree = here / "clone" / "rlloss"
+    tree.mkdir(parents=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("kernels", "integrations", "rlloss"):
@@ -50,12 +51,14 @@ def built(tmp_path_factory):
     poison.mkdir()
     (poison / "torch.py").write_text("raise ImportError('the build imported torch')\n")
 
-    backend = "from setuptools import build_meta; build_meta.build_sdist('../sdist')"
-    run("-c", backend, cwd=tree, pythonpath=poison)
+    backend = "from setuptools import build_meta; build_meta.build_{}('../../{}')"
+    run("-c", backend.format("sdist", "sdist"), cwd=tree, pythonpath=poison)
+    run("-c", backend.format("editable", "editable"), cwd=tree, pythonpath=poison)
     (sdist,) = (here / "sdist").glob("rlloss-*.tar.gz")
     from_tree = build_wheel(tree, here / "from_tree", cwd=here, pythonpath=poison)
     from_sdist = build_wheel(sdist, here / "from_sdist", cwd=here, pythonpath=poison)
-    return from_tree, sdist, from_sdist
+    (editable,) = (here / "editable").glob("rlloss-*.whl")
+    return from_tree, sdist, from_sdist, editable, tree
 
 
 def expected_modules():
@@ -108,6 +111,23 @@ def test_installed_core_imports_without_the_extras(built, tmp_path):
         "print(home, [name for name in sys.modules if name.startswith('rlloss.integrations.')])\n"
     )
     assert run("-c", program, cwd=tmp_path, pythonpath=site).split() == [str(site / "rlloss"), "[]"]
+
+
+def test_an_editable_clone_is_imported_from_its_parent_folder(built, tmp_path):
+    """There the clone itself, a folder `rlloss` without __init__.py, comes first on the path."""
+    *_, editable, tree = built
+    with zipfile.ZipFile(editable) as wheel:
+        wheel.extractall(tmp_path)
+    program = (
+        "import site, sys; site.addsitedir(sys.argv[1])\n"
+        "import rlloss, rlloss.kernels.tuned, rlloss.integrations.rollout\n"
+        "print(rlloss.__version__, rlloss.__file__, rlloss.kernels.tuned.__file__)\n"
+    )
+    # -S: without what else is installed by .pth files, such as this very checkout.
+    installed = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    version, *files = run("-S", "-c", program, tmp_path, cwd=tree.parent, pythonpath=installed).split()
+    assert version in editable.name
+    assert files == [str(tree / "rlloss" / name) for name in ("__init__.py", "kernels/tuned.py")]
 
 
 def test_kernels_folder_does_not_hide_another_package_of_that_name(tmp_path):
