@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 Value = float | int | None
 
@@ -75,6 +76,16 @@ def write_report(
     ValueError if there is no arm, if a series and its steps differ in length, or if a panel or a group names what is
     not there.
     """
+    of_type("path", path, str | os.PathLike)
+    for name, text in (("title", title), ("command", command)):
+        of_type(name, text, str)
+    for name, values, kind in (
+        ("arms", arms, Arm), ("panels", panels, Panel), ("tables", tables, Table), ("paragraphs", paragraphs, str),
+        ("groups", groups or (), tuple),
+    ):  # fmt: skip
+        of_type(name, values, list | tuple)
+        for value in values:
+            of_type(name, value, kind, "a list of ")
     if not arms:
         raise ValueError("arms: found none, expected at least one")
     for arm in arms:
@@ -99,6 +110,14 @@ def write_report(
         sections = [(heading, [named[name] for name in members]) for heading, members in groups]
     replace_file(path, _page(sections, panels, title, tables, paragraphs, command))
     return path
+
+
+def of_type(name: str, found: object, kind: Any, of: str = "") -> None:
+    """Raise TypeError unless `found` is of this type, or one of this union."""
+    if not isinstance(found, kind):
+        expected = " or ".join(k.__name__ for k in getattr(kind, "__args__", (kind,)))
+        found_in = "a list with " if of else ""
+        raise TypeError(f"{name}: found {found_in}{type(found).__name__}, expected {of}{expected}")
 
 
 def make_folder(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import sys
 from array import array
@@ -69,6 +70,9 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None, *, m
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
+    report.of_type("run_dir", run_dir, str | os.PathLike)
+    report.of_type("output", output, str | os.PathLike | None)
+    report.of_type("max_completions", max_completions, int)
     run_dir = Path(run_dir)
     if max_completions < 1:
         raise ValueError(f"max_completions: found {max_completions}, expected at least 1")

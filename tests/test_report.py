@@ -147,6 +147,15 @@ def test_ticks_are_round_numbers_inside(low, high, expected):
     assert ticks(low, high, 5) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("argument", ["path", "arms", "panels", "title", "tables", "paragraphs", "command", "groups"])
+def test_an_argument_of_another_type_is_named(tmp_path, argument):
+    right = {"path": tmp_path / "page.html", "arms": [arm(entropy=[1.0])], "panels": PANELS[:1], "title": "A run"}
+    for wrong in (3, 1.5, b"x", object(), *([[3], "x"] if argument not in ("path", "title", "command") else [[3]])):
+        with pytest.raises(TypeError, match=f"^{argument}: found .*(int|float|bytes|object|list|str), expected "):
+            write_report(**{**right, argument: wrong})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("target", ["file", "nothing", "read-only"])
 def test_a_link_is_replaced_and_its_target_left_alone(tmp_path, target):
     kept, path = tmp_path / "kept", tmp_path / "page.html"

@@ -114,6 +114,9 @@ def test_more_completions_than_fit_are_thinned_and_counted_all(tmp_path):
     assert any("10 of 100 completions are on this page" in text for text in page.text["p"])
     with pytest.raises(ValueError, match="max_completions: found 0"):
         write_run_report(tmp_path, max_completions=0)
+    for name, wrong in (("run_dir", None), ("run_dir", 3), ("output", 3), ("max_completions", "9")):
+        with pytest.raises(TypeError, match=f"{name}: found (NoneType|int|str), expected "):
+            write_run_report(**{"run_dir": tmp_path, name: wrong})
 
 
 def test_more_texts_than_16_bits_can_tell_apart(tmp_path):
