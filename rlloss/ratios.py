@@ -26,7 +26,7 @@ def sampler_ratio(
     Args:
         old_logp: `[B, T]` log-probability of each token by the trainer's weights at sampling time, in nats.
         sampler_logp: `[B, T]` the same by the engine that sampled. NaN (a token it could not score) counts as equal.
-        mask: `[B, T]` bool, True = counts.
+        mask: `[B, T]` bool, True = counts. For the sequence modes a row is a whole sequence, not a rank's part of one.
         mode: "token_truncate", "token_mask": one ratio per token; "sequence_truncate", "sequence_mask": their product
             over the sequence. "truncate" clamps ratios to [clip_min, clip_max] (TIS), "mask" makes those outside 0
             (MIS).
