@@ -167,7 +167,7 @@ def test_permuting_the_sequences_permutes_the_gradients(seed):
     config = LossConfig(**{**vars(config), "exact_k": False})  # of equal entropies it keeps the first
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     plain, permuted = step(config, x), step(config, {k: None if v is None else v[order] for k, v in x.items()})
-    torch.testing.assert_close(permuted[0], plain[0], rtol=1e-6, atol=1e-6)
+    assert_sums_close(permuted[0], plain[0], 30, size=1)
     # The counts that divide a gradient are whole numbers, and no other row enters it: the same bits.
     assert torch.equal(permuted[1], plain[1][order]) and torch.equal(permuted[2], plain[2][order])
     assert permuted[3]["live"] == plain[3]["live"]
