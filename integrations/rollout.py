@@ -26,6 +26,7 @@ from rlloss.integrations.trl_lm_head import why_not as why_no_patch
 from rlloss.integrations.zero_advantage import PartedModel, counted_tokens
 from rlloss.masks import entropy_cutoff, top_entropy_mask
 from rlloss.sampling import temperature_rule
+from rlloss.selection import sequence_key
 
 ENTROPY_SCOPES = ("microbatch", "window", "generation")
 
@@ -253,7 +254,8 @@ class Rollout:
             selected = covariance_selection(
                 torch.cat([inputs["rollout_logp"] for inputs in batches]),
                 torch.cat([inputs["advantages"] for inputs in batches]),
-                mask, loss_type=config.loss_type, config=config.covariance, draw=draw, process_group=self._group(),
+                mask, loss_type=config.loss_type, config=config.covariance, draw=draw,
+                sequence_key=torch.cat([content_key(inputs) for inputs in batches]), process_group=self._group(),
             )  # fmt: skip
             for inputs, part in zip(batches, selected.split([len(m) for m in masks]), strict=True):
                 inputs["selected_tokens"] = part
@@ -287,7 +289,8 @@ class Rollout:
         mask, rho, group = torch.cat(masks), config.top_entropy_quantile, self._group()
         cutoff = None if config.exact_k else entropy_cutoff(entropy, mask, rho, process_group=group)
         if cutoff is None:
-            kept = top_entropy_mask(entropy, mask, rho, exact_k=True, process_group=group)
+            key = torch.cat([content_key(inputs) for inputs in batches])
+            kept = top_entropy_mask(entropy, mask, rho, exact_k=True, sequence_key=key, process_group=group)
         else:
             kept = top_entropy_mask(entropy, mask, rho, cutoff=cutoff)
         counts = self.trainer.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
@@ -297,6 +300,11 @@ class Rollout:
 
     def _group(self):
         return torch.distributed.group.WORLD if self.trainer.accelerator.num_processes > 1 else None
+
+
+def content_key(inputs: dict) -> Tensor:
+    """`[B]`: by which selections know the completions, in whatever order and on whatever process TRL puts them."""
+    return sequence_key(*((inputs[f"{of}_ids"], inputs[f"{of}_mask"].bool()) for of in ("prompt", "completion")))
 
 
 def _picks_once(config: LossConfig) -> bool:

@@ -24,7 +24,7 @@ from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig
 from rlloss.diagnostics import diagnose
 from rlloss.entropy_control import bonus_now
 from rlloss.integrations.collapse_monitor import CollapseMonitor
-from rlloss.integrations.rollout import Rollout, ScaledModel
+from rlloss.integrations.rollout import Rollout, ScaledModel, content_key
 from rlloss.integrations.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl_advantages import RewardsToAdvantages
 from rlloss.integrations.trl_config import NOT_READ_BY_COVARIANCE, NOT_TRLS, OPTIONS, TrlLossConfig, trls_settings
@@ -369,7 +369,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             return cutoff, kept
         group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         if config.exact_k:
-            return None, top_entropy_mask(entropy, mask, rho, exact_k=True, process_group=group)
+            key = content_key(inputs)
+            return None, top_entropy_mask(entropy, mask, rho, exact_k=True, sequence_key=key, process_group=group)
         return entropy_cutoff(entropy, mask, rho, process_group=group), None
 
     def _denominator(self, config, inputs, mode, entropy, mask, cutoff, kept):

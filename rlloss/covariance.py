@@ -7,12 +7,11 @@ first order the entropy falls by the learning rate times Cov(logp, A) (2505.2261
 import torch
 from torch import Tensor
 
-from rlloss import checks
+from rlloss import checks, selection
 from rlloss.config import CovarianceConfig
-from rlloss.selection import gathered, largest
+from rlloss.selection import check_sequence_key, gathered, largest, mixed, token_key
 
 LOSS_TYPES = ("clip_cov", "kl_cov")
-_32_BITS = 0xFFFFFFFF
 
 
 def token_covariance(logp: Tensor, advantage: Tensor, mask: Tensor, *, process_group=None) -> Tensor:
@@ -53,6 +52,7 @@ def covariance_selection(
     config: CovarianceConfig | None = None,
     candidates: Tensor | None = None,
     draw: Tensor | int | None = None,
+    sequence_key: Tensor | None = None,
     process_group=None,
 ) -> Tensor:
     """The tokens that "clip_cov" leaves out or "kl_cov" penalises: what `policy_loss` takes as `selected`.
@@ -68,9 +68,12 @@ def covariance_selection(
         loss_type: "clip_cov" or "kl_cov".
         config: `CovarianceConfig()` if None; its scope does not matter here.
         candidates: `[B, T]` bool, the tokens that may be picked (means and N are of the mask); None: all.
-        draw: the number of the draw, for the random selection: another one picks others. None: made from logp. With
-            the same draw and seed the pick depends on the order of the tokens that count, and not on padding or on how
-            they are spread over processes.
+        draw: the number of the draw, for the random selection: another one picks others. None: made from the lengths
+            and advantages of the batch.
+        sequence_key: `[B]` int64, by which a sequence is known wherever it is put, such as
+            `rlloss.selection.sequence_key` makes of token ids. The pick, of equal covariances too, then depends neither
+            on the order of the sequences nor on how they are spread over processes. None: a sequence is known by its
+            place. Padding never matters.
         process_group: the processes whose tokens count together. None: this one alone.
 
     Returns:
@@ -94,8 +97,9 @@ def covariance_selection(
         checks.require(not draw.is_floating_point(), "draw", f"dtype {draw.dtype}", "an int, or a tensor of one")
     elif draw is not None:
         checks.whole("draw", draw)
+    check_sequence_key(sequence_key, mask)
     return select(logp, advantage, mask, mask if candidates is None else mask & candidates, loss_type, config, draw,
-                  process_group)  # fmt: skip
+                  sequence_key, process_group)  # fmt: skip
 
 
 def select(
@@ -105,45 +109,49 @@ def select(
     candidates: Tensor,
     loss_type: str,
     config: CovarianceConfig,
-    draw: Tensor | int | None,
-    process_group,
+    draw: Tensor | int | None = None,
+    sequence_key: Tensor | None = None,
+    process_group=None,
 ) -> Tensor:
     """`covariance_selection` after its checks; advantage `[B]`, `[B, 1]` or `[B, T]`."""
     covariance = _covariance(logp, advantage, mask, process_group)
     candidates = candidates & ~covariance.isnan()
-    score = covariance
+    score, key = covariance, None if sequence_key is None else token_key(mask, sequence_key)
     if loss_type == "clip_cov":
         candidates = candidates & (covariance >= config.low) & (covariance <= config.high)
         if config.selection == "random":
-            score = _random(logp, mask, config.seed, draw, process_group)
+            score = _random(advantage, mask, config.seed, draw, key, process_group)
     N = mask.sum()
     if process_group is not None:
         torch.distributed.all_reduce(N, group=process_group)
     k = (N.double() * config.ratio).floor()
-    return largest(score, candidates, k.clamp(min=1.0) if config.at_least_one else k, process_group=process_group)
+    k = k.clamp(min=1.0) if config.at_least_one else k
+    return largest(score, candidates, k, key=key, process_group=process_group)
 
 
-def _random(logp: Tensor, mask: Tensor, seed: int, draw: Tensor | int | None, process_group) -> Tensor:
-    """A number per token that counts, a hash of seed, draw and the token's place among them: no generator, whose seed
+def _random(
+    advantage: Tensor, mask: Tensor, seed: int, draw: Tensor | int | None, key: Tensor | None, process_group
+) -> Tensor:
+    """A number per token that counts, a hash of seed, draw and what the token is known by: no generator, whose seed
     the host would have to know."""
-    place = mask.reshape(-1).cumsum(0).view(mask.shape)
     if draw is None:
-        bits = logp.detach().float().contiguous().view(torch.int32).long()
-        draw = torch.where(mask, bits, 0).sum()
+        draw = _draw_of(advantage, mask)
         if process_group is not None:
             torch.distributed.all_reduce(draw, group=process_group)
-    if process_group is not None:
-        start, _ = gathered(logp.new_ones(int(mask.sum()), dtype=torch.float32), process_group)
-        place = place + start
+    if key is None:
+        key = mask.reshape(-1).cumsum(0).view(mask.shape)
+        if process_group is not None:
+            start, _ = gathered(torch.ones(int(mask.sum()), device=mask.device), process_group)
+            key = key + start
     if not isinstance(draw, Tensor):
         draw = torch.full((), draw, dtype=torch.int64, device=mask.device)
     draw = draw.to(mask.device, torch.int64)
-    return _mixed(place + _mixed(draw + _mixed(torch.full_like(draw, seed)))).double()
+    return mixed(key + mixed(draw + mixed(torch.full_like(draw, seed)))).double()
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """The last step of MurmurHash3 (32 bits, held in int64): every bit of x moves about half of the result's."""
-    x = x & _32_BITS
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _32_BITS
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _32_BITS
-    return x ^ (x >> 16)
+def _draw_of(advantage: Tensor, mask: Tensor) -> Tensor:
+    """A number of the batch by its lengths and advantages, which, other than logp, are the same bits however the
+    batch is split and on whatever machine."""
+    advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)
+    bits = (advantage.detach().float() + 0.0).expand(mask.shape).contiguous().view(torch.int32)  # -0 is 0
+    return selection.sequence_key((bits, mask)).sum()

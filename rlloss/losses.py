@@ -139,6 +139,10 @@ def policy_loss(
         selected: `[B, T]` bool, the tokens picked by covariance, part of the `covariance_selection` of a batch that was
             split; needed if and only if `config.covariance.scope` is "generation".
 
+    A row of `[B, T]` has to be a whole sequence. Where sequences are split over ranks, means, ratios and weights of a
+    sequence ("grpo", "gspo", "sapo", "vespo", ratio_level="sequence", `off_policy_threshold`) are wrong, and nothing
+    shows it: gather the log-probabilities first. `docs/losses.md` has what may stay split.
+
     Returns:
         `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. Where the Triton kernels run, the losses
         that clip and "cispo" are one launch, which has no second derivative; `rlloss.ops.backend("torch")` has one.
@@ -178,9 +182,7 @@ def policy_loss(
             if loss_type.surrogate is clip:
                 of_token = log_ratio(level, None, config.max_log_ratio)
                 candidates = candidates & ~clipped(of_token, advantage, config) & ~of_token.isnan()  # it must show
-            selected = covariance.select(
-                logp, advantage, mask, candidates, config.loss_type, config.covariance, None, None
-            )
+            selected = covariance.select(logp, advantage, mask, candidates, config.loss_type, config.covariance)
         else:
             selected = mask & selected
         if loss_type.surrogate is clip:  # left out as a token that the sampler's ratio leaves out

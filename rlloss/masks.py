@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlloss import checks, radix
 from rlloss.backends import choose_backend, triton_quantile
-from rlloss.selection import largest
+from rlloss.selection import check_sequence_key, largest, token_key
 
 
 def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
@@ -113,29 +113,37 @@ def top_entropy_mask(
     *,
     cutoff: Tensor | float | None = None,
     exact_k: bool = False,
+    sequence_key: Tensor | None = None,
     process_group=None,
 ) -> Tensor:
     """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
 
     By default every token at or above the cutoff (`cutoff`, or the `entropy_cutoff` of these tokens), so ties may keep
     more: where rho reaches down to the entropies of 0, everything. With `exact_k` as many as without ties,
-    floor(rho (n - 1)) + 1 of n, the first of equal ones. A NaN entropy is kept: it must show. process_group: the
-    processes whose tokens count together; with `exact_k` they exchange their entropies.
+    floor(rho (n - 1)) + 1 of n, the first of equal ones, or with a sequence_key (`[B]` int64, of entropies `[B, T]`) by
+    that: `rlloss.selection.sequence_key` makes it of token ids, and where a sequence stands does not matter then. A NaN
+    entropy is kept: it must show. process_group: the processes whose tokens count together; with `exact_k` they
+    exchange their entropies.
     """
     last, entropy = None, _checked(entropy, mask, rho)
     checks.flag("exact_k", exact_k)
+    checks.require(exact_k or sequence_key is None, "sequence_key", "a tensor", "None without exact_k: no effect")
+    check_sequence_key(sequence_key, mask)
     if cutoff is not None:
         checks.cutoff(cutoff)
         checks.require(not exact_k, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
         checks.require(process_group is None, "process_group", "a group", "None with a cutoff: it has no effect")
-    elif process_group is None:
+    elif process_group is None and sequence_key is None:
         cutoff, last = top_entropy_selection(entropy, mask, rho, exact_k=exact_k)
     elif exact_k:
-        checks.process_group("process_group", process_group)
-        n = mask.sum()
-        torch.distributed.all_reduce(n, group=process_group)
-        k = torch.where(n > 0, (rho * (n - 1).double()).floor() + 1, 0.0)
-        return largest(entropy, mask, k, process_group=process_group)
+        known = mask & ~entropy.isnan()
+        n = known.sum()
+        if process_group is not None:
+            checks.process_group("process_group", process_group)
+            torch.distributed.all_reduce(n, group=process_group)
+        k = torch.where(n > 0, n - radix._position(n, rho, entropy.dtype).ceil(), 0.0)
+        key = None if sequence_key is None else token_key(mask, sequence_key)
+        return largest(entropy, known, k, key=key, process_group=process_group) | (mask & ~known)
     else:
         cutoff = entropy_cutoff(entropy, mask, rho, process_group=process_group)
     kept = (entropy >= cutoff) | entropy.isnan()

@@ -1,25 +1,66 @@
-"""Exactly k tokens out of many, on one process or over several."""
+"""Exactly k tokens out of many, on one process or over several, by what they are and not by where they stand."""
 
 import torch
 from torch import Tensor
 
+from rlloss import checks
 
-def largest(score: Tensor, candidates: Tensor, k: Tensor | int, *, process_group=None) -> Tensor:
+_32_BITS = 0xFFFFFFFF
+
+
+def sequence_key(*parts: tuple[Tensor, Tensor]) -> Tensor:
+    """A number for each sequence, `[B]` int64, by which selections know it wherever it is put.
+
+    parts: (token ids `[B, T]` integer, mask `[B, T]` bool) of the prompt, of the completion, ...; padding does not
+    matter.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=parts[0][0].device)
+    for number, (ids, mask) in enumerate(parts):
+        place = mask.cumsum(-1) * len(parts) + number
+        total = total + torch.where(mask, mixed(ids.long() + mixed(place)), 0).sum(-1)
+    return mixed(total)
+
+
+def token_key(mask: Tensor, sequence_key: Tensor) -> Tensor:
+    """`[B, T]` int64: of each token that counts, by its sequence's key `[B]` and its place among those that count."""
+    return mixed(mask.cumsum(-1) + mixed(sequence_key).unsqueeze(-1))
+
+
+def check_sequence_key(key: Tensor | None, mask: Tensor) -> None:
+    if key is not None:
+        if key.dtype != torch.int64:
+            raise TypeError(f"sequence_key: found dtype {key.dtype}, expected torch.int64")
+        checks.same_shape("sequence_key", key, mask.shape[:1], "one for each sequence")
+
+
+def mixed(x: Tensor) -> Tensor:
+    """The last step of MurmurHash3 (32 bits, held in int64): every bit of x moves about half of the result's."""
+    x = x & _32_BITS
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _32_BITS
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _32_BITS
+    return x ^ (x >> 16)
+
+
+def largest(
+    score: Tensor, candidates: Tensor, k: Tensor | int, *, key: Tensor | None = None, process_group=None
+) -> Tensor:
     """The k candidates with the largest score, all of them if there are fewer: bool, shaped like `candidates`.
 
     Args:
         score: `[...]` floating point; a NaN counts as the largest.
         candidates: `[...]` bool.
         k: how many, of all processes together; a 0-d tensor is not looked at by the host.
-        process_group: the processes whose tokens count together; they exchange the scores. None: this one alone.
-
-    Of equal scores the first are taken, in the order of processes, then of the flat index.
+        key: `[...]` int64, of equal scores those with the largest are taken. None, or equal keys: the first ones, in
+            the order of processes, then of the flat index.
+        process_group: the processes whose tokens count together; they exchange scores and keys. None: this one alone.
     """
     flat = torch.where(candidates, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf).reshape(-1)
-    if process_group is None:
-        return candidates & (_places(flat) < k).view(candidates.shape)
-    start, everybody = gathered(flat, process_group)
-    return candidates & (_places(everybody)[start : start + len(flat)] < k).view(candidates.shape)
+    key = None if key is None else key.reshape(-1)
+    start, end = 0, len(flat)
+    if process_group is not None:
+        start, flat = gathered(flat, process_group)
+        key = None if key is None else gathered(key, process_group)[1]
+    return candidates & (_places(flat, key)[start : start + end] < k).view(candidates.shape)
 
 
 def gathered(flat: Tensor, process_group) -> tuple[int, Tensor]:
@@ -36,7 +77,11 @@ def gathered(flat: Tensor, process_group) -> tuple[int, Tensor]:
     return sum(sizes[:rank]), torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def _places(flat: Tensor) -> Tensor:
+def _places(flat: Tensor, key: Tensor | None) -> Tensor:
     """Each element's place in the order from the largest to the smallest."""
-    order = flat.argsort(descending=True, stable=True)
+    if key is None:
+        order = flat.argsort(descending=True, stable=True)
+    else:
+        order = key.argsort(descending=True, stable=True)
+        order = order[flat[order].argsort(descending=True, stable=True)]
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(flat), device=flat.device))

@@ -22,6 +22,7 @@ from rlloss import (
     reference,
     token_covariance,
 )
+from rlloss.selection import sequence_key
 
 # mean logp -1.5, mean A 0.5: covariances (+1.5, +0.5, -0.5, -1.5) (A - 0.5).
 LOGP = torch.tensor([[0.0, -1.0], [-2.0, -3.0]])
@@ -141,12 +142,38 @@ def test_a_random_pick_is_uniform_and_a_function_of_seed_and_draw():
 
 
 def test_without_a_draw_every_batch_has_its_own():
+    """... which the last bits of logp, other from machine to machine, do not move."""
     logp, advantage, mask, _ = large_batch()
-    config = CovarianceConfig(ratio=0.02, low=0.0, high=9.0)
-    one, same = (covariance_selection(logp, advantage, mask, config=config) for _ in range(2))
+    config = CovarianceConfig(ratio=0.02, low=-9.0, high=9.0)
+    one = covariance_selection(logp, advantage, mask, config=config)
     nudged = torch.where(mask, logp * (1 + 1e-6), logp)
-    assert torch.equal(one, same)
-    assert not torch.equal(one, covariance_selection(nudged, advantage, mask, config=config))
+    assert torch.equal(one, covariance_selection(nudged, advantage, mask, config=config))
+    shorter, other = mask & (torch.arange(50) < 20), advantage + torch.arange(16) / 100
+    assert not torch.equal(one, covariance_selection(logp, advantage, shorter, config=config))
+    assert not torch.equal(one, covariance_selection(logp, other, mask, config=config))
+
+
+@pytest.mark.parametrize("loss_type, selection", [("clip_cov", "random"), ("clip_cov", "top"), ("kl_cov", "random")])
+def test_the_order_of_the_sequences_does_not_matter_to_their_keys(loss_type, selection):
+    logp, advantage, mask, _ = large_batch()
+    logp, advantage = logp.round(), advantage.round()  # ties
+    g = torch.Generator().manual_seed(0)
+    ids, order = torch.randint(0, 30, mask.shape, generator=g), torch.randperm(16, generator=g)
+    config = CovarianceConfig(ratio=0.02, low=0.1, high=9.0, selection=selection) if loss_type == "clip_cov" else None
+
+    def pick(order, key):
+        rows = (x[order] for x in (logp, advantage, mask))
+        given = {} if key is None else {"sequence_key": key[order]}
+        return covariance_selection(*rows, loss_type=loss_type, config=config, **given)
+
+    key = sequence_key((ids, mask))
+    assert torch.equal(pick(order, key), pick(slice(None), key)[order]) and pick(order, key).any()
+    assert selection == "top" or not torch.equal(pick(order, None), pick(slice(None), None)[order])
+    assert torch.equal(key, sequence_key((torch.nn.functional.pad(ids, (3, 2)), torch.nn.functional.pad(mask, (3, 2)))))
+    with pytest.raises(ValueError, match=r"sequence_key: found shape \(3,\), expected \(16,\)"):
+        pick(slice(None), key[:3])
+    with pytest.raises(TypeError, match=r"sequence_key: found dtype torch.float32, expected torch.int64"):
+        pick(slice(None), key.float())
 
 
 def test_padding_does_not_matter():
@@ -267,26 +294,30 @@ def test_bad_arguments_are_named(change, error, message):
 PARTS = (5, 0, 11)  # sequences of each process
 
 
+def picked(loss_type, draw, keyed: bool, rows, **group):
+    """Of advantages with ties among the tokens of a sequence."""
+    logp, advantage, mask, _ = (x[rows] for x in large_batch())
+    key = {"sequence_key": sequence_key((rows[:, None].expand(mask.shape), mask))} if keyed else {}
+    return covariance_selection(
+        logp.round(), advantage, mask, loss_type=loss_type, config=CovarianceConfig(ratio=0.03, low=0.1), draw=draw,
+        **key, **group,
+    )  # fmt: skip
+
+
 def _on_a_rank(rank: int, port: int, expected: dict) -> None:
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(PARTS))
-    rows = slice(sum(PARTS[:rank]), sum(PARTS[: rank + 1]))
-    logp, advantage, mask, _ = (x[rows] for x in large_batch())
-    for (loss_type, draw), whole in expected.items():
-        config = CovarianceConfig(ratio=0.03, low=0.1)
-        found = covariance_selection(
-            logp, advantage, mask, loss_type=loss_type, config=config, draw=draw, process_group=distributed.group.WORLD
-        )
+    for (loss_type, draw, keyed), whole in expected.items():
+        rows = torch.arange(sum(PARTS[:rank]), sum(PARTS[: rank + 1]))
+        if keyed:  # any sequences in any order
+            rows = torch.randperm(16, generator=torch.Generator().manual_seed(1))[rows]
+        found = picked(loss_type, draw, keyed, rows, process_group=distributed.group.WORLD)
         assert torch.equal(found, whole[rows]), (rank, loss_type, draw)
 
 
 def test_processes_pick_together_what_one_would_pick():
-    logp, advantage, mask, _ = large_batch()
-    config = CovarianceConfig(ratio=0.03, low=0.1)
+    cases = [("clip_cov", 5), ("clip_cov", None), ("kl_cov", None)]
     expected = {
-        (loss_type, draw): covariance_selection(
-            logp, advantage, mask, loss_type=loss_type, config=config, draw=draw
-        )
-        for loss_type, draw in (("clip_cov", 5), ("clip_cov", None), ("kl_cov", None))
+        (*case, keyed): picked(*case, keyed, torch.arange(16)) for case in cases for keyed in (False, True)
     }  # fmt: skip
     assert all(pick.any() for pick in expected.values())
     on_ranks(_on_a_rank, len(PARTS), expected)

@@ -25,6 +25,8 @@ def test_the_cutoff_is_torchs_quantile_bit_for_bit(n, rho):
     exact = top_entropy_mask(entropy, mask, rho, exact_k=True)
     assert torch.equal(exact, top_entropy_mask(entropy, mask, rho))  # without ties the two agree
     assert not (exact & ~mask).any()
+    by_key = top_entropy_mask(entropy, mask, rho, exact_k=True, sequence_key=torch.arange(3))
+    assert torch.equal(exact, by_key)
 
 
 def test_ties_at_the_cutoff():
@@ -36,11 +38,25 @@ def test_ties_at_the_cutoff():
     assert top_entropy_mask(torch.ones(1, 8), mask, 0.0, exact_k=True).sum() == 1
 
 
+def test_of_equal_entropies_the_keys_of_the_sequences_decide():
+    g = torch.Generator().manual_seed(0)
+    entropy, mask = torch.randint(0, 3, (8, 9), generator=g).float(), torch.rand(8, 9, generator=g) < 0.8
+    key, order = torch.arange(8), torch.randperm(8, generator=g)
+    found = top_entropy_mask(entropy, mask, 0.2, exact_k=True, sequence_key=key)
+    first = top_entropy_mask(entropy, mask, 0.2, exact_k=True)
+    assert found.sum() == first.sum() and not torch.equal(found, first)
+    for o in (order, order.flip(0)):
+        again = top_entropy_mask(entropy[o], mask[o], 0.2, exact_k=True, sequence_key=key[o])
+        assert torch.equal(again, found[o])
+    with pytest.raises(ValueError, match="sequence_key: found a tensor, expected None without exact_k"):
+        top_entropy_mask(entropy, mask, 0.2, sequence_key=key)
+
+
 def test_an_empty_mask_keeps_nothing():
     mask = torch.zeros(2, 3, dtype=torch.bool)
     assert entropy_cutoff(torch.ones(2, 3), mask, 0.2) == math.inf
-    for exact_k in (False, True):
-        assert not top_entropy_mask(torch.ones(2, 3), mask, 0.2, exact_k=exact_k).any()
+    for settings in ({}, {"exact_k": True}, {"exact_k": True, "sequence_key": torch.arange(2)}):
+        assert not top_entropy_mask(torch.ones(2, 3), mask, 0.2, **settings).any()
 
 
 def test_a_nan_entropy_does_not_move_the_cutoff_and_is_kept():
@@ -48,8 +64,8 @@ def test_a_nan_entropy_does_not_move_the_cutoff_and_is_kept():
     mask = torch.tensor([[True, True, True, True, True, False]])
     cutoff = entropy_cutoff(entropy, mask, 0.5)
     assert torch.equal(cutoff, torch.tensor([0.1, 0.2, 0.3, 0.4]).quantile(0.5))
-    for exact_k in (False, True):
-        kept = top_entropy_mask(entropy, mask, 0.5, exact_k=exact_k)
+    for settings in ({}, {"exact_k": True}, {"exact_k": True, "sequence_key": torch.arange(1)}):
+        kept = top_entropy_mask(entropy, mask, 0.5, **settings)
         assert kept.tolist() == [[False, False, True, True, True, False]]
 
 
