@@ -173,9 +173,10 @@ def constant(name: str, x: torch.Tensor) -> None:
         )
 
 
-def advantage(x: torch.Tensor, B: int, T: int, narrow: str = "[B]") -> None:
+def advantage(x: torch.Tensor, shape: Iterable[int], narrow: str = "[B]") -> None:
     """`[B]` (or, if said, `[B, 1]`) or `[B, T]`."""
     floating("advantage", x)
+    B, T = shape
     narrow_shape = (B,) if narrow == "[B]" else (B, 1)
     require(
         tuple(x.shape) in {narrow_shape, (B, T)}, "advantage", f"shape {tuple(x.shape)}",
@@ -190,7 +191,7 @@ def tokens(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, nar
     boolean("mask", mask)
     same_shape("mask", mask, logp.shape, "like logp")
     same_device("mask", mask, logp, "logp")
-    advantage(advantages, *logp.shape, narrow)
+    advantage(advantages, logp.shape, narrow)
     same_device("advantage", advantages, logp, "logp")
 
 

@@ -55,7 +55,7 @@ def explain_plan(
     check_scalars(cutoff, denominator)
     if advantage is not None:
         checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D] with an advantage")
-        checks.advantage(advantage, *hidden.shape[:2])
+        checks.advantage(advantage, hidden.shape[:2])
     readable = mask is not None and checks.has_values(mask)
     some = None
     why_not: str | None = ONLY_WITH_A_LOSS

@@ -262,7 +262,7 @@ def check_capacity(
     """(rows, live) as `Capacity`. Raises, naming the argument, where it does not fit."""
     if static_capacity is None:
         return None
-    pair: tuple[int, ...] = tuple(static_capacity) if isinstance(static_capacity, tuple | list) else ()
+    pair = list(static_capacity) if isinstance(static_capacity, tuple | list) else []
     checks.require(
         len(pair) == 2 and all(type(n) is int for n in pair) and 1 <= pair[1] <= pair[0],
         "static_capacity", static_capacity, "(rows, live), two whole numbers with rows >= live >= 1",

@@ -185,7 +185,7 @@ def prepare_loss(
     checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D]")
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, hidden.shape[:-1], "like hidden without its last dimension")
-    checks.advantage(advantage, *mask.shape)
+    checks.advantage(advantage, mask.shape)
     checks.same_device("advantage", advantage, mask, "mask")
     return prepare(
         hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
