@@ -1,11 +1,13 @@
 """What happens in a trainer of TRL between rewards and advantages: options of GRPOConfig, and gauges of the rewards."""
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.advantages import Condition, group_advantage
@@ -58,6 +60,45 @@ def conditions_by_index(conditions: dict | None, names: list[str]) -> list[Condi
         checks.require(name != other, option, {name: value}, "a condition on another reward")
         triples.append((names.index(name), names.index(other), float(threshold)))
     return triples
+
+
+def rewards_of(name: str, rewards: Any, N: int) -> list:
+    """What the reward function `name` returned, as a list with a number or None for each completion.
+
+    Raises:
+        TypeError: it is something else. (TRL counts the entries.)
+    """
+    expected = f"a list with a number, or None, for each of the {N} completions"
+    try:
+        found = None if isinstance(rewards, str | bytes | dict) else list(rewards)
+    except TypeError:  # not iterable, or a 0-d tensor
+        found = None
+    if found is None:
+        raise TypeError(f"reward function {name!r}: found {rewards!r}, expected {expected}")
+    for reward in found:
+        try:
+            is_number = reward is None or not isinstance(reward, str | bytes) and float(reward) is not None
+        except (TypeError, ValueError, RuntimeError):
+            is_number = False
+        if not is_number:
+            raise TypeError(f"reward function {name!r}: found {reward!r} for a completion, expected {expected}")
+    return found
+
+
+def named(function: Any, name: str) -> Any:
+    """The reward function, whose result is checked under its name; a model stays as it is."""
+    if isinstance(function, nn.Module):
+        return function
+
+    def called(*, completions: list, **kwargs):
+        return rewards_of(name, function(completions=completions, **kwargs), len(completions))
+
+    async def awaited(*, completions: list, **kwargs):
+        return rewards_of(name, await function(completions=completions, **kwargs), len(completions))
+
+    inner = function.func if isinstance(function, functools.partial) else function
+    is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__)
+    return awaited if is_async else called
 
 
 class RewardsToAdvantages:
@@ -123,6 +164,23 @@ class RewardsToAdvantages:
         logged = self.trainer._logs["advantages"]
         for i, advantage in enumerate(advantages.tolist()[::-1][: len(logged)], start=1):
             logged[-i] = advantage
+
+    def checked(self, calculate: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+        """TRL's rewards [N, K]. An error names the reward function that it is of, and so does a warning of infinity."""
+        trainer, functions, names = self.trainer, self.trainer.reward_funcs, self.trainer.reward_func_names
+        trainer.reward_funcs = [named(*pair) for pair in zip(functions, names, strict=True)]
+        try:
+            rewards = calculate(*args, **kwargs)
+        finally:
+            trainer.reward_funcs = functions
+        for name, infinite in zip(names, rewards.isinf().any(0).tolist(), strict=True):
+            if infinite:
+                trainer._warn_once(
+                    f"The reward function {name!r} returned an infinite reward. The advantages of its group are then "
+                    "NaN, which TRL makes 0: the group teaches nothing. Return finite numbers, or None for a "
+                    "completion without a score."
+                )
+        return rewards
 
     @contextlib.contextmanager
     def _kept_rewards(self):

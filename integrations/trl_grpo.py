@@ -70,14 +70,11 @@ if not IN_TESTED_RANGE:
 TRLS = {
     name: function if getattr(function, "__module__", None) == trl.GRPOTrainer.__module__ else None
     for name in (
-        "get_high_entropy_mask",
-        "get_off_policy_mask",
-        "get_gamma_weights",
-        "get_sapo_token_loss",
+        "get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights", "get_sapo_token_loss",
         "_get_per_token_logps_and_entropies",
     )
     for function in [getattr(trl.GRPOTrainer, name, None)]
-}
+}  # fmt: skip
 
 
 def _function(owner: object, name: str) -> Any:
@@ -98,6 +95,11 @@ class GRPOTrainer(trl.GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._said: set[str] = set()
+        checks.require(
+            any(p.requires_grad for p in self.model.parameters()), "model",
+            f"{type(self.model).__name__} ({self.model.config._name_or_path!r}), none of whose parameters requires a "
+            "gradient", "one to train: load an adapter with is_trainable=True, or give a peft_config",
+        )  # fmt: skip
         self._zero_advantage = ZeroAdvantage(self, MULTIMODAL)
         self._rollout = Rollout(self, MULTIMODAL)
         self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
@@ -132,8 +134,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return log
 
     def _why_trls_own(self) -> str | None:
-        """Why the loss is TRL's own: a loss type of a newer TRL or of a subclass, a hook of TRL that is not TRL's, or
-        a setting that TRL runs and rlloss refuses."""
+        """Why the loss is TRL's own: an unknown loss type, a replaced hook, or a setting that rlloss alone refuses."""
         if IN_TESTED_RANGE and not self._overrides("_compute_loss"):  # what else has more says itself what is unknown
             checks.one_of("loss_type", self.loss_type, LOSSES)
         if self.loss_type not in LOSSES:
@@ -270,7 +271,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _compute_dtype(self) -> torch.dtype:
         of_model: Any = self.model.dtype
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, of_model)
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision)) or of_model
 
     def _write_tokens(self, logp, inputs, mask, given):
         steps = getattr(self.args, "token_log_steps", 0)
@@ -295,6 +296,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._rollout.select(buffered, config, self._step)
             self._zero_advantage.look_ahead(buffered)
         return inputs
+
+    def _calculate_rewards(self, *args, **kwargs):
+        return self._rewards_to_advantages.checked(super()._calculate_rewards, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
         output = self._rewards_to_advantages.complete(inputs, self._generate_once)

@@ -4,6 +4,7 @@ The cases are those of TRL's own tests of its GRPO trainer: its loss types at th
 and per sequence.
 """
 
+import functools
 import logging
 import math
 
@@ -21,6 +22,7 @@ from trl_harness import (  # noqa: E402
     lm_head_in_torch,  # noqa: F401
     loss_gradients_metrics,
     random_inputs,
+    tiny_model,
 )
 
 from rlloss.integrations import trl_grpo  # noqa: E402
@@ -183,3 +185,67 @@ def test_a_call_of_the_model_that_is_patched_into_trl_gets_the_whole_micro_batch
     name = "_get_per_token_logps_and_entropies"
     monkeypatch.setattr(trl.GRPOTrainer, name, lambda *args, **kwargs: None)
     assert trainer._why_trls_call() == f"{name} overridden"
+
+
+def scored(rewards, prompts, **_):
+    return rewards(len(prompts)) if callable(rewards) else rewards
+
+
+class Awaited:
+    __name__ = "broken"
+
+    def __init__(self, rewards):
+        self.rewards = rewards
+
+    async def __call__(self, **given):
+        return scored(self.rewards, **given)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+@pytest.mark.parametrize("rewards, found", [
+    (3.0, "3.0"), (None, "None"), ("good", "'good'"), (torch.tensor(1.0), r"tensor\(1.\)"),
+    (lambda n: ["1.0"] * n, "'1.0' for a completion"), (lambda n: [[1.0, 2.0]] * n, r"\[1.0, 2.0\] for a completion"),
+], ids=str)  # fmt: skip
+def test_a_reward_function_that_returns_no_list_of_numbers_is_named(tmp_path, rewards, found, wait):
+    function = Awaited(rewards) if wait else functools.partial(scored, rewards)
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, [function], max_steps=1)
+    name = trainer.reward_func_names[0]
+    message = f"reward function '{name}': found {found}.*expected a list with a number, or None, for each of the 4"
+    with pytest.raises(TypeError, match=message):
+        trainer.train()
+    assert trainer.reward_funcs == [function]
+
+
+def test_an_infinite_reward_is_said_once_and_none_stays_allowed(tmp_path, caplog):
+    def partial(prompts, **_):
+        return [None if i % 2 else torch.tensor(float(i)) for i in range(len(prompts))]
+
+    def endless(prompts, **_):
+        return [math.inf, *range(1, len(prompts))]
+
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, [partial, endless], max_steps=2)
+    trainer.train()
+    assert [("'endless'" in m, "infinite" in m) for m in warnings_of(caplog)] == [(True, True)]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_a_model_without_anything_to_train_raises_when_the_trainer_is_made(tmp_path, beta):
+    peft = pytest.importorskip("peft")
+    base = tiny_model()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+
+    def make(trainable):
+        model = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=trainable)
+        made = functools.partial(_with_model, model)
+        return build_trainer(made, GRPOConfig, tmp_path, beta=beta)
+
+    with pytest.raises(
+        ValueError, match="model: found PeftModelForCausalLM .*is_trainable=True, or give a peft_config"
+    ):
+        make(False)
+    make(True)
+
+
+def _with_model(instance, *, model, **given):
+    return GRPOTrainer(model=instance, **given)
