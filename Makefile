@@ -10,13 +10,15 @@ DEMO_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadgroup
 BENCH_ARGS ?=
 TRITONS ?= 3.6.0 newest
+VERSIONS ?= lowest newest
+CORE_TESTS := $(foreach name,token_stats masks entropy_quantile losses linear trl_grpo,tests/test_$(name).py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-peers test-triton bench bench-pytest lint clean
+.PHONY: help demo test test-all test-peers test-triton test-versions bench bench-pytest lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
-	@echo "Settings: PYTHON=$(PYTHON), DEMO_ARGS, TEST_ARGS=$(TEST_ARGS), BENCH_ARGS, TRITONS=$(TRITONS)"
+	@echo "Settings: PYTHON=$(PYTHON), DEMO_ARGS, TEST_ARGS=$(TEST_ARGS), BENCH_ARGS, TRITONS=$(TRITONS), VERSIONS=$(VERSIONS)"
 
 demo: $(READY) ## train a small model with GRPO, plain and with the remedies; write report.html
 	$(BIN)/rlloss demo $(DEMO_ARGS)
@@ -43,6 +45,16 @@ test-triton: $(DEV) ## compile every kernel under other versions of Triton: TRIT
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version \
 			triton$$([ $$version = newest ] || echo "==$$version") || exit 1; \
 		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python benchmarks/compile_report.py --check || exit 1; \
+	done
+
+# An environment of its own for each: lowest by constraints-lowest.txt, newest without constraints.
+test-versions: ## run the core tests with other versions of torch, Triton, TRL and transformers: VERSIONS="lowest newest"
+	@for version in $(VERSIONS); do \
+		$(PYTHON) -m venv $(VENV)/$$version && \
+		$(VENV)/$$version/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+			$$([ $$version = newest ] || echo "-c constraints-$$version.txt") \
+			-e ".[trl]" pytest pytest-xdist hypothesis || exit 1; \
+		$(VENV)/$$version/bin/python -m pytest -p no:benchmark $(TEST_ARGS) $(CORE_TESTS) || exit 1; \
 	done
 
 lint: $(DEV) ## ruff and pyright

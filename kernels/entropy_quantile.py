@@ -49,8 +49,8 @@ SHIFTS = (24, 16, 8, 0)  # of the digit of each pass
 # A state: both keys as far as they are known, both ranks among the values that share those bits, how many values
 # count, and how many of the values that equal the upper one are at or above its rank.
 STATE = 6
+EXACT_IN_FP32 = 1 << 24  # whole numbers up to here are exact in fp32
 SIGN: tl.constexpr = tl.constexpr(-(1 << 31))
-EXACT_IN_FP32: tl.constexpr = tl.constexpr(1 << 24)  # whole numbers up to here are exact in fp32
 
 
 @triton.jit
@@ -74,12 +74,11 @@ def _value(key):
 
 
 @triton.jit
-def _position(n, fraction):
-    """fraction (n - 1) in fp64, rounded as torch.quantile does: to fp32, as long as fp32 can count the values."""
+def _position(n, fraction, rounded_up_to):
+    """(n - 1) times the fraction in fp32: in fp64, and rounded to fp32 where n is at most rounded_up_to."""
     last = tl.maximum(n - 1, 0).to(tl.float64)
-    exact = last * fraction
-    rounded = ((last * 0.0 + fraction).to(tl.float32) * last.to(tl.float32)).to(tl.float64)
-    return tl.where(n <= EXACT_IN_FP32, rounded, exact)
+    position = last * (last * 0.0 + fraction).to(tl.float32).to(tl.float64)
+    return tl.where(n <= rounded_up_to, position.to(tl.float32).to(tl.float64), position)
 
 
 @triton.jit
@@ -145,7 +144,7 @@ def entropy_histogram_kernel(
         tl.atomic_add(histogram_ptr + BINS + bins, high.to(tl.int64), mask=high > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["shift", "fraction"])
+@triton.jit(do_not_specialize=["shift", "fraction", "rounded_up_to"])
 def entropy_narrow_kernel(
     histogram_ptr,
     state_ptr,
@@ -153,6 +152,7 @@ def entropy_narrow_kernel(
     cutoff_ptr,
     shift: "i32",  # type: ignore  # noqa: F821
     fraction: "fp64",  # type: ignore  # noqa: F821
+    rounded_up_to: "i64",  # type: ignore  # noqa: F821
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     INTERPOLATE: tl.constexpr,
@@ -166,7 +166,7 @@ def entropy_narrow_kernel(
     counts_high = tl.load(histogram_ptr + tl.where(key_low == key_high, 0, BINS) + bins)
     if FIRST:
         n = tl.sum(counts_low, axis=0)
-        position = _position(n, fraction)
+        position = _position(n, fraction, rounded_up_to)
         rank_low = tl.floor(position).to(tl.int64)
         rank_high = tl.ceil(position).to(tl.int64)
     else:
@@ -186,7 +186,7 @@ def entropy_narrow_kernel(
     if LAST:
         cutoff = _value(key_high)
         if INTERPOLATE:
-            position = _position(n, fraction)
+            position = _position(n, fraction, rounded_up_to)
             cutoff = _interpolate(_value(key_low), cutoff, (position - tl.floor(position)).to(tl.float32))
         tl.store(cutoff_ptr, tl.where(n > 0, cutoff, float("inf")))
 
@@ -245,21 +245,24 @@ def entropy_quantile(
     mask: torch.Tensor | None,
     rho: float,
     *,
+    rounded_up_to: int,
     reduce: Callable[[torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
     """The linearly interpolated (1 - rho) quantile as a 0-d fp32 tensor; +inf if nothing counts.
 
-    entropy [N] contiguous fp32; mask [N] contiguous bool or None, True = counts; NaN does not count. `reduce` is
+    entropy [N] contiguous fp32; mask [N] contiguous bool or None, True = counts; NaN does not count. The position
+    (1 - rho) (n - 1), with 1 - rho in fp32, is rounded to fp32 where at most `rounded_up_to` values count. `reduce` is
     called once a pass with the histograms, int64 [2, BINS], to change them in place: their sum over shards gives
     every shard the quantile of all. Bit for bit torch.quantile of the values that count, but for the sign of a zero.
     """
     with device_of(entropy):
-        return _select(on_16_bytes(entropy), _flags(mask), rho, reduce, interpolate=True)[0]
+        return _select(on_16_bytes(entropy), _flags(mask), rho, rounded_up_to, reduce, interpolate=True)[0]
 
 
 def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(cutoff, last): the k-th largest value, 0-d fp32, and the index of the last one equal to it among the top k,
-    0-d int64, the first of equal ones being taken. k = n - ceil((1 - rho) (n - 1)) of n that count.
+    0-d int64, the first of equal ones being taken. k = n - ceil((1 - rho) (n - 1)) of n that count, the product rounded
+    to fp32 as far as fp32 counts exactly.
 
     The top k are those that count with entropy > cutoff, or entropy == cutoff and index <= last. If nothing counts,
     (+inf, -1).
@@ -270,7 +273,7 @@ def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) 
     last = torch.empty((), dtype=torch.int64, device=entropy.device)
     flags = {"HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": TIES_WARPS}
     with device_of(entropy):
-        cutoff, state = _select(entropy, mask, rho, None, interpolate=False)
+        cutoff, state = _select(entropy, mask, rho, EXACT_IN_FP32, None, interpolate=False)
         arguments = (entropy, entropy if mask is None else mask, state, ties)
         entropy_ties_kernel[(tiles,)](*arguments, N, **flags)
         entropy_last_tie_kernel[(1,)](*arguments, last, N, tiles, **flags)
@@ -281,7 +284,7 @@ def _flags(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else on_16_bytes(mask)
 
 
-def _select(entropy, mask, rho, reduce, interpolate) -> tuple[torch.Tensor, torch.Tensor]:
+def _select(entropy, mask, rho, rounded_up_to, reduce, interpolate) -> tuple[torch.Tensor, torch.Tensor]:
     """(cutoff, last state)."""
     states = torch.zeros((len(SHIFTS) + 1, STATE), dtype=torch.int64, device=entropy.device)
     histograms = torch.zeros((len(SHIFTS), 2, BINS), dtype=torch.int64, device=entropy.device)
@@ -312,6 +315,7 @@ def _select(entropy, mask, rho, reduce, interpolate) -> tuple[torch.Tensor, torc
             cutoff,
             shift,
             1.0 - rho,
+            rounded_up_to,
             FIRST=i == 0,
             LAST=i == len(SHIFTS) - 1,
             INTERPOLATE=interpolate and i == len(SHIFTS) - 1,

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a tiny model on arithmetic by GRPO with real generation, plain and with remedies, and write "
         "a report that opens offline. Fetches nothing.",
     )
-    demo.add_argument("--steps", type=_positive, default=300, help="optimizer steps per arm (default: %(default)s)")
+    demo.add_argument("--steps", type=_positive, help="optimizer steps per arm (default: 160, with --full 300)")
     demo.add_argument(
         "--full", action="store_true",
         help="every remedy against plain GRPO over several seeds; goes on where it was interrupted (about 15 minutes)",
@@ -96,11 +96,13 @@ def _demo(arguments: argparse.Namespace) -> int:
         if arguments.full:
             from rlloss.comparison import run_comparison
 
-            run_comparison(arguments.output, steps=arguments.steps, seeds=arguments.seeds or 3, arms=arguments.arms)
+            run_comparison(
+                arguments.output, steps=arguments.steps or 300, seeds=arguments.seeds or 3, arms=arguments.arms
+            )
         else:
             from rlloss.demo import run_demo
 
-            run_demo(arguments.output, steps=arguments.steps, seed=arguments.seed or 0)
+            run_demo(arguments.output, steps=arguments.steps or 160, seed=arguments.seed or 0)
     except ValueError as error:
         if not arguments.full:
             raise

@@ -168,7 +168,7 @@ class LossConfig:
     """What the surrogate is divided by with rho < 1: "all" tokens (as TRL), or the "kept" ones (2506.01939 Eq. 6)."""
 
     exact_k: bool = False
-    """Keep exactly floor(rho (n - 1)) + 1 of n tokens, the first of equal ones, instead of every tie at the cutoff."""
+    """Keep n - ceil((1 - rho) (n - 1)) of n tokens, the first of equal ones, instead of every tie at the cutoff."""
 
     beta: float = 0.0
     """Weight of the KL to the reference policy."""

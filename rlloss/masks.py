@@ -11,6 +11,11 @@ from rlloss import checks, radix
 from rlloss.backends import choose_backend, triton_quantile
 from rlloss.selection import check_sequence_key, largest, token_key
 
+# Before 2.14 torch.quantile rounds the position, q (n - 1), to the values' dtype, and takes no more than 2^24 values;
+# later it leaves it in fp64. q is rounded in both: 0.8 in fp32 times 5 is 4.00000006, in which fp32 sees a 4.
+_TORCH_ROUNDS = not torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu").quantile(0.8)
+POSITION = {"rounded_up_to": radix.EXACT_IN_FP32 if _TORCH_ROUNDS else 0}
+
 
 def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
     """Tokens [B, T] up to and including the first end-of-sequence token."""
@@ -31,7 +36,7 @@ def _is_eos(completion_ids: Tensor, eos_token_id: int) -> Tensor:
 
 @torch.library.custom_op("rlloss::entropy_quantile", mutates_args=())
 def _entropy_quantile_op(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
-    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho)
+    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION)
 
 
 @_entropy_quantile_op.register_fake
@@ -64,6 +69,11 @@ def _full_precision(x: Tensor) -> Tensor:
 def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=None) -> Tensor:
     """The entropy at or above which a token is among the top rho: the (1 - rho) quantile, linearly interpolated.
 
+    Bit for bit the installed torch's `torch.quantile(entropy[mask].float(), 1 - rho)`, and so TRL's cutoff. Among n
+    sorted values, numbered from 0, it lies at the position (1 - rho)(n - 1), where 1 - rho is rounded to fp32. Before
+    2.14 torch rounds that product to fp32 too, later it does not: of 6 tokens rho 0.2 keeps 2 at position 4 before,
+    and 1 at position 4.00000006 since. More than 2^24 values are never rounded. fp64 entropies: all in fp64.
+
     Args:
         entropy: `[...]` floating point, in nats.
         mask: `[...]` bool; only these tokens count. NaN entropies do not.
@@ -73,14 +83,14 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
 
     Returns:
         0-d fp32 tensor (fp64 for fp64 entropies) without gradient; +inf if no token counts. The number of tokens is
-        not limited (torch.quantile's is, to 2^24). Source: 2506.01939, Eq. 6.
+        not limited (torch.quantile's is before 2.14, to 2^24). Source: 2506.01939, Eq. 6.
     """
     entropy = _checked(entropy, mask, rho)
     checks.process_group("process_group", process_group)
     if process_group is None:
         return _entropy_quantile_op(entropy, mask, rho)
     total = functools.partial(torch.distributed.all_reduce, group=process_group)
-    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, reduce=total)
+    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION, reduce=total)
 
 
 def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool) -> tuple[Tensor, Tensor | None]:
@@ -119,11 +129,11 @@ def top_entropy_mask(
     """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
 
     By default every token at or above the cutoff (`cutoff`, or the `entropy_cutoff` of these tokens), so ties may keep
-    more: where rho reaches down to the entropies of 0, everything. With `exact_k` as many as without ties,
-    floor(rho (n - 1)) + 1 of n, the first of equal ones, or with a sequence_key (`[B]` int64, of entropies `[B, T]`) by
-    that: `rlloss.selection.sequence_key` makes it of token ids, and where a sequence stands does not matter then. A NaN
-    entropy is kept: it must show. process_group: the processes whose tokens count together; with `exact_k` they
-    exchange their entropies.
+    more: where rho reaches down to the entropies of 0, everything. With `exact_k` n - ceil((1 - rho) (n - 1)) of n, the
+    product in fp32 under every version of torch: rho 0.2 keeps 2 of 6. Of equal entropies the first ones are kept, or
+    with a sequence_key (`[B]` int64, of entropies `[B, T]`) by that: `rlloss.selection.sequence_key` makes it of token
+    ids, and where a sequence stands does not matter then. A NaN entropy is kept: it must show. process_group: the
+    processes whose tokens count together; with `exact_k` they exchange their entropies.
     """
     last, entropy = None, _checked(entropy, mask, rho)
     checks.flag("exact_k", exact_k)
@@ -141,8 +151,8 @@ def top_entropy_mask(
         if process_group is not None:
             checks.process_group("process_group", process_group)
             torch.distributed.all_reduce(n, group=process_group)
-        k = torch.where(n > 0, n - radix._position(n, rho, entropy.dtype).ceil(), 0.0)
         key = None if sequence_key is None else token_key(mask, sequence_key)
+        k = radix.top_k(n, rho, entropy.dtype)
         return largest(entropy, known, k, key=key, process_group=process_group) | (mask & ~known)
     else:
         cutoff = entropy_cutoff(entropy, mask, rho, process_group=process_group)

@@ -11,42 +11,50 @@ from torch import Tensor
 
 BITS = 11
 BINS = 1 << BITS
-_EXACT_IN_FP32 = 1 << 24  # whole numbers up to here are exact in fp32
+EXACT_IN_FP32 = 1 << 24  # whole numbers up to here are exact in fp32
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def entropy_quantile(
-    entropy: Tensor, mask: Tensor | None, rho: float, *, reduce: Callable[[Tensor], object] | None = None
+    entropy: Tensor,
+    mask: Tensor | None,
+    rho: float,
+    *,
+    rounded_up_to: int,
+    reduce: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """The linearly interpolated (1 - rho) quantile, 0-d, in the entropies' dtype; +inf if nothing counts.
 
-    entropy [N] fp32 or fp64; mask [N] bool or None, True = counts; NaN does not count. `reduce` is called once a pass
-    with the histograms, int64 [2, BINS], to change them in place: their sum over shards gives every shard the quantile
-    of all. Bit for bit torch.quantile of the values that count, but for the sign of a zero.
+    entropy [N] fp32 or fp64; mask [N] bool or None, True = counts; NaN does not count. rounded_up_to: see `position`.
+    `reduce` is called once a pass with the histograms, int64 [2, BINS], to change them in place: their sum over shards
+    gives every shard the quantile of all. Bit for bit torch.quantile of the values that count, but for the sign of a
+    zero.
     """
     keys, counted = _keys(entropy), _counted(entropy, mask)
-    found, n, _ = _select(keys, counted, rho, entropy.dtype, reduce)
+    found, n, _ = _select(keys, counted, rho, entropy.dtype, rounded_up_to, reduce)
     low, high = _values(found, entropy.dtype)
-    position = _position(n, rho, entropy.dtype)
-    weight = (position - position.floor()).to(entropy.dtype)
+    between = position(n, rho, entropy.dtype, rounded_up_to)
+    weight = (between - between.floor()).to(entropy.dtype)
     return torch.where(n > 0, torch.lerp(low, high, weight), torch.inf)
 
 
 def entropy_top_k(entropy: Tensor, mask: Tensor | None, rho: float) -> tuple[Tensor, Tensor]:
     """(cutoff, last): the k-th largest value, 0-d, and the index of the last one equal to it among the top k, 0-d
-    int64, the first of equal ones being taken. k = n - ceil((1 - rho) (n - 1)) of n that count.
+    int64, the first of equal ones being taken. k of n that count, see `top_k`.
 
     The top k are those that count with entropy > cutoff, or entropy == cutoff and index <= last. If nothing counts,
     (+inf, -1).
     """
     keys, counted = _keys(entropy), _counted(entropy, mask)
-    found, n, ties = _select(keys, counted, rho, entropy.dtype, None)
+    found, n, ties = _select(keys, counted, rho, entropy.dtype, EXACT_IN_FP32, None)
     passed = (counted & (keys == found[1])).cumsum(0) < ties
     cutoff = torch.where(n > 0, _values(found, entropy.dtype)[1], torch.inf)
     return cutoff, torch.where(n > 0, passed.sum(), -1)
 
 
-def _select(keys: Tensor, counted: Tensor, rho: float, dtype: torch.dtype, reduce) -> tuple[Tensor, Tensor, Tensor]:
+def _select(
+    keys: Tensor, counted: Tensor, rho: float, dtype: torch.dtype, rounded_up_to: int, reduce
+) -> tuple[Tensor, Tensor, Tensor]:
     """(keys of the values next below and above the position [2], how many values count, how many of those that equal
     the upper one are at or above its rank)."""
     found = keys.new_zeros(2)
@@ -62,8 +70,8 @@ def _select(keys: Tensor, counted: Tensor, rho: float, dtype: torch.dtype, reduc
             reduce(histogram)
         if known == 0:
             n = histogram[0].sum()
-            position = _position(n, rho, dtype)
-            rank = torch.stack([position.floor(), position.ceil()]).long()
+            between = position(n, rho, dtype, rounded_up_to)
+            rank = torch.stack([between.floor(), between.ceil()]).long()
         counts = torch.where(found[0] == found[1], histogram[:1], histogram)
         passed = counts.cumsum(1) <= rank.unsqueeze(1)
         digit = passed.sum(1).clamp(max=BINS - 1)
@@ -89,11 +97,15 @@ def _passes(width: int) -> list[tuple[int, int]]:
     return list(zip(shifts, [0, *(-(1 << s) for s in shifts)], strict=False))
 
 
-def _position(n: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
-    """(1 - rho) (n - 1) in fp64, rounded as torch.quantile does: to the values' dtype while fp32 can count them."""
-    last = (n - 1).clamp(min=0)
-    rounded = (torch.full((), 1.0 - rho, dtype=dtype, device=n.device) * last.to(dtype)).double()
-    return torch.where(n <= _EXACT_IN_FP32, rounded, last.double() * (1.0 - rho))
+def position(n: Tensor, rho: float, dtype: torch.dtype, rounded_up_to: int) -> Tensor:
+    """(1 - rho) (n - 1), with 1 - rho in dtype: in fp64, and rounded to dtype where n is at most rounded_up_to."""
+    exact = torch.full((), 1.0 - rho, dtype=dtype, device=n.device).double() * (n - 1).clamp(min=0).double()
+    return torch.where(n <= rounded_up_to, exact.to(dtype).double(), exact)
+
+
+def top_k(n: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
+    """How many of n are the top rho: n - ceil((1 - rho) (n - 1)), the product rounded as far as fp32 counts exactly."""
+    return n - position(n, rho, dtype, EXACT_IN_FP32).ceil()
 
 
 def _counted(entropy: Tensor, mask: Tensor | None) -> Tensor:

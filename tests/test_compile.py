@@ -239,7 +239,8 @@ for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
 for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
     entropy, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool)
     for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):
-        entropy_quantile(entropy, mask, rho)
+        for limit in (0, 2 ** 24):
+            entropy_quantile(entropy, mask, rho, rounded_up_to=limit)
         entropy_top_k(entropy, mask, rho)
 for N, V in ((1, 1), (1, 7), (2, 16), (17, 4000), (64, 32768)):
     for constants in ((1.2, 1.0, 0.672), (1.0, 1.0, 0.0), (0.7, 2, 3)):

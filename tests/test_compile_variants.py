@@ -267,7 +267,7 @@ def launch_directly(g: random.Random, logits, target, mask, entropy) -> None:
     tile = torch.zeros(len(target), logits.shape[-1])
     g_rows = (coefs[0], None, numbers)
     backends.triton_linear.gradient_tile(tile, 0, target, numbers, numbers, None, *g_rows, *rows[3:], logits.dtype)
-    backends.triton_quantile.entropy_quantile(entropy, None, 0.5)
+    backends.triton_quantile.entropy_quantile(entropy, None, 0.5, rounded_up_to=0)
     backends.triton_quantile.entropy_top_k(entropy, None, 0.5)
 
 

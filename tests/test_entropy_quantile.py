@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlloss import backends, entropy_cutoff, radix
-from rlloss.masks import top_entropy_mask, top_entropy_selection
+from rlloss.masks import POSITION, top_entropy_mask, top_entropy_selection
 
 pytestmark = pytest.mark.skipif(not backends.triton_quantile, reason="needs Triton")
 
@@ -124,9 +124,24 @@ def test_without_a_mask_everything_counts():
     values = random_values(2100, seed=5)
     x, all_of_them = values.to(DEVICE), torch.ones(2100, dtype=torch.bool, device=DEVICE)
     for module in (backends.triton_quantile, radix):
-        assert_is_the_quantile(module.entropy_quantile(x, None, 0.2).cpu(), values, 0.2)
+        assert_is_the_quantile(module.entropy_quantile(x, None, 0.2, **POSITION).cpu(), values, 0.2)
         for a, b in zip(module.entropy_top_k(x, None, 0.2), module.entropy_top_k(x, all_of_them, 0.2), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rounded_up_to", [0, 2**24])
+def test_the_position_before_and_since_torch_2_14(rounded_up_to):
+    for n in (1, 2, 6, 11, 101, 4097):
+        values = random_values(n, seed=n)
+        ordered = values.sort().values
+        for rho in (*RHOS, 0.3, 0.7):
+            position = float(np.float32(1 - rho)) * (n - 1)
+            position = float(np.float32(position)) if rounded_up_to else position
+            low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
+            expected = low.lerp(high, torch.tensor(position - math.floor(position), dtype=torch.float32))
+            for module in (backends.triton_quantile, radix):
+                cutoff = module.entropy_quantile(values.to(DEVICE), None, rho, rounded_up_to=rounded_up_to)
+                assert torch.equal(cutoff.cpu(), expected), (module, n, rho)
 
 
 @pytest.mark.parametrize("rho", RHOS)
@@ -237,7 +252,7 @@ SHARDS = {
 
 
 def twin_shards(shards, rho):
-    return in_shards(radix.entropy_quantile, shards, rho)
+    return in_shards(functools.partial(radix.entropy_quantile, **POSITION), shards, rho)
 
 
 def kernel_shards(shards, rho):
@@ -253,7 +268,7 @@ def kernel_shards(shards, rho):
                 turn.acquire()
 
         with turn:
-            return backends.triton_quantile.entropy_quantile(entropy, mask, rho, reduce=between_turns)
+            return backends.triton_quantile.entropy_quantile(entropy, mask, rho, reduce=between_turns, **POSITION)
 
     return in_shards(select, shards, rho)
 
@@ -272,19 +287,14 @@ def test_shards_find_the_cutoff_of_the_whole(case, run):
         assert all(torch.equal(x, expected) for x in found), (found, expected)
 
 
-@pytest.mark.parametrize("c", [2**22, 2**30, 2**40])
+@pytest.mark.parametrize("c", [2**23, 2**30, 2**40])
 def test_more_values_than_fp32_counts(c):
-    """Histograms multiplied by c are those of every value c times: past 2^24 of them positions are fp64 in both."""
-    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], device=DEVICE)
+    """Histograms multiplied by c are those of every value c times: past 2^24 of them positions are fp64 always."""
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0], device=DEVICE)
     for module in (backends.triton_quantile, radix):
-        between = 1 - (2 * c - 0.5) / (5 * c - 1)  # half a step below the first of the fours
-        assert module.entropy_quantile(values, None, between, reduce=lambda h: h.mul_(c)).item() == pytest.approx(
-            3, 1e-3
-        )
-        within = 1 - (3 * c - 1.0) / (5 * c - 1)  # the last of the fours
-        assert module.entropy_quantile(values, None, within, reduce=lambda h: h.mul_(c)).item() == pytest.approx(
-            4, 1e-2
-        )
+        # Positions 2 c - 1/2, between the last of the twos and the first of the fours, and 3 c - 3/4.
+        for rho, expected in ((0.5, 3.0), (0.25, 5.0)):
+            assert module.entropy_quantile(values, None, rho, reduce=lambda h: h.mul_(c), **POSITION) == expected
 
 
 floats = st.one_of(

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,14 @@ def test_metadata(built):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "rlloss = rlloss.cli:main" in scripts
     assert f'__version__ = "{metadata["Version"]}"' in (ROOT / "rlloss" / "__init__.py").read_text()
+
+
+def test_the_lowest_versions_are_those_that_are_allowed():
+    pinned = re.findall(r"^(\w+)==([\d.]+)", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE)
+    allowed = dict(re.findall(r"[\"'](torch|triton|trl|transformers)>=([\d.]+)", (ROOT / "pyproject.toml").read_text()))
+    lowest = {name: version for name, version in pinned if name in allowed}
+    assert lowest.keys() == allowed.keys() == {"torch", "triton", "trl", "transformers"}
+    assert all(version.removesuffix(".0").removesuffix(".0") == allowed[name] for name, version in lowest.items())
 
 
 def test_installed_core_imports_without_the_extras(built, tmp_path):
