@@ -28,9 +28,9 @@ def token_key(mask: Tensor, sequence_key: Tensor) -> Tensor:
 
 def check_sequence_key(key: Tensor | None, mask: Tensor) -> None:
     if key is not None:
-        if key.dtype != torch.int64:
-            raise TypeError(f"sequence_key: found dtype {key.dtype}, expected torch.int64")
+        checks.of_dtype("sequence_key", key, (torch.int64,), "torch.int64")
         checks.same_shape("sequence_key", key, mask.shape[:1], "one for each sequence")
+        checks.same_device("sequence_key", key, mask, "mask")
 
 
 def mixed(x: Tensor) -> Tensor:

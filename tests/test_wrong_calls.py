@@ -102,6 +102,7 @@ KINDS = {
     "token_counts": tensor(torch.complex64, torch.bool, device=False, more=lambda x: [-x]),
     "lengths": tensor(torch.complex64, torch.bool, device=False, shape=None),
     "target": ids,
+    "sequence_key": tensor(torch.int32, torch.float32, torch.bool, torch.complex64, shape=lambda x: [x[None], x[:-1]]),
     "completion_ids": tensor(torch.float32, torch.bool, torch.complex64, device=False, shape=None),
     "mask": flags,
     "explain_plan.mask": tensor(torch.int64, torch.float32, torch.complex64, device=False, more=lambda x: [x[:, 0]]),
@@ -315,7 +316,7 @@ CALLS = {
     "entropy_cutoff": [(rlloss.entropy_cutoff, {"entropy": entropy, "mask": mask, "rho": 0.5, "process_group": None})],
     "top_entropy_mask": [
         (rlloss.top_entropy_mask, {"entropy": entropy, "mask": mask, "rho": 0.5, "exact_k": True,
-                                   "process_group": None}),
+                                   "sequence_key": torch.tensor([3, 5]), "process_group": None}),
         (rlloss.top_entropy_mask, {"entropy": entropy, "mask": mask, "rho": 0.5, "cutoff": 0.5}),
     ],
     "completion_mask": [(rlloss.completion_mask, {"completion_ids": target, "eos_token_id": 2})],
@@ -327,7 +328,8 @@ CALLS = {
     "token_covariance": [(rlloss.token_covariance, {**OF_TOKENS, "process_group": None})],
     "covariance_selection": [
         (rlloss.covariance_selection, {**OF_TOKENS, "loss_type": "clip_cov", "config": CovarianceConfig(low=-9.0),
-                                       "candidates": mask, "draw": 3, "process_group": None}),
+                                       "candidates": mask, "draw": 3, "sequence_key": torch.tensor([3, 5]),
+                                       "process_group": None}),
     ],
     "diagnose": [
         (rlloss.diagnose, {**OF_TOKENS, "entropy": entropy, "old_logp": logp, "group": torch.tensor([0.5, 1.0]),
