@@ -48,12 +48,13 @@ test-triton: $(DEV) ## compile every kernel under other versions of Triton: TRIT
 	done
 
 # An environment of its own for each: lowest by constraints-lowest.txt, newest without constraints.
+# TRL before 1.15 imports requests and does not ask for it.
 test-versions: ## run the core tests with other versions of torch, Triton, TRL and transformers: VERSIONS="lowest newest"
 	@for version in $(VERSIONS); do \
 		$(PYTHON) -m venv $(VENV)/$$version && \
 		$(VENV)/$$version/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 			$$([ $$version = newest ] || echo "-c constraints-$$version.txt") \
-			-e ".[trl]" pytest pytest-xdist hypothesis || exit 1; \
+			-e ".[trl]" requests pytest pytest-xdist hypothesis || exit 1; \
 		$(VENV)/$$version/bin/python -m pytest -p no:benchmark $(TEST_ARGS) $(CORE_TESTS) || exit 1; \
 	done
 

@@ -34,6 +34,8 @@ def _patch_the_language_once_a_launch() -> None:
     """The interpreter patches triton.language again at every call of a jit helper: most of its time, to no effect."""
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # Triton 3.4 has another interpreter
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set()
 
