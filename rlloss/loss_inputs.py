@@ -48,7 +48,7 @@ def checked(
         settings = f"top_entropy_quantile={config.top_entropy_quantile}, entropy_coef={config.entropy_coef}"
         checks.fail("entropy", None, f"a [B, T] tensor with {settings}")
     bonus = config.entropy_coef != 0.0 and logp.requires_grad and torch.is_grad_enabled()
-    if bonus and not entropy.requires_grad:
+    if bonus and entropy is not None and not entropy.requires_grad:
         checks.fail(
             "entropy", "a tensor without gradient", f"one with gradient with entropy_coef={config.entropy_coef}"
         )

@@ -317,7 +317,7 @@ def _on_a_rank(rank: int, port: int, expected: dict) -> None:
 def test_processes_pick_together_what_one_would_pick():
     cases = [("clip_cov", 5), ("clip_cov", None), ("kl_cov", None)]
     expected = {
-        (*case, keyed): picked(*case, keyed, torch.arange(16)) for case in cases for keyed in (False, True)
+        (*case, keyed): picked(*case, keyed=keyed, rows=torch.arange(16)) for case in cases for keyed in (False, True)
     }  # fmt: skip
     assert all(pick.any() for pick in expected.values())
     on_ranks(_on_a_rank, len(PARTS), expected)

@@ -361,7 +361,7 @@ def test_the_bits_depend_neither_on_the_plan_nor_on_the_gradient(small_tiles, dt
             if share == 0.5:
                 gradients.append(found)
     # How many rows a product has may change its bits: "recompute" has the live ones only.
-    assert_sums_close(*gradients, 50)
+    assert_sums_close(*gradients, terms=50)
 
 
 @pytest.mark.parametrize("plan", PLANS)

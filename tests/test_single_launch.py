@@ -241,7 +241,7 @@ def test_the_module_writes_the_gradient_over_the_logits(backend):
             loss.backward()
         assert torch.equal(logits, before) is not inplace
         gradients.append(head.weight.grad)
-    assert_sums_close(*gradients, 64)
+    assert_sums_close(*gradients, terms=64)
 
 
 @pytest.mark.parametrize("function", [torch.tanh, torch.exp, lambda z: z.log_softmax(-1), torch.relu, torch.sigmoid])

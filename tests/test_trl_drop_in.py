@@ -205,7 +205,7 @@ class Awaited:
 @pytest.mark.parametrize("rewards, found", [
     (3.0, "3.0"), (None, "None"), ("good", "'good'"), (torch.tensor(1.0), r"tensor\(1.\)"),
     (lambda n: ["1.0"] * n, "'1.0' for a completion"), (lambda n: [[1.0, 2.0]] * n, r"\[1.0, 2.0\] for a completion"),
-], ids=str)  # fmt: skip
+], ids=["number", "none", "string", "tensor", "strings", "lists"])  # fmt: skip
 def test_a_reward_function_that_returns_no_list_of_numbers_is_named(tmp_path, rewards, found, wait):
     function = Awaited(rewards) if wait else functools.partial(scored, rewards)
     trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, [function], max_steps=1)

@@ -49,7 +49,7 @@ def _on_a_rank(rank, port, expected):
     for x in (hidden, weight, bias):
         x.requires_grad_()
     with backend("torch"):
-        found = steps(hidden, weight, bias, *rest, distributed.group.WORLD)
+        found = steps(hidden, weight, bias, *rest, group=distributed.group.WORLD)
     assert len(found) == len(expected)
     for i, (x, y) in enumerate(zip(found, expected, strict=True)):
         if x.shape != y.shape:
@@ -66,7 +66,7 @@ def test_two_ranks_give_what_one_gives():
     for x in (hidden, weight, bias):
         x.requires_grad_()
     with backend("torch"):
-        expected = steps(hidden, weight, bias, *rest, None)
+        expected = steps(hidden, weight, bias, *rest, group=None)
     on_ranks(_on_a_rank, 2, expected)
 
 
