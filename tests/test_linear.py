@@ -197,7 +197,9 @@ def test_by_hand():
 
 
 def test_the_same_as_trls_chunked_log_probs(small_tiles):
-    peer = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
+    peer = getattr(pytest.importorskip("trl.kernels"), "ChunkedLogProbFunction", None)
+    if peer is None:
+        pytest.skip("TRL 1.14 has none")
     x = problem(N=37, V=50, bias=True)
     for settings in ({"temperature": 0.7}, {"temperature": 0.9, "softcap": 4.0, "logit_scale": 0.5}):
         w = [torch.randn(37, generator=torch.Generator().manual_seed(i)) for i in range(2)]
