@@ -28,6 +28,7 @@ from trl_harness import (  # noqa: E402
 )
 
 from rlloss import CovarianceConfig, covariance_selection, entropy_cutoff, losses, reference  # noqa: E402
+from rlloss.integrations.rollout import content_key  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 from rlloss.masks import top_entropy_mask  # noqa: E402
 from rlloss.sampling import EDTemperature, TwoLevelTemperature  # noqa: E402
@@ -229,7 +230,9 @@ def test_what_is_kept_and_picked_is_that_of_the_whole_generation(tmp_path):
     assert torch.equal(whole["kept_tokens"], top_entropy_mask(whole["rollout_entropy"], mask, 0.3, exact_k=True))
     assert int(whole["kept_tokens"].sum()) == math.floor(0.3 * (int(mask.sum()) - 1)) + 1
     config = CovarianceConfig(ratio=0.1, low=0.1, high=9.0)
-    picked = covariance_selection(whole["rollout_logp"], whole["advantages"], mask, config=config, draw=0)
+    picked = covariance_selection(
+        whole["rollout_logp"], whole["advantages"], mask, config=config, draw=0, sequence_key=content_key(whole)
+    )
     assert torch.equal(whole["selected_tokens"], picked) and picked.any()
 
 
