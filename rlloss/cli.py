@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a tiny model on arithmetic by GRPO with real generation, plain and with remedies, and write "
         "a report that opens offline. Fetches nothing.",
     )
-    demo.add_argument("--steps", type=_positive, help="optimizer steps per arm (default: 160, with --full 300)")
+    demo.add_argument("--steps", type=_positive, help="optimizer steps per arm (default: 120, with --full 300)")
     demo.add_argument(
         "--full", action="store_true",
         help="every remedy against plain GRPO over several seeds; goes on where it was interrupted (about 15 minutes)",
@@ -102,7 +102,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         else:
             from rlloss.demo import run_demo
 
-            run_demo(arguments.output, steps=arguments.steps or 160, seed=arguments.seed or 0)
+            run_demo(arguments.output, steps=arguments.steps or 120, seed=arguments.seed or 0)
     except ValueError as error:
         if not arguments.full:
             raise

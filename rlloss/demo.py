@@ -65,7 +65,7 @@ class DemoResult:
 def run_demo(
     output_dir: str | Path = "rlloss_demo",
     *,
-    steps: int = 160,
+    steps: int = 120,
     seed: int = 0,
     warm_start_steps: int = WARM_START_STEPS,
     held_out_samples: int = HELD_OUT_SAMPLES,
