@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
 
 DEMO_ARGS ?=
-TEST_ARGS ?= -n 2 --dist loadgroup
+TEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 TRITONS ?= 3.6.0 newest
 VERSIONS ?= lowest newest

@@ -49,7 +49,7 @@ DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32"]}
 def _pytest(*arguments: str) -> tuple[list[str], subprocess.CompletedProcess]:
     command = ["pytest", "-q", "-p", "no:benchmark", *arguments]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     return command, subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
 
 

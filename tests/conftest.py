@@ -1,7 +1,9 @@
 """What every test runs under: the interpreter where there is no GPU, no hub, and NaN in fresh memory."""
 
+import collections
 import os
 import sys
+import zlib
 
 import pytest
 import torch
@@ -64,14 +66,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# `make test` runs this many cases of a test: those with the smallest hash, a sample of every parameter's values.
+FAST_CASES = 4
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    cases = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            # One worker for all of them: two at once would share, and could exhaust, the device's memory.
-            item.add_marker(pytest.mark.xdist_group("gpu"))
-            if not HAS_CUDA:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        cases[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("gpu") and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for of_test in cases.values():
+        for item in sorted(of_test, key=lambda item: zlib.crc32(item.nodeid.encode()))[FAST_CASES:]:
+            item.add_marker(pytest.mark.slow)
 
 
 def _filled_with_nan(allocate):

@@ -50,7 +50,6 @@ def done(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench suite")  # one run for all of them
 class TestARun:
     def test_the_files_are_written(self, done):
         code, folder, reports = done

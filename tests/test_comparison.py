@@ -16,7 +16,6 @@ from rlloss.arms import ARMS, REMEDIES, ArmResult, what_never_acted
 from rlloss.cli import main
 from rlloss.integrations.trl_grpo import GRPOConfig
 
-pytestmark = pytest.mark.xdist_group("comparison")  # one run for all of them
 SMALL = {
     "steps": 4, "seeds": 2, "arms": ["dynamic temperature", "KL-Cov"], "warm_start_steps": 3, "held_out_samples": 1,
 }  # fmt: skip
@@ -42,6 +41,7 @@ def ran(tmp_path_factory):
     return folder, *run(folder)
 
 
+@pytest.mark.slow
 def test_every_arm_runs_with_every_seed(ran):
     folder, results, terminal = ran
     assert list(results) == ["plain GRPO", "dynamic temperature", "KL-Cov"]
@@ -56,6 +56,7 @@ def test_every_arm_runs_with_every_seed(ran):
     assert len(record["arms"]["KL-Cov"]["seeds"]) == 2
 
 
+@pytest.mark.slow
 def test_arms_of_a_seed_start_alike_and_seeds_do_not(ran):
     _, results, _ = ran
     plain, kl_cov = results["plain GRPO"], results["KL-Cov"]
@@ -64,6 +65,7 @@ def test_arms_of_a_seed_start_alike_and_seeds_do_not(ran):
     assert plain[0].history[0]["entropy"] != plain[1].history[0]["entropy"]
 
 
+@pytest.mark.slow
 def test_the_temperature_is_cut_at_the_models_own_percentile(ran):
     _, results, _ = ran
     for result in results["dynamic temperature"]:
@@ -73,6 +75,7 @@ def test_the_temperature_is_cut_at_the_models_own_percentile(ran):
         assert 0.0 < result.history[0]["sampling/temperature/std"] < 0.15
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(ran, monkeypatch):
     folder, results, _ = ran
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiers import slow_unless
 
 from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig
 
@@ -16,7 +15,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", slow_unless({"clip", "temperature"}.__contains__, SCHEDULES))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("linear", [True, False])
 def test_settings_that_change_stay_in_one_graph(linear, schedule):
     g = torch.Generator().manual_seed(0)

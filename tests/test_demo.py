@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from rlloss import arithmetic, demo
 
-pytestmark = pytest.mark.xdist_group("demo")  # one run for all of them
-
 
 @pytest.fixture(scope="module", autouse=True)
 def without_the_interpreter():

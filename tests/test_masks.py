@@ -95,7 +95,7 @@ def test_the_tokens_that_trl_keeps(rho):
     trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", num_processes=1, process_index=0))
     trainer.accelerator.pad_across_processes = lambda x, **_: x
     trainer.accelerator.gather = lambda x: x
-    for n in range(2, 62):
+    for n in (2, 3, 6, 11, 16, 21, 41, 51):
         entropy = torch.rand(2, n, generator=torch.Generator().manual_seed(n))
         mask = torch.arange(2 * n).view(2, n) % 7 != 3
         theirs = trl.GRPOTrainer.get_high_entropy_mask(trainer, entropy, mask.int(), 1 - rho)

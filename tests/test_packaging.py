@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"rlloss": "rlloss", "rlloss/kernels": "kernels", "rlloss/integrations": "integrations"}
 NOT_CORE = ["transformers", "trl", "datasets", "accelerate", "tokenizers", "rich", "tqdm", "liger_kernel", "verl"]
 
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 def run(*command, cwd, pythonpath):
     """Run python on nothing but the given path; its standard output."""
@@ -66,6 +64,7 @@ def expected_modules():
     return {f"{package}/{path.name}" for package, folder in PACKAGES.items() for path in (ROOT / folder).glob("*.py")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 2], ids=["from_tree", "from_sdist"])
 def test_wheel_holds_every_module_as_a_file(built, which):
     with zipfile.ZipFile(built[which]) as wheel:
@@ -76,6 +75,7 @@ def test_wheel_holds_every_module_as_a_file(built, which):
         assert wheel.read("rlloss/kernels/token_stats.py") == (ROOT / "kernels" / "token_stats.py").read_bytes()
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_folders_once(built):
     with tarfile.open(built[1]) as sdist:
         names = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
@@ -85,6 +85,7 @@ def test_sdist_holds_the_folders_once(built):
     assert not [name for name in names if name.startswith(("rlloss/kernels", "rlloss/integrations"))]
 
 
+@pytest.mark.slow
 def test_metadata(built):
     with zipfile.ZipFile(built[0]) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
@@ -106,6 +107,7 @@ def test_the_lowest_versions_are_those_that_are_allowed():
     assert all(version.removesuffix(".0").removesuffix(".0") == allowed[name] for name, version in lowest.items())
 
 
+@pytest.mark.slow
 def test_installed_core_imports_without_the_extras(built, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(built[0]) as wheel:
@@ -122,6 +124,7 @@ def test_installed_core_imports_without_the_extras(built, tmp_path):
     assert run("-c", program, cwd=tmp_path, pythonpath=site).split() == [str(site / "rlloss"), "[]"]
 
 
+@pytest.mark.slow
 def test_an_editable_clone_is_imported_from_its_parent_folder(built, tmp_path):
     """There the clone itself, a folder `rlloss` without __init__.py, comes first on the path."""
     *_, editable, tree = built

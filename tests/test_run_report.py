@@ -293,6 +293,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys):
     assert "Is a directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_needs_neither_trl_nor_transformers(tmp_path):
     run = make_run(tmp_path, [GOOD], [{"step": 1, "loss": 1.0}])
     code = (

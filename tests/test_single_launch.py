@@ -8,7 +8,6 @@ import pytest
 import torch
 from rounding import assert_sums_close
 from test_token_pass import DEVICE, FUSED
-from tiers import slow_unless
 
 from rlloss import GRPOLoss, LossConfig, backends, reference, token_stats
 from rlloss.single_launch import why_two_launches, worthwhile
@@ -75,7 +74,7 @@ def assert_same(found, expected) -> None:
     ({"entropy_coef": 0.2}, {"softcap": 9.0}),
     ({"loss_type": "grpo", "entropy_coef": -0.1, "beta": 0.3}, {}),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("per_token", slow_unless(lambda per_token: not per_token, [False, True]))
+@pytest.mark.parametrize("per_token", [False, True])
 def test_the_same_loss_gradient_and_metrics_as_in_two_launches(settings, more, per_token):
     x = batch(per_token=per_token)
     shape, g = x["mask"].shape, torch.Generator().manual_seed(9)

@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from rlloss import __version__, arithmetic, cli, train
 
-pytestmark = pytest.mark.xdist_group("train")  # one training for all of them
-
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = """
 NUMBER = 3

@@ -15,7 +15,6 @@ import trl.trainer.utils  # noqa: E402
 if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
     pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
-from tiers import slow_unless  # noqa: E402
 from trl_harness import (  # noqa: E402
     ROUNDING,
     TRLS_LOSS,
@@ -166,8 +165,6 @@ GLOBAL = {
     },
 }  # fmt: skip
 
-FAST = ("clip_cov", "kl_cov", "k of the window", "divided by the kept of the generation")
-
 
 def trained(folder, size: int, **options):
     """The parameters after two optimizer steps on one generation of 8, in micro-batches of `size`."""
@@ -181,7 +178,7 @@ def trained(folder, size: int, **options):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), logs
 
 
-@pytest.mark.parametrize("which", slow_unless(FAST.__contains__, GLOBAL))
+@pytest.mark.parametrize("which", GLOBAL)
 def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_path, which):
     whole, logs = trained(tmp_path / "8", 8, **GLOBAL[which])
     split, their_logs = trained(tmp_path / "2", 2, **GLOBAL[which])

@@ -10,7 +10,6 @@ trl = pytest.importorskip("trl")
 pytest.importorskip("trl.trainer.utils")
 
 from ranks import on_ranks  # noqa: E402
-from tiers import slow_unless  # noqa: E402
 from trl_harness import (  # noqa: E402
     TRL_LOSS_TYPES,
     VALUES,
@@ -51,7 +50,7 @@ def backend_of(seed: int):
     return contextlib.nullcontext() if seed // len(TRL_LOSS_TYPES) % 10 == 0 else backend("torch")
 
 
-@pytest.mark.parametrize("seed", slow_unless(lambda seed: seed < 96, range(SETTINGS)))
+@pytest.mark.parametrize("seed", range(SETTINGS))
 def test_loss_gradients_metrics_and_controller_equal_trl(trainers, seed):
     with backend_of(seed):
         compare_setting(trainers, GRPOTrainer._compute_loss, seed)

@@ -343,6 +343,7 @@ def graphs(folder, choice: str) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_under_torch_compile_there_are_no_more_graphs_than_with_keep(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it; put back at the end
     with caplog.at_level(logging.INFO):

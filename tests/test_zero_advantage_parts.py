@@ -224,7 +224,6 @@ def runs(tmp_path_factory):
     return finished
 
 
-@pytest.mark.xdist_group("runs")  # all of them once
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "keep"])
 def test_a_training_run_ends_where_one_without_the_option_ends(runs, name):
     expected, shares, live = runs["keep"]
