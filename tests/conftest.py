@@ -67,7 +67,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 # `make test` runs this many cases of a test: those with the smallest hash, a sample of every parameter's values.
-FAST_CASES = 4
+FAST_CASES = 3
 
 
 @pytest.hookimpl(tryfirst=True)
