@@ -38,7 +38,7 @@ except ImportError:  # Triton is published for Linux only
 
 BACKENDS = ("triton", "interpreter", "torch")
 
-# Each a list of one name, which `is` tells from the others.
+# Each a list of one name, which `is` tells from the others; empty once its block has ended, in copies of a context too.
 _forced: contextvars.ContextVar[tuple[list[str], ...]] = contextvars.ContextVar("forced", default=())
 _anywhere: list[str] = []  # the names forced in all threads
 
@@ -47,7 +47,8 @@ _anywhere: list[str] = []  # the names forced in all threads
 def backend(name: str) -> Iterator[None]:
     """Force a backend ("triton", "interpreter" or "torch") for the calls inside, in this thread or asyncio task alone.
 
-    Under torch.compile the forward and the backward each take the one that is forced where they run.
+    Under torch.compile the forward and the backward each take the one that is forced where they run; a compiled graph
+    does not notice that another thread forces the same name.
     """
     checks.one_of("backend", name, BACKENDS)
     mine = [name]
@@ -56,14 +57,15 @@ def backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
+        mine.clear()
         _anywhere.remove(name)
         _forced.set(tuple(other for other in _forced.get() if other is not mine))
 
 
 @torch.compiler.assume_constant_result
 def _forced_here() -> str | None:
-    forced = _forced.get()
-    return forced[-1][0] if forced else None
+    forced = [name for mine in _forced.get() for name in mine]
+    return forced[-1] if forced else None
 
 
 def choose_backend(x: Tensor) -> str:

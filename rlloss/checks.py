@@ -34,7 +34,8 @@ def fail(name: str, found: object, expected: str) -> NoReturn:
 
 
 def wrong_type(name: str, found: object, expected: str) -> NoReturn:
-    said = repr(found) if found is None or isinstance(found, str | numbers.Number) else type(found).__name__
+    is_short = found is None or isinstance(found, str | numbers.Number) or type(found).__name__ == "bool"  # NumPy's
+    said = repr(found) if is_short else type(found).__name__
     raise TypeError(f"{name}: found {said}, expected {expected}")
 
 
@@ -167,7 +168,7 @@ def token_ids(name: str, x: torch.Tensor) -> None:
 
 def constant(name: str, x: torch.Tensor) -> None:
     """Not differentiated by the loss: a gradient would be lost without a word."""
-    if x.requires_grad:
+    if x.requires_grad and torch.is_grad_enabled():
         fail(
             name, "a tensor that requires a gradient", f"one that does not, as the loss gives it none: {name}.detach()"
         )

@@ -19,9 +19,9 @@ from rlloss.token_pass import fits, token_pass
 class PolicyLoss(NamedTuple):
     """loss: 0-d, differentiable. metrics: name -> detached fp32 tensor on the device, a sum over what it counts.
 
-    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a nonzero gradient), for "clip_cov" and
-    "kl_cov" `selected` (picked by covariance), `ratios` (importance ratios: tokens, or sequences where the loss has one
-    ratio and one advantage per sequence). Sums over tokens:
+    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a gradient, also where those of a sequence
+    cancel), for "clip_cov" and "kl_cov" `selected` (picked by covariance), `ratios` (importance ratios: tokens, or
+    sequences where the loss has one ratio and one advantage per sequence). Sums over tokens:
     `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`; for the losses that
     clip `clip_low`, `clip_high`, `clip_region`; for "vespo" `weight`. The exceptions are `clip_low_min` and
     `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
@@ -323,7 +323,7 @@ def _kl(difference: Tensor, log_ratio: Tensor, mask: Tensor, config: LossConfig)
     through = ~ratios.bounded(log_ratio, config.max_log_ratio)
     # e^d may be infinite and the ratio 0: their product is formed from the sum of the exponents, where the term that is
     # taken away from it cannot be infinite.
-    steep = apart & (d > 1.0) & (ratio.detach() < 40.0) & (config.kl_estimator == "k3")
+    steep = apart & (d > 1.0) & (ratio.detach() < 80.0) & (config.kl_estimator == "k3")
     kl = _divergence(torch.where(steep, 0.0, difference), config.kl_estimator) * ratio.exp()
     steep_d, steep_ratio = torch.where(steep, difference, 0.0), torch.where(steep, ratio, 0.0)
     both = steep_d + steep_ratio

@@ -105,20 +105,18 @@ def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
     advantage, log_ratio, c = x.advantage, x.log_ratio.detach(), config.covariance
     ratio, moves = log_ratio.exp(), x.selected & ~ratios.bounded(log_ratio, config.max_log_ratio)
     exponent, scale, weight = _apart(x)
-    live = moves & (advantage != 0) & (exponent.detach().exp() * scale != 0)
-    frozen = torch.where(advantage == 0, 1.0, ratio)
-    moving = -advantage * torch.where(live, exponent, 0.0).exp() * scale
-    loss = torch.where(live, moving, -advantage * frozen * weight)
+    is_abs = c.penalty == "abs"
+    penalised = moves & x.picked & ((log_ratio != 0) if is_abs else (ratio != 1))
+    in_ratio = penalised & (not is_abs)  # -A r and kl_coef r may cancel: one term
+    slope = torch.where(in_ratio, c.kl_coef - advantage, -advantage)
+    live = moves & (slope != 0) & (exponent.detach().exp() * scale != 0)
+    frozen = torch.where(in_ratio, 0.0, -advantage * torch.where(advantage == 0, 1.0, ratio) * weight)
+    loss = torch.where(live, slope * torch.where(live, exponent, 0.0).exp() * scale, frozen)
 
-    def penalty(log_ratio: Tensor, exponent: Tensor) -> Tensor:
-        if c.penalty == "abs":
-            return log_ratio.abs() * weight
-        return exponent.exp() * scale - weight - log_ratio * weight
-
-    penalised = moves & x.picked & ((log_ratio != 0) if c.penalty == "abs" else (ratio != 1))
-    moving = penalty(*(torch.where(penalised, of, 0.0) for of in (x.log_ratio, exponent)))
-    still = torch.where(x.picked, penalty(log_ratio, exponent.detach()), 0.0)
-    loss = loss + c.kl_coef * torch.where(penalised, moving, still)
+    of_log = torch.where(penalised, x.log_ratio, 0.0)
+    moving = of_log.abs() * weight if is_abs else -weight - of_log * weight
+    still = log_ratio.abs() * weight if is_abs else exponent.detach().exp() * scale - weight - log_ratio * weight
+    loss = loss + c.kl_coef * torch.where(penalised, moving, torch.where(x.picked, still, 0.0))
     return Surrogate(loss, live | penalised, True, weighted=True)
 
 

@@ -1,6 +1,7 @@
 """A forced backend holds where it was forced, until it ends, and for the backward of what was computed under it."""
 
 import asyncio
+import contextvars
 import threading
 
 import pytest
@@ -66,6 +67,15 @@ def test_each_ends_for_itself(first_out):
     assert choose_backend(X) == names[1 - first_out]
     both[1 - first_out].__exit__(None, None, None)
     assert choose_backend(X) == DEFAULT and not backends._anywhere
+
+
+@needs_two
+def test_a_context_that_outlives_its_block_forces_nothing():
+    with backend("torch"):
+        context = contextvars.copy_context()
+        assert context.run(choose_backend, X) == "torch"
+    with backend("torch"):  # elsewhere, for this context
+        assert context.run(choose_backend, X) == DEFAULT
 
 
 def of_logits(leaves, target, mask, **options):

@@ -293,3 +293,13 @@ def test_probabilities_of_zero_by_both_agree(estimator, level, on):
     with backend(on):
         x = converted(x, torch.float32, on)
         assert policy_loss(config=config, **x).loss == found[0]
+
+
+def test_the_ratio_of_kl_cov_cancels_in_advantage_and_penalty():
+    x = {"logp": torch.tensor([[-0.5, -2.8]], requires_grad=True), "old_logp": torch.tensor([[-24.2, -26.3]])}
+    config = LossConfig("kl_cov", covariance=CovarianceConfig(ratio=1.0, penalty="k3", kl_coef=1.0))
+    loss = policy_loss(advantage=torch.ones(1), mask=torch.ones(1, 2, dtype=torch.bool), config=config, **x).loss
+    loss.backward()
+    # (kl_coef - A) r - kl_coef (1 + log r), the mean of two tokens.
+    torch.testing.assert_close(loss.detach(), torch.tensor(-1.0 - (23.7 + 23.5) / 2))
+    assert x["logp"].grad.tolist() == [[-0.5, -0.5]]

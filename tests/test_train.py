@@ -13,9 +13,11 @@ import pytest
 
 pytest.importorskip("trl")
 
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlloss import __version__, arithmetic, cli, train
+from rlloss.checkpoints import what_is_wrong
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = """
@@ -411,6 +413,23 @@ def test_a_checkpoint_is_found_or_missed_by_name(trained, tmp_path):
         train.find_checkpoint(str(newest), str(folder))
     with pytest.raises(train.UserError, match=r"not complete: checkpoint-10 \(optimizer.pt cut off\), checkpoint-2 \("):
         train.find_checkpoint("last", str(folder))
+
+
+def test_what_the_trainer_has_not_written_does_not_matter(trained, tmp_path, capsys):
+    folder, newest = copies(tmp_path, trained)
+    for name in ("log.json", "vocab.json", "tok.bin", "x.index.json"):
+        (newest / name).write_text("{}\n{")
+    (newest / "gone.json").symlink_to("nowhere")
+    weights = load_file(newest / "model.safetensors")
+    save_file(weights, newest / "model.safetensors", metadata={"format": "pt", "dtype": "bf16"})
+    assert resumed(folder, capsys) == (10, "")
+    for text in ("[]", "[" * 100_000, "{}{"):
+        (newest / "trainer_state.json").write_text(text)
+        assert resumed(folder, capsys)[0] == 2
+    in_shards(folder / "checkpoint-2")
+    for text in ("{}", "[1]", '{"weight_map": ["a"]}', '{"weight_map": {"a": [1]}}'):
+        (folder / "checkpoint-2" / "model.safetensors.index.json").write_text(text)
+        assert "model.safetensors.index.json cut off" in str(what_is_wrong(folder / "checkpoint-2"))
 
 
 def test_weights_alone_are_complete(trained, tmp_path, capsys):
