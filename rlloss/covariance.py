@@ -70,10 +70,9 @@ def covariance_selection(
         candidates: `[B, T]` bool, the tokens that may be picked (means and N are of the mask); None: all.
         draw: the number of the draw, for the random selection: another one picks others. None: made from the lengths
             and advantages of the batch.
-        sequence_key: `[B]` int64, by which a sequence is known wherever it is put, such as
-            `rlloss.selection.sequence_key` makes of token ids. The pick, of equal covariances too, then depends neither
-            on the order of the sequences nor on how they are spread over processes. None: a sequence is known by its
-            place. Padding never matters.
+        sequence_key: `[B]` int64, an identity of each sequence, such as `rlloss.selection.sequence_key` of its token
+            ids. The pick, of equal covariances too, then depends neither on the order of the sequences nor on how they
+            are spread over processes. None: the place of a sequence is its identity. Padding never matters.
         process_group: the processes whose tokens count together. None: this one alone.
 
     Returns:
@@ -150,8 +149,8 @@ def _random(
 
 
 def _draw_of(advantage: Tensor, mask: Tensor) -> Tensor:
-    """A number of the batch by its lengths and advantages, which, other than logp, are the same bits however the
-    batch is split and on whatever machine."""
+    """A number made of the batch's lengths and advantages. Unlike logp, they have the same bits on every machine and
+    for every split of the batch."""
     advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)
     bits = (advantage.detach().float() + 0.0).expand(mask.shape).contiguous().view(torch.int32)  # -0 is 0
     return selection.sequence_key((bits, mask)).sum()

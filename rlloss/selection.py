@@ -9,7 +9,7 @@ _32_BITS = 0xFFFFFFFF
 
 
 def sequence_key(*parts: tuple[Tensor, Tensor]) -> Tensor:
-    """A number for each sequence, `[B]` int64, by which selections know it wherever it is put.
+    """A hash of each sequence's token ids, `[B]` int64: its identity, which does not depend on where it stands.
 
     parts: (token ids `[B, T]` integer, mask `[B, T]` bool) of the prompt, of the completion, ...; padding does not
     matter.
