@@ -303,7 +303,7 @@ class Rollout:
 
 
 def content_key(inputs: dict) -> Tensor:
-    """`[B]`, a hash of the token ids: it depends neither on the order of the rows nor on the process that holds them."""
+    """`[B]`, a hash of the token ids: it depends neither on the order of rows nor on the process that holds them."""
     return sequence_key(*((inputs[f"{of}_ids"], inputs[f"{of}_mask"].bool()) for of in ("prompt", "completion")))
 
 
