@@ -168,7 +168,7 @@ def token_ids(name: str, x: torch.Tensor) -> None:
 
 def constant(name: str, x: torch.Tensor) -> None:
     """Not differentiated by the loss: a gradient would be lost without a word."""
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad:
         fail(
             name, "a tensor that requires a gradient", f"one that does not, as the loss gives it none: {name}.detach()"
         )
