@@ -20,7 +20,7 @@ from rlloss import checks
 DIFFICULTIES = ("hardest", "hard", "easy", "easiest")
 LOW_ENTROPY = 0.01  # nats; about half of the tokens of a reasoning model lie below (2506.01939, section 2)
 QUANTILES = {"p50": 0.5, "p80": 0.8, "p95": 0.95}
-_ALWAYS = ("tokens", "nonfinite", "moments")  # sums that `diagnose` gives whatever its arguments
+_ALWAYS = ("tokens", "nonfinite", "moments")  # sums that `diagnose` always gives
 # Neighbouring edges differ by 1.94 %; the last, 16.4 nats, is the entropy of a uniform choice among 13 million.
 _FIRST_EDGE, _OCTAVES, _EDGES_PER_OCTAVE = 1e-3, 14, 36
 _PLACES = 1024  # of an entropy in its bin: whole numbers, whose sums are the same in any order

@@ -200,7 +200,7 @@ def prepare(
         candidates if needs_gradient else None, live_share, plan, memory_budget, batch_invariant, needs_gradient,
         no_gradient_in_forward, capacity=capacity,
     )  # fmt: skip
-    # Without values there is nothing to compute: the operator has the shapes, whatever the plan.
+    # Without values there is nothing to compute. The operator gives the shapes, which every plan shares.
     return call._replace(counted=counted, report=report, keep=keep) if has_values else call
 
 

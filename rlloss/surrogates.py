@@ -18,8 +18,8 @@ _FAR = 80.0  # e^80 and e^-80 are normal numbers of fp32
 class Inputs(NamedTuple):
     """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together.
 
-    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio, by which the loss is
-    multiplied; 0 removes a token.
+    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio. It multiplies the
+    loss; 0 removes a token.
     """
 
     logp: Tensor  # [B, T], with gradient, 0 where not selected
