@@ -303,3 +303,17 @@ def test_the_ratio_of_kl_cov_cancels_in_advantage_and_penalty():
     # (kl_coef - A) r - kl_coef (1 + log r), the mean of two tokens.
     torch.testing.assert_close(loss.detach(), torch.tensor(-1.0 - (23.7 + 23.5) / 2))
     assert x["logp"].grad.tolist() == [[-0.5, -0.5]]
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_a_corrected_kl_beyond_fp32_keeps_a_gradient_within_it(on):
+    logp = torch.tensor([[-100.0, -1.0]], requires_grad=True)
+    x = {"old_logp": torch.tensor([[-145.0, -1.0]]), "ref_logp": torch.tensor([[-0.5, -1.0]])}
+    config = LossConfig("bnpo", beta=0.04, kl_bias_correction=True)
+    with backend(on):
+        loss = policy_loss(logp, torch.zeros(1), torch.ones(1, 2, dtype=torch.bool), config=config, **x).loss
+        loss.backward()
+    assert loss == math.inf
+    # -d r beta / 2 with d = 99.5 and r = e^45, whose exponent fp32 rounds by 45 half eps
+    expected = torch.tensor([[-99.5 * math.exp(45) * 0.04 / 2, 0.0]])
+    torch.testing.assert_close(logp.grad, expected, rtol=100 * torch.finfo(torch.float32).eps, atol=0.0)
