@@ -8,7 +8,7 @@ from linear_case import Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlloss import lm_head
+from rlloss import vocab_loop
 from rlloss.products import operands_in
 
 
@@ -44,7 +44,7 @@ def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) 
         hidden, W = hidden.to(wide), W.to(wide)
     options: dict[str, Any] = {"out_dtype": wide} if hidden.dtype != wide else {}
     live = hidden[:L]
-    rows, width = lm_head.tile_shape(n, V, hidden.device, False) if tiled else (n, V)
+    rows, width = vocab_loop.tile_shape(n, V, hidden.device, False) if tiled else (n, V)
     logits = torch.zeros((min(rows, n), width), dtype=wide, device=hidden.device)
     gradient = logits[:L] if logits.dtype == hidden.dtype else torch.randn_like(logits, dtype=hidden.dtype)[:L]
     d_hidden = torch.empty((L, D), dtype=wide, device=hidden.device)
@@ -60,7 +60,7 @@ def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) 
         return backward
 
     def backward() -> Tensor:
-        d_weight = lm_head.fresh_gradient(place) if fresh else place
+        d_weight = vocab_loop.fresh_gradient(place) if fresh else place
         with operands_in(case.weight.dtype, hidden):
             for start in range(0, V, width):
                 w = W[start : start + width]

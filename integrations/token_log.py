@@ -84,7 +84,7 @@ class TokenLog(TrainerCallback):
             completion_ids: `[B, T]` int.
             mask: `[B, T]` bool, True = counts.
             entropy: `[B, T]` in nats.
-            states: `[B, T]` int8, as `rlloss.token_states.token_states` gives them.
+            states: `[B, T]` int8, as `rlloss.tokens.token_states` gives them.
             advantage: `[B]` or `[B, T]`.
             rewards: name -> `[B]` numbers; None or NaN where a reward does not apply.
             prompt_mask: `[B, P]` bool, True = not padding. None: the leading pad tokens are padding.

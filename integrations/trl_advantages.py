@@ -105,7 +105,7 @@ class RewardsToAdvantages:
     """The options of a trainer of TRL at work that concern the advantages of a generation batch.
 
     Logs in training and in evaluation, where there are several rewards, `reward_resolution/...`: the numbers of
-    `rlloss.reward_resolution` for the rewards after their conditions, of the first draw.
+    `rlloss.rewards.reward_resolution` for the rewards after their conditions, of the first draw.
     """
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):

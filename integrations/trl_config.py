@@ -90,7 +90,7 @@ class GRPOConfig(TrlGRPOConfig):
         default=None,
         metadata={
             "help": "Which tokens loss_type 'clip_cov' leaves out or 'kl_cov' penalises (2505.22617), as fields of "
-            '`rlloss.CovarianceConfig`: {"ratio": 2e-4, "scope": "generation", ...}. None: its defaults.'
+            '`rlloss.losses.CovarianceConfig`: {"ratio": 2e-4, "scope": "generation", ...}. None: its defaults.'
         },
     )
     dynamic_temperature: dict | str | None = dataclasses.field(

@@ -1,6 +1,6 @@
 """GRPO with TRL: change one import.
 
-    from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer
+    from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 
 TRL generates, scores and runs its fused lm_head; the loss after it is rlloss's, for every loss type of TRL and "gspo".
 Same options, same metrics.
@@ -88,8 +88,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     Logs TRL's metrics under their names, and `live_share` (tokens with a nonzero gradient), `zero_advantage_share`
     (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and `entropy/cutoff`; the gauges
-    of `rlloss.diagnostics` once an optimizer step, and with several rewards those of `rlloss.reward_resolution` once a
-    generation.
+    of `rlloss.diagnostics` once an optimizer step, and with several rewards those of
+    `rlloss.rewards.reward_resolution` once a generation.
     """
 
     def __init__(self, *args, **kwargs):

@@ -1,6 +1,6 @@
 """TRL's own trainers on rlloss's lm_head.
 
-    from rlloss.integrations.trl_lm_head import patch_trl
+    from rlloss.integrations.trl import patch_trl
 
     with patch_trl():
         trainer.train()

@@ -1,43 +1,84 @@
-"""Losses for RL post-training of language models: the textbook loss, paid only for the tokens with a gradient."""
+"""Losses for RL post-training of language models: the textbook loss, paid only for the tokens with a gradient.
 
-from rlloss.advantages import group_advantage as group_advantage
-from rlloss.config import CovarianceConfig as CovarianceConfig
-from rlloss.config import LossConfig as LossConfig
-from rlloss.config import SapoConfig as SapoConfig
-from rlloss.config import VespoConfig as VespoConfig
-from rlloss.covariance import covariance_selection as covariance_selection
-from rlloss.covariance import token_covariance as token_covariance
-from rlloss.diagnostics import EntropyFit as EntropyFit
-from rlloss.diagnostics import diagnose as diagnose
-from rlloss.diagnostics import gauges as gauges
-from rlloss.entropy_control import AdaptiveEntropyCoef as AdaptiveEntropyCoef
-from rlloss.explain import explain_plan as explain_plan
-from rlloss.linear import linear_token_stats as linear_token_stats
-from rlloss.losses import PolicyLoss as PolicyLoss
-from rlloss.losses import means as means
-from rlloss.losses import policy_loss as policy_loss
-from rlloss.masks import completion_mask as completion_mask
-from rlloss.masks import entropy_cutoff as entropy_cutoff
-from rlloss.masks import not_truncated as not_truncated
-from rlloss.masks import top_entropy_mask as top_entropy_mask
-from rlloss.modules import GRPOLoss as GRPOLoss
-from rlloss.modules import LinearGRPOLoss as LinearGRPOLoss
-from rlloss.ops import TokenStats as TokenStats
-from rlloss.ops import token_stats as token_stats
-from rlloss.overlong import SoftOverlongPenalty as SoftOverlongPenalty
-from rlloss.overlong import soft_overlong_penalty as soft_overlong_penalty
-from rlloss.products import count_products as count_products
-from rlloss.ratios import sampler_ratio as sampler_ratio
-from rlloss.reward_resolution import group_accuracy as group_accuracy
-from rlloss.reward_resolution import resolution_table as resolution_table
-from rlloss.reward_resolution import reward_resolution as reward_resolution
-from rlloss.sampling import DynamicTemperature as DynamicTemperature
-from rlloss.sampling import EDTemperature as EDTemperature
-from rlloss.sampling import TwoLevelTemperature as TwoLevelTemperature
-from rlloss.sampling import entropy_temperature as entropy_temperature
-from rlloss.sampling import scale_logits as scale_logits
-from rlloss.sampling import temperature_rule as temperature_rule
-from rlloss.token_states import TokenState as TokenState
-from rlloss.token_states import token_states as token_states
+From logits or hidden states to a loss:
+    GRPOLoss, LinearGRPOLoss    the loss as a module: from logits, or from hidden states and the lm_head
+    LossConfig                  which loss, and its settings
+    policy_loss                 from log-probabilities
+    means                       the metrics of a loss, divided by their counts
+
+Log-probabilities and entropies alone:
+    token_stats                 from logits
+    linear_token_stats          from hidden states and the lm_head
+
+Around the loss:
+    group_advantage             rewards -> advantages: GRPO, Dr. GRPO, RLOO, GDPO
+    sampler_ratio               the correction for an inference engine whose log-probabilities differ
+    entropy_cutoff              the entropy from which on a token is kept
+    diagnose                    gauges of entropy collapse
+
+What a call costs:
+    explain_plan                which plan LinearGRPOLoss takes, its matrix products and bytes, and why
+    count_products              counts the matrix products that are run
+
+More, by subject:
+    rlloss.losses               the settings of each loss, token states, importance ratios
+    rlloss.rewards              advantages, what they keep of several rewards, the overlong penalty
+    rlloss.tokens               which tokens count, are kept and are picked
+    rlloss.entropy              gauges, the adaptive bonus, temperatures that follow the entropy
+    rlloss.lm_head              plans and statistics from hidden states
+    rlloss.integrations.trl     GRPOConfig, GRPOTrainer and patch_trl: the one import that a TRL user changes
+
+Names are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlloss.advantages import group_advantage as group_advantage
+    from rlloss.config import LossConfig as LossConfig
+    from rlloss.diagnostics import diagnose as diagnose
+    from rlloss.explain import explain_plan as explain_plan
+    from rlloss.linear import linear_token_stats as linear_token_stats
+    from rlloss.losses import means as means
+    from rlloss.losses import policy_loss as policy_loss
+    from rlloss.masks import entropy_cutoff as entropy_cutoff
+    from rlloss.modules import GRPOLoss as GRPOLoss
+    from rlloss.modules import LinearGRPOLoss as LinearGRPOLoss
+    from rlloss.ops import token_stats as token_stats
+    from rlloss.products import count_products as count_products
+    from rlloss.ratios import sampler_ratio as sampler_ratio
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "GRPOLoss": "modules",
+    "LinearGRPOLoss": "modules",
+    "LossConfig": "config",
+    "count_products": "products",
+    "diagnose": "diagnostics",
+    "entropy_cutoff": "masks",
+    "explain_plan": "explain",
+    "group_advantage": "advantages",
+    "linear_token_stats": "linear",
+    "means": "losses",
+    "policy_loss": "losses",
+    "sampler_ratio": "ratios",
+    "token_stats": "ops",
+}
+_SUBJECTS = ("entropy", "lm_head", "losses", "rewards", "tokens")
+__all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found = getattr(importlib.import_module(f"rlloss.{_MODULES[name]}"), name)
+        globals()[name] = found
+        return found
+    if name in _SUBJECTS:
+        return importlib.import_module(f"rlloss.{name}")
+    raise AttributeError(f"module 'rlloss' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBJECTS})

@@ -97,7 +97,8 @@ class CovarianceConfig:
     scope: str = "microbatch"
     """"microbatch": means and share are those of this call's tokens, as in verl: eight calls pick at least eight tokens
     where one call picks one. "generation": the tokens are picked once, from the log-probabilities of the whole batch
-    (`rlloss.covariance_selection`), and given as `selected`: the result does not depend on how the batch is split."""
+    (`rlloss.tokens.covariance_selection`), and given as `selected`: the result does not depend on how the batch is
+    split."""
 
     selection: str = "random"
     """Among the tokens between `low` and `high`: "random", as the paper, or "top", those with the largest covariance.

@@ -34,7 +34,7 @@ from rlloss.arms import ArmSpec as ArmSpec
 from rlloss.arms import start_and_end as start_and_end
 from rlloss.arms import what_never_acted as what_never_acted
 from rlloss.integrations.collapse_monitor import CollapseMonitor
-from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer
+from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
 STEPS_PER_GENERATION, NUM_ITERATIONS = 4, 2

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import checks, lm_head
+from rlloss import checks, vocab_loop
 from rlloss.linear_op import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, linear_token_stats_op
-from rlloss.lm_head import Settings, Wanted
 from rlloss.ops import LOCAL_ROWS, TokenStats, check_outputs, check_rows
 from rlloss.picked import Capacity, Picked, Survey
 from rlloss.plans import PLANS, PlanReport, Work, make_plan
+from rlloss.vocab_loop import Settings, Wanted
 from rlloss.vocab_shard import shard_of
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
@@ -226,7 +226,7 @@ def choose(
     """
     N = target.numel()
     if capacity is None:
-        survey = Survey(N, mask, candidates, lm_head.chunk_rows(hidden.device, shape[0], batch_invariant))
+        survey = Survey(N, mask, candidates, vocab_loop.chunk_rows(hidden.device, shape[0], batch_invariant))
         counted, rows, count = survey.rows(), survey.n, survey.count
         share = count / max(rows, 1)
         live = share if live_share is None else live_share * share

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlloss import checks, lm_head
+from rlloss import checks, vocab_loop
 from rlloss.backends import backend, choose_backend
 from rlloss.config import LossConfig
 from rlloss.linear import Call, check_head, prepare
 from rlloss.linear_op import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
-from rlloss.lm_head import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.losses import LOSSES, PolicyLoss, policy_loss, row_local
 from rlloss.picked import Picked
 from rlloss.products import count_unit
+from rlloss.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
 
 _PART = 4096  # rows of the weight's gradient that are multiplied at a time
 
@@ -118,7 +118,7 @@ class _Made:
         n, (V, D) = len(target), head.weight.shape
         count_unit(n, V, D)
         h, transform, sums = operands(hidden, head, counted), rows.transform(counted), head.sum_dtype
-        tile = lm_head.tile_shape(n, V, hidden.device, head.batch_invariant)
+        tile = vocab_loop.tile_shape(n, V, hidden.device, head.batch_invariant)
         step = tile[0]
 
         def zeros(*shape: int) -> Tensor:
@@ -132,7 +132,7 @@ class _Made:
         self.held = _Held(*(into[1:] if into else (None, None)))
         for start in range(0, n, step):
             r = slice(start, min(start + step, n))
-            stats, kept = lm_head.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True, tile_of=tile)
+            stats, kept = vocab_loop.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True, tile_of=tile)
             assert kept is not None
             self.logp[r], self.entropy[r], self.saved[:, r] = stats.logp, stats.entropy, stats.saved
             self._ask(loss_of, r, counted, rows.target.shape, entropy_grad)
@@ -142,12 +142,12 @@ class _Made:
                 continue
             self.held.any_live = True
             if len(live) < r.stop - r.start:
-                lm_head.keep_only(kept, Picked(live, r.stop - r.start))
+                vocab_loop.keep_only(kept, Picked(live, r.stop - r.start))
             own = target[r][live].contiguous()
-            found = lm_head.backward(
+            found = vocab_loop.backward(
                 h[r][live], head, own, transform.of(r).of(live),
                 Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra),
-                lm_head.poisoned(coefs.of(live), own, head.V), needed, kept=kept.blocks, into=into,
+                vocab_loop.poisoned(coefs.of(live), own, head.V), needed, kept=kept.blocks, into=into,
             )  # fmt: skip
             if found.hidden is not None:
                 self.held.hidden.append(found.hidden)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import lm_head
+from rlloss import vocab_loop
 from rlloss.backends import backend, choose_backend
-from rlloss.lm_head import Coefs, Head, Kept, Stats, Transform, Wanted
 from rlloss.picked import Capacity, Picked, Survey, fitting
 from rlloss.products import count_unit
+from rlloss.vocab_loop import Coefs, Head, Kept, Stats, Transform, Wanted
 
 # Entered wherever the weight is read: an engine that shards it gathers it there.
 Gather = Callable[[], contextlib.AbstractContextManager]
@@ -119,12 +119,12 @@ def gradients(
     if rows.capacity is not None or len(live) < n:
         stats = _stats_of(stats, live)
         if kept is not None:
-            lm_head.keep_only(kept, live)
+            vocab_loop.keep_only(kept, live)
     if rows.capacity is None and len(live) == rows.target.numel():
         places = None
     target = flat(rows.target, places).contiguous()
-    coefs = lm_head.poisoned(coefs, target, head.V)
-    found = lm_head.backward(
+    coefs = vocab_loop.poisoned(coefs, target, head.V)
+    found = vocab_loop.backward(
         operands(hidden, head, places), head, target, rows.transform(places), stats, coefs, needed,
         kept=None if kept is None else kept.blocks,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def _forward(hidden, head, rows, counted, keep, wanted, edges=None):
     """(logp, entropy, lse, extra, like target, saved and entropy of the rows counted, kept logits)."""
     target = flat(rows.target, counted).contiguous()
     count_unit(len(target), *head.weight.shape)
-    stats, kept = lm_head.forward(
+    stats, kept = vocab_loop.forward(
         operands(hidden, head, counted), head, target, rows.transform(counted), wanted, keep, edges=edges
     )  # fmt: skip
     shape = rows.target.shape

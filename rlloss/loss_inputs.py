@@ -72,7 +72,7 @@ def checked(
     )  # fmt: skip
     checks.require(
         selected is not None or not given_elsewhere, "selected", None,
-        "a [B, T] tensor with covariance.scope='generation': `rlloss.covariance_selection` of the whole batch",
+        "a [B, T] tensor with covariance.scope='generation': `rlloss.tokens.covariance_selection` of the whole batch",
     )  # fmt: skip
     _check_divisor(denominator, mask, config)
     logp = logp if logp.dtype == torch.float64 else logp.float()

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from rlloss import checks, covariance, ratios
-from rlloss.config import READ_BY, LossConfig
+from rlloss.config import READ_BY, CovarianceConfig, LossConfig, SapoConfig, VespoConfig
 from rlloss.loss_inputs import as_scalar, checked
 from rlloss.masks import entropy_cutoff, off_policy_mask, top_entropy_mask, top_entropy_selection
+from rlloss.ratios import sampler_ratio
 from rlloss.surrogates import Inputs, Surrogate, cispo, clip, clipped, kl_cov, sapo, vespo
 from rlloss.token_pass import fits, token_pass
+
+__all__ = [
+    "CovarianceConfig", "LossConfig", "PolicyLoss", "SapoConfig", "VespoConfig", "means", "policy_loss",
+    "sampler_ratio",
+]  # fmt: skip
 
 
 class PolicyLoss(NamedTuple):

@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlloss import checks, lm_head
+from rlloss import checks, vocab_loop
 
 PLANS = ("recompute", "keep", "gradient_in_forward")
 
@@ -108,7 +108,7 @@ def make_plan(
     forbidden: {plan: why it cannot be taken here, or None}. Raises ValueError where the one asked for cannot.
     """
     budget = default_budget(work.V, work.D) if memory_budget is None else memory_budget
-    tile_rows, width = lm_head.tile_shape(work.rows, work.V, work.device, work.batch_invariant)
+    tile_rows, width = vocab_loop.tile_shape(work.rows, work.V, work.device, work.batch_invariant)
     r, gradients = work.live_share, sum(work.needed)
     chunks = -(-work.rows // tile_rows)
     chunk_logits = min(work.rows, tile_rows) * work.V * work.sum_bytes

@@ -26,7 +26,7 @@ EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 TABLE_ROWS, MAX_POINTS, MAX_LINES = 100, 500, 6
 
 STATES = {
-    # letter of rlloss.token_states.TokenState: its name, and what it says
+    # letter of rlloss.tokens.TokenState: its name, and what it says
     "l": ("live", "has a gradient"),
     "p": ("penalised", "has a gradient, with the penalty of KL-Cov"),
     "c": ("clipped", "no gradient: its ratio is clipped, or a weight has become 0"),

@@ -32,7 +32,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlloss.checkpoints import what_is_wrong
-from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer
+from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 from rlloss.report import make_folder
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

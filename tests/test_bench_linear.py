@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlloss import backends, lm_head
+from rlloss import backends, vocab_loop
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 bench, scaling, linear_case, linear_peers, limits = (
@@ -41,9 +41,11 @@ def device(request, monkeypatch):
     choice, meta = backends.choice, torch.device("meta")
     monkeypatch.setattr(backends, "choice", lambda name, *of: (512, 1 << 19) if name == "tile" else choice(name, *of))
     if request.param == "as on a GPU":
-        tile_shape, chunk_rows = lm_head.tile_shape, lm_head.chunk_rows
-        monkeypatch.setattr(lm_head, "tile_shape", lambda rows, V, _, invariant: tile_shape(rows, V, meta, invariant))
-        monkeypatch.setattr(lm_head, "chunk_rows", lambda _, V, invariant: chunk_rows(meta, V, invariant))
+        tile_shape, chunk_rows = vocab_loop.tile_shape, vocab_loop.chunk_rows
+        monkeypatch.setattr(
+            vocab_loop, "tile_shape", lambda rows, V, _, invariant: tile_shape(rows, V, meta, invariant)
+        )
+        monkeypatch.setattr(vocab_loop, "chunk_rows", lambda _, V, invariant: chunk_rows(meta, V, invariant))
         monkeypatch.setattr(linear_peers, "trl_compacts", lambda device: True)
 
 

@@ -20,20 +20,10 @@ import pytest
 import torch
 from loss_cases import TYPES_AND_LEVELS, batch, converted, make_config, settings_of
 
-from rlloss import (
-    GRPOLoss,
-    LinearGRPOLoss,
-    LossConfig,
-    TokenStats,
-    backends,
-    entropy_temperature,
-    linear_token_stats,
-    policy_loss,
-    scale_logits,
-    temperature_rule,
-    token_stats,
-    top_entropy_mask,
-)
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, backends, linear_token_stats, policy_loss, token_stats
+from rlloss.entropy import entropy_temperature, scale_logits, temperature_rule
+from rlloss.ops import TokenStats
+from rlloss.tokens import top_entropy_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -13,9 +13,9 @@ from rlloss import (
     count_products,
     explain_plan,
     linear_token_stats,
-    lm_head,
     plans,
     products,
+    vocab_loop,
 )
 
 pytestmark = needs_interpreter
@@ -109,7 +109,7 @@ def bytes_moved(monkeypatch):
         moved[kind] += sum(x.numel() * x.element_size() for x in (out, a, b))
         return products.multiply(out, a, b, kind, **kwargs)
 
-    monkeypatch.setattr(lm_head, "multiply", multiply)
+    monkeypatch.setattr(vocab_loop, "multiply", multiply)
     return moved
 
 
@@ -132,10 +132,10 @@ def step(plan, hidden, weight, batch):
 ])  # fmt: skip
 @pytest.mark.parametrize("plan", ["forward", *plans.PLANS])
 def test_a_plan_costs_what_its_formulas_say(monkeypatch, plan, needed, rows, dtype, widened):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", rows)
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 256)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", rows)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 256)
     if not widened:  # as on a GPU, whose products take bf16 and give fp32
-        monkeypatch.setattr(lm_head.Head, "operand", lambda head, x: x.to(head.compute_dtype))
+        monkeypatch.setattr(vocab_loop.Head, "operand", lambda head, x: x.to(head.compute_dtype))
     B, T, V, D = 3, 5, 600, 16
     g = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(shape, generator=g).to(dtype) for shape in ((B, T, D), (V, D)))

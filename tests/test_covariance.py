@@ -10,19 +10,10 @@ from loss_cases import batch, make_config
 from ranks import on_ranks
 from torch import distributed
 
-from rlloss import (
-    CovarianceConfig,
-    GRPOLoss,
-    LinearGRPOLoss,
-    LossConfig,
-    covariance_selection,
-    losses,
-    means,
-    policy_loss,
-    reference,
-    token_covariance,
-)
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, losses, means, policy_loss, reference
+from rlloss.losses import CovarianceConfig
 from rlloss.selection import sequence_key
+from rlloss.tokens import covariance_selection, token_covariance
 
 # mean logp -1.5, mean A 0.5: covariances (+1.5, +0.5, -0.5, -1.5) (A - 0.5).
 LOGP = torch.tensor([[0.0, -1.0], [-2.0, -3.0]])

@@ -6,19 +6,9 @@ import warnings
 import pytest
 import torch
 
-from rlloss import (
-    GRPOLoss,
-    LinearGRPOLoss,
-    LossConfig,
-    TwoLevelTemperature,
-    entropy_cutoff,
-    linear_token_stats,
-    ops,
-    reference,
-    scale_logits,
-    token_stats,
-    top_entropy_mask,
-)
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, entropy_cutoff, linear_token_stats, ops, reference, token_stats
+from rlloss.entropy import TwoLevelTemperature, scale_logits
+from rlloss.tokens import top_entropy_mask
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -9,7 +9,7 @@ from rounding import assert_sums_close
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlloss import count_products, linear_token_stats, lm_head, ops, reference, token_stats
+from rlloss import count_products, linear_token_stats, ops, reference, token_stats, vocab_loop
 from rlloss.linear import prepare
 
 PLANS = ("recompute", "keep")
@@ -27,8 +27,8 @@ def general_path():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several chunks of rows and blocks of the vocabulary, none of them full at the end."""
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 8)
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 16)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 8)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 16)
 
 
 def problem(kind="uniform", N=5, V=300, D=24, dtype=torch.float32, seed=0, bias=False, shape=None, on="torch") -> dict:
@@ -144,8 +144,8 @@ def test_temperature_softcap_scale_and_bias(small_tiles, settings, kind, dtype, 
     ("uniform", torch.float16, {"temperature": 0.6, "softcap": 3.0, "logit_scale": 2.5}),
 ])  # fmt: skip
 def test_the_kernels_too(monkeypatch, kind, dtype, settings):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 2)
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 130)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 2)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 130)
     with ops.backend(BACKENDS[-1]):
         x = problem(kind, 3, 200, dtype=dtype, bias=True, on=BACKENDS[-1])
         assert_as_good_as_torch(x, plans=PLANS[:1] if kind == "uniform" else PLANS[1:], **with_temperature(settings, x))
@@ -161,7 +161,7 @@ def test_any_number_of_rows_and_of_live_ones(small_tiles, N, share):
 
 @pytest.mark.parametrize("on", BACKENDS)
 def test_all_outputs(monkeypatch, on):
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 150)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 150)
     with ops.backend(on):
         x = problem("peaked", 6, 400, on=on)
         x["weight"][200:] = x["weight"][:200]  # ties across blocks: the first of equal entries is the argmax
@@ -232,7 +232,7 @@ def test_gradcheck_in_fp64(small_tiles, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_masked_rows_reach_nothing(monkeypatch, small_tiles, on, counts, plan):
     if on != "torch":
-        monkeypatch.setattr(lm_head, "CPU_WIDTH", 50)
+        monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 50)
     x = problem(N=6, V=50, shape=(2, 3), bias=True, on=on)
     mask = {
         "some": torch.tensor([[True, False, True], [False, False, True]]),
@@ -316,7 +316,7 @@ def test_the_entropy_of_a_peaked_row(on, dtype):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_weights_gradient_does_not_drift_over_a_thousand_chunks(monkeypatch, plan):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 1)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 1)
     N, V, D = 1024, 8, 16
     g = torch.Generator().manual_seed(0)
     x = {"hidden": torch.rand(N, D, generator=g) + 0.5, "weight": 0.1 * torch.randn(V, D, generator=g)}
@@ -489,8 +489,8 @@ def memory_of_a_step(plan, N, V, D=8, dtype=torch.float32) -> Memory:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recompute_holds_nothing_of_rows_times_vocabulary(monkeypatch, dtype):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 100)
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 200)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 100)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 200)
     D, tile = 8, 100 * 200
     peaks = {}
     for N, V in ((250, 500), (1000, 500), (250, 2000), (1000, 2000)):
@@ -508,9 +508,9 @@ def test_recompute_holds_nothing_of_rows_times_vocabulary(monkeypatch, dtype):
 
 @pytest.mark.parametrize("live", [1.0, 0.5])
 def test_kept_logits_are_released_block_by_block(monkeypatch, live):
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 16)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 16)
     blocks, alive = [], []
-    forward, folder = lm_head.forward, lm_head.tiled_linear
+    forward, folder = vocab_loop.forward, vocab_loop.tiled_linear
     gradient_tile = folder.gradient_tile
 
     def spied_forward(*args, **kwargs):
@@ -522,7 +522,7 @@ def test_kept_logits_are_released_block_by_block(monkeypatch, live):
         alive.append(sum(not block.expired() for block in blocks))
         return gradient_tile(*args)
 
-    monkeypatch.setattr(lm_head, "forward", spied_forward)
+    monkeypatch.setattr(vocab_loop, "forward", spied_forward)
     monkeypatch.setattr(folder, "gradient_tile", spied_gradient)
     x = problem(N=20, V=64)
     x["hidden"].requires_grad_()

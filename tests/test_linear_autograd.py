@@ -8,7 +8,7 @@ from rounding import assert_sums_close
 from test_linear import NAMES, problem
 from torch.utils.checkpoint import checkpoint
 
-from rlloss import LinearGRPOLoss, LossConfig, count_products, linear_token_stats, lm_head, ops
+from rlloss import LinearGRPOLoss, LossConfig, count_products, linear_token_stats, ops, vocab_loop
 
 PLANS = ("recompute", "keep", "gradient_in_forward")
 B, T, V, D = 4, 5, 50, 24
@@ -16,8 +16,8 @@ B, T, V, D = 4, 5, 50, 24
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 8)
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 16)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 8)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 16)
     with ops.backend("torch"):
         yield
 
@@ -147,7 +147,7 @@ def test_a_checkpointed_backbone_gives_the_head_a_hidden_that_is_no_leaf(plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_scaled_loss_rounds_once_and_does_not_underflow(monkeypatch, plan, dtype, factor):
     if dtype == torch.float16:
-        monkeypatch.setattr(lm_head, "CPU_ROWS", 64)  # one chunk: nothing has to be added up in fp32
+        monkeypatch.setattr(vocab_loop, "CPU_ROWS", 64)  # one chunk: nothing has to be added up in fp32
     x = batch(dtype)
     leaves = leaves_of(x)
     # Advantages so small that the gradients, for a factor of 1, are mostly below fp16's least number.
@@ -163,7 +163,7 @@ def test_a_scaled_loss_rounds_once_and_does_not_underflow(monkeypatch, plan, dty
 
 
 def test_a_factor_is_not_rounded_to_bf16(monkeypatch):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 64)  # one chunk: the weight's gradient is held in bf16
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 64)  # one chunk: the weight's gradient is held in bf16
     x = batch(torch.bfloat16)
     leaves = leaves_of(x)
     loss = loss_of(x, "gradient_in_forward")
@@ -173,7 +173,7 @@ def test_a_factor_is_not_rounded_to_bf16(monkeypatch):
 
 
 def test_grad_scaler_with_a_scale_of_65536(monkeypatch):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 64)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 64)
     x = batch(torch.float16)
     params = [torch.nn.Parameter(x[name].float()) for name in ("hidden", "weight")]
     for plan in PLANS:

@@ -18,11 +18,11 @@ from rlloss import (
     explain_plan,
     linear_loss,
     linear_token_stats,
-    lm_head,
     modules,
     ops,
     tiled_linear,
     token_stats,
+    vocab_loop,
 )
 
 PLANS = ("recompute", "keep", "gradient_in_forward")
@@ -32,8 +32,8 @@ NEVER = "with these settings a token's coefficient depends on other tokens"
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 8)
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 16)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 8)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 16)
     with ops.backend("torch"):
         yield
 
@@ -124,7 +124,7 @@ def test_cutoff_and_denominator_of_the_whole_batch(plan, more):
 @pytest.mark.skipif(len(BACKENDS) == 1, reason="needs Triton")
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_kernels_too(monkeypatch, plan):
-    monkeypatch.setattr(lm_head, "CPU_WIDTH", 30)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 30)
     x = batch(dtype=torch.float32)
     x["mask"] = x["mask"] & (torch.arange(T) < 2)
     with ops.backend(BACKENDS[-1]):
@@ -219,16 +219,16 @@ def test_the_plans_make_their_logits_in_the_same_products(monkeypatch, batch_inv
         rows = 4 if batch_invariant else max(1, min(rows, 7))
         return rows, min(V, 56 // rows)
 
-    shapes, seen, multiply = [], seen_logp(monkeypatch), lm_head.multiply
+    shapes, seen, multiply = [], seen_logp(monkeypatch), vocab_loop.multiply
 
     def spied(out, a, b, kind, **more):
         if kind == "logits":
             shapes.append((*a.shape, b.shape[1]))
         return multiply(out, a, b, kind, **more)
 
-    monkeypatch.setattr(lm_head, "tile_shape", tile_shape)
-    monkeypatch.setattr(lm_head, "chunk_rows", lambda device, V, batch_invariant: 4 if batch_invariant else 7)
-    monkeypatch.setattr(lm_head, "multiply", spied)
+    monkeypatch.setattr(vocab_loop, "tile_shape", tile_shape)
+    monkeypatch.setattr(vocab_loop, "chunk_rows", lambda device, V, batch_invariant: 4 if batch_invariant else 7)
+    monkeypatch.setattr(vocab_loop, "multiply", spied)
     x = batch(dtype=torch.float32)
     leaves = [x[n].requires_grad_() for n in ("hidden", "weight")]
     found = []
@@ -342,7 +342,7 @@ def test_fp16_hidden_states_need_a_loss_scale_on_a_gpu(monkeypatch, plan):
     """Where products take fp16 operands the gradient of a tile is rounded to it; here that is done by hand."""
     exact = tiled_linear.gradient_tile
     monkeypatch.setattr(tiled_linear, "gradient_tile", lambda *tile: exact(*tile).half().float())
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 1024)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 1024)
     g = torch.Generator().manual_seed(0)
     B, T, D, V = 4, 50, 32, 4096
     hidden = (torch.randn(B, T, D, generator=g) * D**-0.5).half()
@@ -458,7 +458,7 @@ def test_a_broken_coefficient_poisons_its_row_and_the_weight(plan):
 
 
 def test_gradient_in_forward_does_not_drift(monkeypatch):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 1)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 1)
     N, g = 256, torch.Generator().manual_seed(0)
     hidden = (torch.rand(1, N, 16, generator=g) + 0.5).bfloat16()
     weight = (0.1 * torch.randn(8, 16, generator=g)).bfloat16().requires_grad_()

@@ -15,9 +15,11 @@ import pytest
 import torch
 from loss_cases import LENGTH, batch, make_config, value_and_gradients
 
-from rlloss import CovarianceConfig, GRPOLoss, means, policy_loss, surrogates, token_covariance
+from rlloss import GRPOLoss, means, policy_loss, surrogates
 from rlloss.backends import backend
 from rlloss.config import SapoConfig, VespoConfig
+from rlloss.losses import CovarianceConfig
+from rlloss.tokens import token_covariance
 
 
 @pytest.fixture(autouse=True)

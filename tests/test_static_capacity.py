@@ -12,9 +12,9 @@ from rlloss import (
     count_products,
     explain_plan,
     linear_token_stats,
-    lm_head,
     ops,
     reference,
+    vocab_loop,
 )
 
 B, T, D, V = 3, 7, 8, 50
@@ -196,7 +196,7 @@ def test_without_it_once_in_the_forward_and_once_in_the_backward(monkeypatch, pl
 
 
 def test_gradients_made_in_the_forward_are_asked_for_once_a_chunk_of_rows(monkeypatch):
-    monkeypatch.setattr(lm_head, "CPU_ROWS", 5)
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 5)
     x = batch()
     chunks = -(-int(x["mask"].sum()) // 5)
     with ops.backend("torch"):

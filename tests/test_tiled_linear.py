@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlloss import tiled_linear
-from rlloss.lm_head import STATE
+from rlloss.vocab_loop import STATE
 
 R, C = 7, 40
 

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
-from rlloss import LinearGRPOLoss, LossConfig, TokenStats, linear_token_stats, reference  # noqa: E402
+from rlloss import LinearGRPOLoss, LossConfig, linear_token_stats, reference  # noqa: E402
 from rlloss.backends import backend  # noqa: E402
 from rlloss.integrations import transformers_lm_head  # noqa: E402
 from rlloss.integrations.transformers_lm_head import (  # noqa: E402
@@ -24,6 +24,7 @@ from rlloss.integrations.transformers_lm_head import (  # noqa: E402
     completion_inputs,
     lm_head_of,
 )
+from rlloss.ops import TokenStats  # noqa: E402
 
 V, T = 48, 5
 COMMON = {

@@ -36,12 +36,12 @@ OPTIONS = {
     "entropy_bonus_tokens": (
         "all", {"top_entropy_quantile": 0.2, "entropy_coef": 0.01, "use_adaptive_entropy": False}, rlloss.LossConfig,
     ),
-    "covariance": ({"ratio": 0.1, "scope": "generation"}, {"loss_type": "kl_cov"}, rlloss.CovarianceConfig),
-    "dynamic_temperature": (TWO_LEVEL, {}, rlloss.scale_logits),
+    "covariance": ({"ratio": 0.1, "scope": "generation"}, {"loss_type": "kl_cov"}, rlloss.losses.CovarianceConfig),
+    "dynamic_temperature": (TWO_LEVEL, {}, rlloss.entropy.scale_logits),
     "dynamic_sampling_rounds": (2, {}, None),  # a loop over generation, which the plain API has none of
     "reward_conditions": ({"long": ["short", 1.0]}, {}, rlloss.group_advantage),
     "gdpo_token_weighted": (True, {"multi_objective_aggregation": "normalize_then_sum"}, rlloss.group_advantage),
-    "soft_overlong_cache": (4, {}, rlloss.soft_overlong_penalty),
+    "soft_overlong_cache": (4, {}, rlloss.rewards.soft_overlong_penalty),
     "zero_advantage": ("drop", {}, rlloss.LinearGRPOLoss),
     "spread_live_rows": (True, {"gradient_accumulation_steps": 2}, rlloss.LinearGRPOLoss),
     "lm_head_plan": ("keep", {}, rlloss.linear_token_stats),
@@ -66,7 +66,7 @@ def test_the_table_above_knows_every_option():
 
 def test_the_plain_api_names_what_the_options_name():
     for name, (value, _, where) in OPTIONS.items():
-        if where in (rlloss.LossConfig, rlloss.CovarianceConfig):
+        if where in (rlloss.LossConfig, rlloss.losses.CovarianceConfig):
             of = value if isinstance(value, dict) else {name: value}
             assert set(of) <= {field.name for field in dataclasses.fields(where)}, name
         else:

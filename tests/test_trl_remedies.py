@@ -26,11 +26,13 @@ from trl_harness import (  # noqa: E402
     loss_gradients_metrics,
 )
 
-from rlloss import CovarianceConfig, covariance_selection, entropy_cutoff, losses, reference  # noqa: E402
+from rlloss import entropy_cutoff, losses, reference  # noqa: E402
 from rlloss.integrations.rollout import content_key  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+from rlloss.losses import CovarianceConfig  # noqa: E402
 from rlloss.masks import top_entropy_mask  # noqa: E402
 from rlloss.sampling import EDTemperature, TwoLevelTemperature  # noqa: E402
+from rlloss.tokens import covariance_selection  # noqa: E402
 
 PLAIN = {"rho": 1.0, "beta": 0.0, "off_policy": None, "sampler": None, "entropy": None, "aux_coef": None,
          "level": "token", "delta": None, "on_policy": False, "train": True, "bias_correction": False}  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from counting import counted, needs_interpreter
 
-from rlloss import GRPOLoss, LossConfig, lm_head, ops
+from rlloss import GRPOLoss, LossConfig, ops, vocab_loop
 from rlloss.kernels import tuned
 from rlloss.kernels.tuned import TABLE, Choice, choice, look_up
 
@@ -101,8 +101,8 @@ def test_the_launchers_obey_the_table(table, monkeypatch):
 def test_the_tile_of_a_gpu_is_the_tables(table):
     table["tile", "", "fp32", 1000] = Choice((100, 51200))
     elsewhere = torch.device("meta")
-    assert lm_head.chunk_rows(elsewhere, 5000, False) == 100
-    assert lm_head.tile_shape(70, 5000, elsewhere, False) == (70, 1024)
-    assert lm_head.tile_shape(7, 50000, elsewhere, False) == (7, 7168)
-    assert lm_head.tile_shape(7, 500, elsewhere, False) == (7, 500)
+    assert vocab_loop.chunk_rows(elsewhere, 5000, False) == 100
+    assert vocab_loop.tile_shape(70, 5000, elsewhere, False) == (70, 1024)
+    assert vocab_loop.tile_shape(7, 50000, elsewhere, False) == (7, 7168)
+    assert vocab_loop.tile_shape(7, 500, elsewhere, False) == (7, 500)
     assert choice("tile", elsewhere, torch.float32, 1) == (100, 51200)

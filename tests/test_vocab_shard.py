@@ -5,7 +5,7 @@ import torch
 from ranks import on_ranks
 from torch import distributed
 
-from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, linear_token_stats, lm_head, token_stats
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, linear_token_stats, token_stats, vocab_loop
 from rlloss.backends import backend
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
@@ -42,7 +42,7 @@ def steps(hidden, weight, bias, target, mask, advantage, group):
 
 def _on_a_rank(rank, port, expected):
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    lm_head.CPU_WIDTH, lm_head.CPU_ROWS = 16, 4
+    vocab_loop.CPU_WIDTH, vocab_loop.CPU_ROWS = 16, 4
     own = slice(0, SPLIT[0]) if rank == 0 else slice(SPLIT[0], None)
     hidden, weight, bias, *rest = inputs()
     weight, bias = weight[own], bias[own]

@@ -7,6 +7,7 @@ thing everywhere. A new function needs a right call, a new argument a kind.
 import contextlib
 import copy
 import enum
+import importlib
 import inspect
 import math
 import re
@@ -17,7 +18,34 @@ import torch
 from torch import nn
 
 import rlloss
-from rlloss import CovarianceConfig, LossConfig, SapoConfig, VespoConfig, diagnostics, masks, ops
+from rlloss import LossConfig, diagnostics, losses, masks, ops
+from rlloss.entropy import (
+    AdaptiveEntropyCoef,
+    DynamicTemperature,
+    EDTemperature,
+    EntropyFit,
+    TwoLevelTemperature,
+    entropy_temperature,
+    gauges,
+    scale_logits,
+    temperature_rule,
+)
+from rlloss.losses import CovarianceConfig, SapoConfig, VespoConfig
+from rlloss.rewards import (
+    SoftOverlongPenalty,
+    group_accuracy,
+    resolution_table,
+    reward_resolution,
+    soft_overlong_penalty,
+)
+from rlloss.tokens import (
+    completion_mask,
+    covariance_selection,
+    not_truncated,
+    token_covariance,
+    token_states,
+    top_entropy_mask,
+)
 
 B, T, V, D, G = 2, 3, 5, 4, 2
 
@@ -159,7 +187,7 @@ KINDS = {
     ),
     "names": these("x", 3, ["a"], ["a", "a"], [1, 2], torch.ones(3)),
     "group_sizes": these("x", 3, (0,), (1.5,), ("a",), (None,), (True,)),
-    "rule": these("edt", None, 3, {"rule": "edt"}, rlloss.EDTemperature, torch.ones(3)),
+    "rule": these("edt", None, 3, {"rule": "edt"}, EDTemperature, torch.ones(3)),
     "settings": these(
         "edt", None, 3, [("rule", "edt")], {}, {"rule": "nonsense"}, {"rule": ["edt"]}, {"rule": "edt", "base": 1.0},
     ),
@@ -242,7 +270,7 @@ logp, entropy = randn(B, T).sub(2.0), randn(B, T).abs()
 advantage = torch.tensor([1.0, -0.5])
 rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 1.0], [0.25, 0.0]])
 sums = diagnostics.diagnose(logp, advantage, mask, entropy=entropy, old_logp=logp)
-edt, dynatemp = rlloss.EDTemperature(base=1.0, theta=0.5), rlloss.DynamicTemperature(low=0.5, high=1.0)
+edt, dynatemp = EDTemperature(base=1.0, theta=0.5), DynamicTemperature(low=0.5, high=1.0)
 
 LOSSES = [
     (
@@ -283,7 +311,7 @@ CALLS = {
                                      "static_capacity": (6, 6), "vocab_group": None}),
     ],
     "policy_loss": of_loss(rlloss.policy_loss),
-    "token_states": of_loss(rlloss.token_states),
+    "token_states": of_loss(token_states),
     "GRPOLoss": [(rlloss.GRPOLoss, {"config": LossConfig(), "inplace_grad": False, "single_launch": False})],
     "GRPOLoss.forward": of_module(rlloss.GRPOLoss, logits=logits.clone().requires_grad_(), target=target,
                                   advantage=advantage, mask=mask, **ROWS),
@@ -303,31 +331,31 @@ CALLS = {
                                   "scale": "group", "eps": 1e-3, "token_counts": torch.tensor([3, 1, 2, 4]),
                                   "conditions": {0: (1, 0.5)}}),
     ],
-    "group_accuracy": [(rlloss.group_accuracy, {"rewards": rewards, "num_generations": G})],
+    "group_accuracy": [(group_accuracy, {"rewards": rewards, "num_generations": G})],
     "reward_resolution": [
-        (rlloss.reward_resolution, {"rewards": rewards, "num_generations": G, "weights": [1.0, 0.3], "method": "gdpo",
+        (reward_resolution, {"rewards": rewards, "num_generations": G, "weights": [1.0, 0.3], "method": "gdpo",
                                     "names": ["a", "b"], "conditions": [(0, 1, 0.5)]}),
     ],
-    "resolution_table": [(rlloss.resolution_table, {"num_rewards": 1, "group_sizes": (2, 3)})],
+    "resolution_table": [(resolution_table, {"num_rewards": 1, "group_sizes": (2, 3)})],
     "sampler_ratio": [
         (rlloss.sampler_ratio, {"old_logp": logp, "sampler_logp": logp - 0.1, "mask": mask, "mode": "token_truncate",
                                 "clip_min": 0.5, "clip_max": 2.0}),
     ],
     "entropy_cutoff": [(rlloss.entropy_cutoff, {"entropy": entropy, "mask": mask, "rho": 0.5, "process_group": None})],
     "top_entropy_mask": [
-        (rlloss.top_entropy_mask, {"entropy": entropy, "mask": mask, "rho": 0.5, "exact_k": True,
+        (top_entropy_mask, {"entropy": entropy, "mask": mask, "rho": 0.5, "exact_k": True,
                                    "sequence_key": torch.tensor([3, 5]), "process_group": None}),
-        (rlloss.top_entropy_mask, {"entropy": entropy, "mask": mask, "rho": 0.5, "cutoff": 0.5}),
+        (top_entropy_mask, {"entropy": entropy, "mask": mask, "rho": 0.5, "cutoff": 0.5}),
     ],
-    "completion_mask": [(rlloss.completion_mask, {"completion_ids": target, "eos_token_id": 2})],
-    "not_truncated": [(rlloss.not_truncated, {"completion_ids": target, "eos_token_id": 2})],
+    "completion_mask": [(completion_mask, {"completion_ids": target, "eos_token_id": 2})],
+    "not_truncated": [(not_truncated, {"completion_ids": target, "eos_token_id": 2})],
     "off_policy_mask": [
         (masks.off_policy_mask, {"advantage": advantage[:, None], "logp": logp, "behavior_logp": logp + 0.1,
                                  "mask": mask, "threshold": 0.5}),
     ],
-    "token_covariance": [(rlloss.token_covariance, {**OF_TOKENS, "process_group": None})],
+    "token_covariance": [(token_covariance, {**OF_TOKENS, "process_group": None})],
     "covariance_selection": [
-        (rlloss.covariance_selection, {**OF_TOKENS, "loss_type": "clip_cov", "config": CovarianceConfig(low=-9.0),
+        (covariance_selection, {**OF_TOKENS, "loss_type": "clip_cov", "config": CovarianceConfig(low=-9.0),
                                        "candidates": mask, "draw": 3, "sequence_key": torch.tensor([3, 5]),
                                        "process_group": None}),
     ],
@@ -335,36 +363,36 @@ CALLS = {
         (rlloss.diagnose, {**OF_TOKENS, "entropy": entropy, "old_logp": logp, "group": torch.tensor([0.5, 1.0]),
                            "compute_dtype": torch.bfloat16}),
     ],
-    "gauges": [(rlloss.gauges, {"sums": sums})],
+    "gauges": [(gauges, {"sums": sums})],
     "pack": [(diagnostics.pack, {"sums": sums})],
     "unpack": [(diagnostics.unpack, {"vector": diagnostics.pack(sums), "like": sums})],
-    "EntropyFit.update": [(rlloss.EntropyFit().update, {"entropy": 1.0, "cov": 0.1})],
+    "EntropyFit.update": [(EntropyFit().update, {"entropy": 1.0, "cov": 0.1})],
     "means": [(rlloss.means, {"metrics": rlloss.policy_loss(logp, advantage, mask).metrics})],
     "soft_overlong_penalty": [
-        (rlloss.soft_overlong_penalty, {"lengths": torch.tensor([3, 9]), "max_length": 10, "cache": 4}),
+        (soft_overlong_penalty, {"lengths": torch.tensor([3, 9]), "max_length": 10, "cache": 4}),
     ],
-    "SoftOverlongPenalty": [(rlloss.SoftOverlongPenalty, {"max_length": 10, "cache": 4})],
-    "SoftOverlongPenalty.__call__": [(rlloss.SoftOverlongPenalty(10, 4), {"completion_ids": [[1, 2], [3]]})],
+    "SoftOverlongPenalty": [(SoftOverlongPenalty, {"max_length": 10, "cache": 4})],
+    "SoftOverlongPenalty.__call__": [(SoftOverlongPenalty(10, 4), {"completion_ids": [[1, 2], [3]]})],
     "AdaptiveEntropyCoef": [
-        (rlloss.AdaptiveEntropyCoef, {"coef": 0.0, "target": 0.2, "delta": 0.01, "minimum": 0.0, "maximum": 1.0}),
+        (AdaptiveEntropyCoef, {"coef": 0.0, "target": 0.2, "delta": 0.01, "minimum": 0.0, "maximum": 1.0}),
     ],
-    "AdaptiveEntropyCoef.update": [(rlloss.AdaptiveEntropyCoef().update, {"mean_entropy": 0.5})],
+    "AdaptiveEntropyCoef.update": [(AdaptiveEntropyCoef().update, {"mean_entropy": 0.5})],
     "AdaptiveEntropyCoef.load_state_dict": [
-        (rlloss.AdaptiveEntropyCoef().load_state_dict, {"state": {"coef": 0.1, "last_entropy": math.inf}}),
+        (AdaptiveEntropyCoef().load_state_dict, {"state": {"coef": 0.1, "last_entropy": math.inf}}),
     ],
-    "TwoLevelTemperature": [(rlloss.TwoLevelTemperature, {"high": 1.2, "low": 0.9, "cutoff": 0.6})],
+    "TwoLevelTemperature": [(TwoLevelTemperature, {"high": 1.2, "low": 0.9, "cutoff": 0.6})],
     "TwoLevelTemperature.temperature": [
-        (rlloss.TwoLevelTemperature(high=1.2).temperature, {"entropy": entropy, "candidates": None}),
+        (TwoLevelTemperature(high=1.2).temperature, {"entropy": entropy, "candidates": None}),
     ],
-    "EDTemperature": [(rlloss.EDTemperature, {"base": 1.0, "theta": 0.5, "N": 0.8, "minimum": 0.1})],
+    "EDTemperature": [(EDTemperature, {"base": 1.0, "theta": 0.5, "N": 0.8, "minimum": 0.1})],
     "EDTemperature.temperature": [(edt.temperature, {"entropy": entropy, "candidates": None})],
-    "DynamicTemperature": [(rlloss.DynamicTemperature, {"low": 0.5, "high": 1.0, "exponent": 2.0})],
+    "DynamicTemperature": [(DynamicTemperature, {"low": 0.5, "high": 1.0, "exponent": 2.0})],
     "DynamicTemperature.temperature": [(dynatemp.temperature, {"entropy": entropy, "candidates": 7})],
-    "entropy_temperature": [(rlloss.entropy_temperature, {"logits": logits, "rule": edt})],
+    "entropy_temperature": [(entropy_temperature, {"logits": logits, "rule": edt})],
     "scale_logits": [
-        (rlloss.scale_logits, {"logits": logits.clone(), "rule": dynatemp, "mask": mask, "inplace": True}),
+        (scale_logits, {"logits": logits.clone(), "rule": dynatemp, "mask": mask, "inplace": True}),
     ],
-    "temperature_rule": [(rlloss.temperature_rule, {"settings": {"rule": "edt", "base": 1.0, "theta": 0.5}})],
+    "temperature_rule": [(temperature_rule, {"settings": {"rule": "edt", "base": 1.0, "theta": 0.5}})],
     "LossConfig": [
         (LossConfig, {"loss_type": "dapo", "epsilon_low": 0.1, "epsilon_high": 0.3, "delta": 2.0, "max_log_ratio": 5.0,
                       "ratio_level": "token", "top_entropy_quantile": 0.5, "exact_k": True, "beta": 0.1,
@@ -392,7 +420,10 @@ ELSEWHERE += [x for x in map(vars(ops).get, ops.__all__) if callable(x)]
 
 def public():
     """{name as in CALLS: its signature} of everything that is public and takes arguments."""
-    found = {x.__name__: x for x in [*vars(rlloss).values(), *ELSEWHERE] if callable(x) and x.__module__ != "builtins"}
+    subjects = [importlib.import_module(f"rlloss.{name}") for name in ("rewards", "tokens", "entropy", "lm_head")]
+    exported = [getattr(module, name) for module in (losses, rlloss) for name in module.__all__]
+    exported += [x for module in subjects for x in vars(module).values() if callable(x)]
+    found = {x.__name__: x for x in [*exported, *ELSEWHERE] if callable(x) and x.__module__ != "builtins"}
     for name, x in list(found.items()):
         if inspect.isclass(x) and issubclass(x, (tuple, enum.Enum)):
             del found[name]  # a result

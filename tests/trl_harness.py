@@ -11,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from rlloss import lm_head, tiled_linear
+from rlloss import tiled_linear, vocab_loop
 from rlloss.integrations.trl_metrics import GAUGES
 
 VOCABULARY = 48
@@ -225,7 +225,7 @@ def end_step(trainer, ends: bool) -> None:
 @pytest.fixture(autouse=True)
 def lm_head_in_torch(monkeypatch):
     """For test files that import it: an interpreted program a row takes a while; tests/test_linear.py has it."""
-    monkeypatch.setattr(lm_head, "_folder", lambda x: tiled_linear)
+    monkeypatch.setattr(vocab_loop, "_folder", lambda x: tiled_linear)
 
 
 class Rivals:
