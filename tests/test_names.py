@@ -56,14 +56,15 @@ def test_nothing_heavy_is_imported_before_it_is_used():
 def test_the_command_answers_without_torch(command):
     program = f"import sys, rlloss.cli\ntry: rlloss.cli.main({command})\nexcept SystemExit: pass\n"
     program += "assert not {'torch', 'trl', 'triton'} & set(sys.modules)"
-    assert (
-        "rlloss" in subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "rlloss" in done.stdout
 
 
 def test_the_names_are_found_inside_a_compiled_function():
+    config = rlloss.LossConfig("grpo")
+
     def f(logp, advantage, mask):
-        return rlloss.policy_loss(logp, advantage, mask, config=rlloss.LossConfig("grpo")).loss
+        return rlloss.policy_loss(logp, advantage, mask, config=config).loss
 
     x = torch.randn(2, 3), torch.randn(2), torch.ones(2, 3).bool()
     vars(rlloss).pop("policy_loss", None)
