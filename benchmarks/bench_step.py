@@ -11,6 +11,7 @@ files of another --name. --beta adds the KL to a reference model, by which every
 import argparse
 import functools
 import gc
+import importlib.util
 import json
 import math
 import statistics
@@ -25,6 +26,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]  # in a checkout
 
 from conditions import ROOT, conditions, sentence  # noqa: E402
+from plots import draw_step  # noqa: E402
 from step_trainers import (  # noqa: E402
     MODES,
     RHO,
@@ -265,6 +267,8 @@ def main(arguments: list[str] | None = None) -> dict:
     replace_file(folder / f"{options.name}.json", json.dumps(report, indent=1) + "\n")
     text = markdown(report)
     replace_file(folder / f"{options.name}.md", text)
+    if importlib.util.find_spec("matplotlib"):
+        draw_step(report, folder / f"{options.name}.svg")
     print(text)
     return report
 

@@ -2,6 +2,9 @@
 
 import importlib
 import io
+import json
+import statistics
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -232,3 +235,45 @@ def draw(results: list[Result], conditions: dict[str, Any], folder: Path) -> Dra
         for plot in (_hidden_time, _bandwidth, _memory):
             drawn += plot(pyplot, results, dtype, folder, where)
     return drawn
+
+
+STEP = {"TRL": "TRL", "TRL, patch_trl()": "TRL inside patch_trl()", "rlloss forward_only": "rlloss"}
+"""Of the contenders of an update step, those that are drawn, and their names in the plot."""
+
+
+def draw_step(report: dict[str, Any], path: Path) -> Path:
+    """Draw time and memory of an update step (`bench_step.py`) as bars into `path`."""
+    pyplot, entries = _pyplot(), report["result"]["contenders"]
+    pyplot.rcParams["font.size"] = 10
+    shown = {label: entries[name] for name, label in STEP.items() if entries[name]["status"] == "measured"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.42 * len(shown) + 0.9), sharey=True)
+    panels = (
+        ("loss and backward of a step, ms", {n: 1e3 * statistics.median(e["seconds"]) for n, e in shown.items()}),
+        ("peak memory above model and batch, MiB", {n: e["peak_bytes"] / 2**20 for n, e in shown.items()}),
+    )
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        colours = ["#0072B2" if name == "rlloss" else "#D55E00" if name == "TRL" else "#E5A87F" for name in values]
+        bars = axis.barh(list(values), list(values.values()), color=colours, height=0.72)
+        axis.bar_label(bars, [f"{value:,.0f}" for value in values.values()], padding=4)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(0, 1.14 * max(values.values()))
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(length=0)
+    axes[0].invert_yaxis()
+    size, counted = report["result"]["size"], report["result"]["counted"]
+    where = report["conditions"]
+    caption = (
+        f"Medians of {where['rounds']} rounds in turns; fp32; a Llama of {size['layers']} layers, D {size['D']}, "
+        f"V {size['V']}; {size['B']} completions, {counted} tokens, half of "
+        f"the groups without a signal, top-entropy 0.2. "
+        f"trl {where['versions']['trl']}. {_where(where)}"
+    )
+    figure.tight_layout()
+    _finish(pyplot, figure, path.parent, path.name, caption)
+    return path
+
+
+if __name__ == "__main__":  # redraws the plot of a step from its JSON
+    for name in sys.argv[1:]:
+        print(draw_step(json.loads(Path(name).read_text()), Path(name).with_suffix(".svg")))

@@ -1,6 +1,6 @@
 """Advantages: hand-worked numbers, a loop oracle in exact arithmetic, and TRL's trainer as an independent witness.
 
-``python tests/test_advantages.py`` prints the Markdown tables of the README.
+``python tests/test_advantages.py`` prints the Markdown tables of docs/rewards.md.
 """
 
 import math
@@ -374,7 +374,7 @@ def test_bad_input_is_named(rewards, arguments, error, message):
         group_advantage(rewards, **{"num_generations": 2, **arguments})
 
 
-def readme_tables():
+def markdown_tables():
     """The examples above as Markdown, computed in float64 with the default eps."""
     columns = {f"{m.upper()}{t}": (m, w) for m in ("grpo", "gdpo") for t, w in (("", None), (" 2:1", [2, 1]))}
     examples = [
@@ -397,4 +397,4 @@ def readme_tables():
 
 
 if __name__ == "__main__":
-    print(readme_tables())
+    print(markdown_tables())

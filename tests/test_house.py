@@ -1,4 +1,4 @@
-"""The house: every module stands on a floor, imports only go down, files stay short, the README's tree is true."""
+"""The house: every module stands on a floor, imports go down, files stay short, docs/architecture.md has them all."""
 
 import ast
 import re
@@ -234,34 +234,36 @@ def test_mapped_folders_are_linked_and_no_regular_package(folder):
         assert f'"rlloss.{path.relative_to(ROOT).as_posix().replace("/", ".")}"' in packages
 
 
-def readme_tree():
-    """{folder: file names} of the README's annotated tree: the fenced block with a line that starts with kernels/."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+def tree():
+    """{folder: file names} of the annotated tree in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     trees = [block for block in blocks if re.search(r"^kernels/(\s|$)", block, flags=re.MULTILINE)]
     assert len(trees) == 1, (
-        f"README.md needs one fenced block with a line that starts with 'kernels/', found {len(trees)}"
+        f"docs/architecture.md needs one fenced block with a line that starts with 'kernels/', found {len(trees)}"
     )
-    tree, folder = {}, None
+    found, folder = {}, None
     for line in filter(str.strip, trees[0].splitlines()):
         word = line.split()[0]
         if not line[0].isspace():
             folder = word.rstrip("/") if word.endswith("/") else None
-            assert folder not in tree or folder is None, f"README.md's tree names {word} twice"
+            assert folder not in found or folder is None, f"docs/architecture.md's tree names {word} twice"
             if folder:
-                tree[folder] = []
+                found[folder] = []
         elif word.endswith(".py") and folder:
-            tree[folder].append(word)
-    return tree
+            found[folder].append(word)
+    return found
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS))
-def test_the_readme_tree_is_true(folder):
-    named = readme_tree().get(folder, [])
+def test_the_tree_is_true(folder):
+    named = tree().get(folder, [])
     actual = {path.relative_to(ROOT / folder).as_posix() for path in files_of(folder)}
-    assert len(named) == len(set(named)), f"README.md's tree names a file of {folder}/ twice: {sorted(named)}"
+    assert len(named) == len(set(named)), (
+        f"docs/architecture.md's tree names a file of {folder}/ twice: {sorted(named)}"
+    )
     assert set(named) == actual, (
-        f"README.md's tree of {folder}/: not in the folder {sorted(set(named) - actual)}, "
+        f"docs/architecture.md's tree of {folder}/: not in the folder {sorted(set(named) - actual)}, "
         f"not in the tree {sorted(actual - set(named))}"
     )
 
