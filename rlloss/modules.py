@@ -84,7 +84,33 @@ class GRPOLoss(nn.Module):
         kept: Tensor | None = None,
         selected: Tensor | None = None,
     ) -> PolicyLoss:
-        """logits `[B, T, V]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` -> `PolicyLoss`."""
+        """The loss of a batch of completions from its logits.
+
+        Args:
+            logits: `[B, T, V]`, those that predict the completion (shifted already); any float dtype, any strides.
+            target: `[B, T]` int64, the token ids of the completion.
+            advantage: `[B]`, or `[B, T]` for one per token.
+            mask: `[B, T]` bool, True: the token counts. What stands in other columns is never looked at.
+            old_logp: `[B, T]` log-probability in nats under the policy that sampled. None: every ratio is 1.
+            ref_logp: `[B, T]` under the reference; needed if and only if `config.beta` is not 0.
+            sampler_ratio: `[B, T]` or `[B, 1]`, the weight that `rlloss.sampler_ratio` makes.
+            sampler_logp: `[B, T]` under the inference engine, for `config.off_policy_threshold`.
+            temperature: float, or `[B, T]`: logits are divided by it, as in sampling.
+            softcap, logit_scale: logits are softcap * tanh(logit_scale * logits / softcap); softcap None: no bound.
+            cutoff: keep tokens with entropy >= cutoff; None: this call's own quantile.
+            denominator: divisor of the summed loss. Pass the count of the whole batch when you accumulate over
+                micro-batches or ranks. None: this call's own count: tokens, kept tokens, B, or
+                B * max_completion_length.
+            kept, selected: `[B, T]` bool, tokens kept by entropy or picked by covariance, of a batch that was split.
+
+        Returns:
+            `PolicyLoss(loss, metrics)`: a 0-d loss with gradient; detached sums, which `rlloss.means` divides.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, is missing or would have no effect; it is named.
+
+        `policy_loss` has the same arguments in more words.
+        """
         checks.floating("logits", logits)
         checks.require(logits.dim() == 3, "logits", f"shape {tuple(logits.shape)}", "[B, T, V]")
         checks.boolean("mask", mask)
@@ -180,8 +206,35 @@ class LinearGRPOLoss(nn.Module):
         kept: Tensor | None = None,
         selected: Tensor | None = None,
     ) -> PolicyLoss:
-        """hidden `[B, T, D]`, weight `[V, D]`, target and mask (bool) `[B, T]`, advantage `[B]` or `[B, T]` ->
-        `PolicyLoss`."""
+        """The loss of a batch of completions from its hidden states and the lm_head.
+
+        Args:
+            hidden: `[B, T, D]`, the states that predict the completion (shifted already), as `completion_inputs` gives.
+            weight: `[V, D]`, the lm_head's.
+            target: `[B, T]` int64, the token ids of the completion.
+            advantage: `[B]`, or `[B, T]` for one per token.
+            bias: `[V]`, or None.
+            mask: `[B, T]` bool, True: the token counts. What stands in other columns is never looked at.
+            old_logp: `[B, T]` log-probability in nats under the policy that sampled. None: every ratio is 1.
+            ref_logp: `[B, T]` under the reference; needed if and only if `config.beta` is not 0.
+            sampler_ratio: `[B, T]` or `[B, 1]`, the weight that `rlloss.sampler_ratio` makes.
+            sampler_logp: `[B, T]` under the inference engine, for `config.off_policy_threshold`.
+            temperature: float, or `[B, T]`: logits are divided by it, as in sampling.
+            softcap, logit_scale: logits are softcap * tanh(logit_scale * logits / softcap); softcap None: no bound.
+            cutoff: keep tokens with entropy >= cutoff; None: this call's own quantile.
+            denominator: divisor of the summed loss. Pass the count of the whole batch when you accumulate over
+                micro-batches or ranks. None: this call's own count: tokens, kept tokens, B, or
+                B * max_completion_length.
+            kept, selected: `[B, T]` bool, tokens kept by entropy or picked by covariance, of a batch that was split.
+
+        Returns:
+            `PolicyLoss(loss, metrics)`: a 0-d loss with gradient; detached sums, which `rlloss.means` divides.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, is missing or would have no effect; it is named.
+
+        `policy_loss` has the same arguments in more words.
+        """
         given = {
             "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
             "cutoff": cutoff, "denominator": denominator, "kept": kept, "selected": selected,

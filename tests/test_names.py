@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 
@@ -69,3 +71,11 @@ def test_the_names_are_found_inside_a_compiled_function():
     x = torch.randn(2, 3), torch.randn(2), torch.ones(2, 3).bool()
     vars(rlloss).pop("policy_loss", None)
     torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(*x), f(*x))
+
+
+@pytest.mark.parametrize("loss", ["GRPOLoss", "LinearGRPOLoss"])
+def test_help_explains_every_argument_of_a_call(loss):
+    forward = getattr(rlloss, loss).forward
+    arguments = forward.__doc__.split("Args:")[1].split("Returns:")[0]
+    for name in list(inspect.signature(forward).parameters)[1:]:
+        assert re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", arguments, re.M), name
