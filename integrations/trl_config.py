@@ -1,7 +1,10 @@
 """TRL's GRPOConfig with rlloss's options, and its options as a LossConfig."""
 
 import dataclasses
+import difflib
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -34,9 +37,36 @@ OPTIONS = {
 NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
 # Losses that TRL has not: with them a setting that rlloss refuses raises.
 NOT_TRLS = ("gspo", "clip_cov", "kl_cov")
+# Options with a fixed choice of words.
+CHOICES = {
+    "lm_head_plan": ("auto", "trl", *PLANS),
+    "zero_advantage": ("forward_only", "drop", "keep"),
+    "entropy_scope": ("microbatch", "window", "generation"),
+    "entropy_denominator": ("all", "kept"),
+    "entropy_bonus_tokens": ("kept", "all"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum", "gdpo"),
+}
 logger = logging.getLogger(__name__)
 
 
+def _naming_unknown_options(cls: type) -> type:
+    """A class whose constructor says which option may have been meant."""
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **options):
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise TypeError(f"unknown option {name}{f', did you mean {near[0]}?' if near else ''}")
+        init(self, *args, **options)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_naming_unknown_options
 @dataclasses.dataclass
 class GRPOConfig(TrlGRPOConfig):
     """TRL's GRPOConfig, its defaults unchanged, and options of rlloss."""
@@ -173,13 +203,18 @@ class GRPOConfig(TrlGRPOConfig):
             "'keep' (see `rlloss.linear_token_stats`), 'auto': what fits the memory, or 'trl': by TRL's own lm_head."
         },
     )
-    lm_head_memory_budget: int | None = dataclasses.field(
-        default=None, metadata={"help": "Bytes of logits that 'keep' may hold. None: 2 V D."}
+    lm_head_memory_budget: int | str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Bytes of logits that 'keep' may hold, also as a size such as '1GiB'. None: 2 V D."},
     )
 
     def __post_init__(self):
-        checks.one_of("lm_head_plan", self.lm_head_plan, ("trl", *PLANS))
-        checks.memory_budget("lm_head_memory_budget", self.lm_head_memory_budget)
+        for name, choices in CHOICES.items():
+            checks.one_of(name, getattr(self, name), choices)
+        if self.multi_objective_aggregation == "gdpo":
+            self.multi_objective_aggregation = "normalize_then_sum"  # TRL's word for it
+        name = "lm_head_memory_budget"
+        self.lm_head_memory_budget = checks.memory_budget(name, self.lm_head_memory_budget)
         checks.require(
             self.lm_head_plan != "trl" or self.lm_head_memory_budget is None, "lm_head_memory_budget",
             self.lm_head_memory_budget, "None with lm_head_plan='trl', where it has no effect",
@@ -210,7 +245,10 @@ class GRPOConfig(TrlGRPOConfig):
                 given: Any = self.generation_kwargs or {}
                 extra = {**(given.get("extra_args") or {}), "entropy_temperature": self.dynamic_temperature}
                 self.generation_kwargs = {**given, "extra_args": extra}
-        checks.require(self.token_log_steps >= 0, "token_log_steps", self.token_log_steps, "at least 0")
+        for name in ("token_log_steps", "dynamic_sampling_rounds"):
+            checks.whole(name, getattr(self, name), 0)
+        for name in ("exact_k", "gdpo_token_weighted", "spread_live_rows", "collapse_monitor"):
+            checks.flag(name, getattr(self, name))
         self._check_advantages()
 
     def _check_advantages(self):
@@ -226,7 +264,6 @@ class GRPOConfig(TrlGRPOConfig):
         )  # fmt: skip
         rounds, cache, G = self.dynamic_sampling_rounds, self.soft_overlong_cache, self.num_generations
         assert G is not None and self.steps_per_generation is not None  # TRL has seen to it
-        checks.require(rounds >= 0, "dynamic_sampling_rounds", rounds, "at least 0")
         rows = self.per_device_train_batch_size * self.steps_per_generation
         checks.require(
             rounds == 0 or rows % G == 0, "dynamic_sampling_rounds", rounds,
@@ -234,6 +271,8 @@ class GRPOConfig(TrlGRPOConfig):
             f"whole groups of num_generations={G}",
         )  # fmt: skip
         longest = self.max_completion_length
+        if cache is not None:
+            checks.whole("soft_overlong_cache", cache, 0)
         checks.require(
             cache is None or (longest is not None and 0 <= cache <= longest), "soft_overlong_cache", cache,
             f"0 to max_completion_length = {longest}",
@@ -261,3 +300,19 @@ def trls_settings(trainer: Any) -> dict[str, Any]:
         entropy_coef=trainer._entropy_coef_now(),
         **{name: option(trainer) for name, option in OPTIONS.items() if name in read},
     )
+
+
+def set_before_loading(trainer: Any, args: Any) -> None:
+    """What TRL's trainer sets of its options, so that they can be checked before it loads a model."""
+    for name in (
+        "loss_type", "importance_sampling_level", "beta", "top_entropy_quantile", "off_policy_mask_threshold",
+        "max_completion_length", "use_vllm", "entropy_coef", "use_adaptive_entropy", "multi_objective_aggregation",
+    ):  # fmt: skip
+        if hasattr(args, name):
+            setattr(trainer, name, getattr(args, name))
+    trainer.args, trainer.epsilon_low = args, args.epsilon
+    trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    trainer._entropy_bonus_enabled = bool(
+        getattr(args, "entropy_coef", 0.0) or getattr(args, "use_adaptive_entropy", False)
+    )
+    trainer._last_world_entropy = float("inf")

@@ -27,7 +27,14 @@ from rlloss.integrations.collapse_monitor import CollapseMonitor
 from rlloss.integrations.rollout import Rollout, ScaledModel, content_key
 from rlloss.integrations.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl_advantages import RewardsToAdvantages
-from rlloss.integrations.trl_config import NOT_READ_BY_COVARIANCE, NOT_TRLS, OPTIONS, TrlLossConfig, trls_settings
+from rlloss.integrations.trl_config import (
+    NOT_READ_BY_COVARIANCE,
+    NOT_TRLS,
+    OPTIONS,
+    TrlLossConfig,
+    set_before_loading,
+    trls_settings,
+)
 from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl_lm_head import patch_trl
 from rlloss.integrations.trl_lm_head import why_not as why_no_patch
@@ -93,8 +100,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
         self._said: set[str] = set()
+        self._check_before_loading(kwargs.get("args", args[2] if len(args) > 2 else None))
+        super().__init__(*args, **kwargs)
         checks.require(
             any(p.requires_grad for p in self.model.parameters()), "model",
             f"{type(self.model).__name__} ({self.model.config._name_or_path!r}), none of whose parameters requires a "
@@ -112,7 +120,18 @@ class GRPOTrainer(trl.GRPOTrainer):
             logger.info("The loss with %s is TRL's own.", theirs)
         self._make_loss_config()  # a setting that does not fit raises now and not in the first step
 
+    def _check_before_loading(self, args: Any) -> None:
+        """Settings that do not fit raise now and not after the weights have been loaded."""
+        if args is None:
+            return
+        set_before_loading(self, args)
+        self._zero_advantage, self._rollout = ZeroAdvantage(self, MULTIMODAL), Rollout(self, MULTIMODAL)
+        with contextlib.suppress(AttributeError):  # what looks at the model is checked when there is one
+            self._make_loss_config()
+
     def _warn_once(self, message: str) -> None:
+        if not hasattr(self, "accelerator"):
+            return  # said again when there is one
         if message not in self._said:
             self._said.add(message)
             if self.accelerator.is_main_process:
@@ -190,7 +209,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             if "covariance" in read and name not in read:
                 checks.require(
                     OPTIONS[name](self) == default, name, OPTIONS[name](self),
-                    f"{default!r} with loss_type={self.loss_type!r}, where it has no effect",
+                    f"none: leave it out, loss_type={self.loss_type!r} does not read it",
                 )  # fmt: skip
         checks.require(
             bonus_tokens == "kept" or self._has_entropy_bonus(), "entropy_bonus_tokens", repr(bonus_tokens),

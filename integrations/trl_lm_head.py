@@ -158,7 +158,7 @@ def _everywhere(device: torch.device) -> bool:
     return True
 
 
-def patch_trl(*, plan: str = "auto", memory_budget: int | None = None, batch_invariant: bool = False) -> Patch:
+def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, batch_invariant: bool = False) -> Patch:
     """Let TRL's trainers run their lm_head on rlloss: `patch_trl()`, until `.undo()`, or `with patch_trl():`.
 
     It takes effect on models that TRL prepared before it as well. A patch inside another is the one that counts until
@@ -168,7 +168,7 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | None = None, batch_inv
 
     Args:
         plan: "recompute", "keep" or "auto", as for `linear_token_stats`.
-        memory_budget: bytes for kept logits; None: 2 V D.
+        memory_budget: bytes for kept logits, also as a size such as "1GiB"; None: 2 V D.
         batch_invariant: the bits of a token's log-probability do not depend on its batch.
 
     Raises:
@@ -176,11 +176,11 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | None = None, batch_inv
         ValueError: an option does not fit.
     """
     checks.one_of("plan", plan, PLANS)
-    checks.memory_budget("memory_budget", memory_budget)
+    budget = checks.memory_budget("memory_budget", memory_budget)
     checks.flag("batch_invariant", batch_invariant)
     if (reason := why_not()) is not None:
         raise RuntimeError(f"patch_trl: {reason}")
-    patch = Patch(LmHead(plan, memory_budget, batch_invariant))
+    patch = Patch(LmHead(plan, budget, batch_invariant))
     _patches.append(patch)
     _install()
     return patch

@@ -17,6 +17,7 @@ from rlloss import checks
 from rlloss.checks import one_of, values_checked
 
 METHODS = ("grpo", "dr_grpo", "rloo", "gdpo")
+TRLS_METHODS = {"sum_then_normalize": "grpo", "normalize_then_sum": "gdpo"}
 SCALES = ("group", "batch", "none")
 _DEFAULT_EPS = 1e-4
 
@@ -155,6 +156,8 @@ def _whiten_by_tokens(total_N: Tensor, counts_N: Tensor, eps: float) -> Tensor:
 
 
 def _check_settings(method: str, scale: str, eps: float, token_counts: Tensor | None) -> None:
+    if method in TRLS_METHODS:
+        raise ValueError(f"method: found {method!r}, expected {TRLS_METHODS[method]!r}, which is that of TRL")
     one_of("method", method, METHODS)
     one_of("scale", scale, SCALES)
     if method == "gdpo" and scale != "group":

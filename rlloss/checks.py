@@ -9,6 +9,10 @@ import torch
 
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """dtypes of logits, hidden states and weights."""
+SIZES = {"": 1, "b": 1} | {
+    f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")
+}
+"""Units of a size in bytes, in lower case."""
 
 
 def has_values(x: torch.Tensor) -> bool:
@@ -103,9 +107,21 @@ def denominator(value: Any) -> None:
         positive("denominator", value)
 
 
-def memory_budget(name: str, value: int | None) -> None:
-    if value is not None:
-        whole(name, value, 0, "a whole number of bytes, or None")
+def memory_budget(name: str, value: int | str | None) -> int | None:
+    """A size in bytes: a whole number, or a text such as "1GiB" or "500 MB"."""
+    expected = 'a whole number of bytes, a size such as "1GiB" or "500 MB", or None'
+    if value is None or not isinstance(value, str):
+        if value is not None:
+            whole(name, value, 0, expected)
+        return value
+    text = value.strip().lower()
+    digits = text.rstrip("kmgtib ")
+    unit = text[len(digits) :].strip()
+    try:
+        size = float(digits) * SIZES[unit]
+        return int(size) if size >= 0 else fail(name, repr(value), expected)
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{name}: found {value!r}, expected {expected}") from None
 
 
 def process_group(name: str, group: object) -> None:

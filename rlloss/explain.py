@@ -23,7 +23,7 @@ def explain_plan(
     denominator: Tensor | float | None = None,
     live_share: float | None = None,
     plan: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     batch_invariant: bool = False,
     static_capacity: tuple[int, int] | None = None,
 ) -> PlanReport:
@@ -45,7 +45,7 @@ def explain_plan(
     Raises:
         ValueError: the plan that is asked for cannot be taken; why.
     """
-    check_options(plan, memory_budget, batch_invariant, None)
+    budget = check_options(plan, memory_budget, batch_invariant, None)
     check_head(hidden, weight, bias)
     if mask is not None:
         checks.boolean("mask", mask)
@@ -69,6 +69,6 @@ def explain_plan(
     target = hidden[..., 0]
     return choose(
         hidden, weight, (V, D), target, mask if readable else None, some if needs_gradient else None,
-        None if config is None else config.top_entropy_quantile, plan, memory_budget, batch_invariant, needs_gradient,
+        None if config is None else config.top_entropy_quantile, plan, budget, batch_invariant, needs_gradient,
         why_not, live_share, check_capacity(static_capacity, target, mask),
     )[0]  # fmt: skip

@@ -35,7 +35,7 @@ def linear_token_stats(
     outputs: tuple[str, ...] = ("logp", "entropy", "lse"),
     entropy_grad: bool = False,
     plan: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     batch_invariant: bool = False,
     vocab_group: Any = None,
     static_capacity: tuple[int, int] | None = None,
@@ -63,8 +63,8 @@ def linear_token_stats(
             releases them; 1 + 2r products. "auto": the latter where it fits the budget. Under torch.compile
             "recompute". Inside a checkpointed region ask for "recompute": what is kept would stay. Look at
             `explain_plan`.
-        memory_budget: bytes that a plan may hold above one tile. None: 2 V D, half an fp32 gradient of the weight;
-            D / 2 rows fit.
+        memory_budget: bytes that a plan may hold above one tile, also as a size such as "1GiB". None: 2 V D, half an
+            fp32 gradient of the weight; D / 2 rows fit.
         batch_invariant: the bits of a row's logp do not depend on the rows around it; padding to full tiles makes
             small batches dearer.
         vocab_group: process group over which the vocabulary is split: weight, and bias, are this rank's entries, in the
@@ -147,7 +147,7 @@ def prepare(
     softcap: float | None,
     logit_scale: float,
     plan: str,
-    memory_budget: int | None,
+    memory_budget: int | str | None,
     batch_invariant: bool,
     vocab_group: Any = None,
     static_capacity: tuple[int, int] | None = None,
@@ -162,7 +162,7 @@ def prepare(
     candidates: bool, like target: rows that may get a gradient; None: all. live_share: the share of these expected to
     get one. gather: a context in which the weight, sharded elsewhere, is whole.
     """
-    check_options(plan, memory_budget, batch_invariant, vocab_group)
+    memory_budget = check_options(plan, memory_budget, batch_invariant, vocab_group)
     shard, compiling = None, torch.compiler.is_compiling()
     with gather():
         check_head(hidden, weight, bias)
@@ -248,12 +248,13 @@ def choose(
     return report, counted, (True, None) if some is None or survey is None else (some, survey.edges)
 
 
-def check_options(plan: str, memory_budget: int | None, batch_invariant: bool, vocab_group: Any) -> None:
-    """Raise, naming the argument, where one does not fit."""
+def check_options(plan: str, memory_budget: int | str | None, batch_invariant: bool, vocab_group: Any) -> int | None:
+    """The memory budget in bytes. Raises, naming the argument, where one does not fit."""
     checks.one_of("plan", plan, ("auto", *PLANS))
-    checks.memory_budget("memory_budget", memory_budget)
+    budget = checks.memory_budget("memory_budget", memory_budget)
     checks.flag("batch_invariant", batch_invariant)
     checks.process_group("vocab_group", vocab_group)
+    return budget
 
 
 def check_capacity(

@@ -157,7 +157,8 @@ class LinearGRPOLoss(nn.Module):
             settings by which a token's coefficient depends on no other token (a ratio per token, no off-policy mask,
             top_entropy_quantile=1 or a `cutoff`). "auto": the one with the fewest products whose memory fits.
             `explain_plan` says which.
-        memory_budget: bytes that a plan may take above inputs, gradients and one tile. None: 2 V D.
+        memory_budget: bytes that a plan may take above inputs, gradients and one tile, also as a size such as "1GiB".
+            None: 2 V D.
         batch_invariant: the bits of a row's logp do not depend on the rows around it.
         vocab_group: process group over which the vocabulary is split, as for `linear_token_stats`.
         static_capacity: (rows, live), room for so many tokens that count and so many with a gradient, as for
@@ -169,7 +170,7 @@ class LinearGRPOLoss(nn.Module):
         config: LossConfig | str | None = None,
         *,
         plan: str = "auto",
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         batch_invariant: bool = False,
         vocab_group: Any = None,
         static_capacity: tuple[int, int] | None = None,
@@ -177,9 +178,9 @@ class LinearGRPOLoss(nn.Module):
     ):
         super().__init__()
         self.config = _config(config, settings)
-        check_options(plan, memory_budget, batch_invariant, vocab_group)
+        budget = check_options(plan, memory_budget, batch_invariant, vocab_group)
         check_capacity(static_capacity)
-        self.plan, self.memory_budget, self.batch_invariant = plan, memory_budget, batch_invariant
+        self.plan, self.memory_budget, self.batch_invariant = plan, budget, batch_invariant
         self.vocab_group, self.static_capacity = vocab_group, static_capacity
 
     def extra_repr(self) -> str:

@@ -74,9 +74,9 @@ class PlanReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.plan}: {self.products:.2f} matrix products of {self.rows} rows ({self.flop:.3g} FLOP) with "
-            f"{self.live_share:.0%} of the rows live, {_size(self.extra_bytes)} above inputs, gradients and a tile of "
-            f"{_size(self.tile_bytes)}; {self.why}."
+            f"{self.plan}: {self.products:.2f} matrix products of {self.rows} rows ({self.flop:.3g} FLOP) expected with "
+            f"{self.live_share:.0%} of the rows live, {_size(self.extra_bytes)} above inputs, gradients and a tile "
+            f"of {_size(self.tile_bytes)}; {self.why}."
         )
 
 
@@ -124,7 +124,7 @@ def make_plan(
         # A plan that is asked for without a budget needs no default one.
         limited = memory_budget is not None or plan == "auto"
         if why_not is None and extra > budget and limited:
-            why_not = f"{_size(extra)} do not fit the memory budget of {_size(budget)}"
+            why_not = f"it needs {_size(extra)}, and the memory budget is {_size(budget)}"
         alternatives[name] = (products, extra, why_not)
 
     unit = 2 * work.rows * work.V * work.D
@@ -140,7 +140,7 @@ def make_plan(
         possible = [name for name, (_, _, why_not) in alternatives.items() if why_not is None]
         plan = min(possible, key=lambda name: alternatives[name][:2])
         better = [name for name in costs if costs[name][0] < costs[plan][0]]
-        reasons = [f"{name} is out because of {alternatives[name][2]}" for name in better]
+        reasons = [f"{name} is not possible: {alternatives[name][2]}" for name in better]
         why = "; ".join(reasons) if reasons else "no plan has fewer products"
     else:
         why = "it was asked for"

@@ -594,7 +594,8 @@ ok = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "target": torch.
     ({"outputs": ("logp",), "entropy_grad": True}, ValueError, "entropy_grad: found True"),
     ({"plan": "tiles"}, ValueError, "plan: found 'tiles', expected one of 'auto', 'recompute', 'keep'"),
     ({"plan": "gradient_in_forward"}, ValueError, "plan: found 'gradient_in_forward'.*plan of LinearGRPOLoss"),
-    ({"plan": "keep", "memory_budget": 39}, ValueError, "plan: found 'keep'.* 40 B do not fit the memory budget of 39"),
+    ({"plan": "keep", "memory_budget": 39}, ValueError,
+     "plan: found 'keep'.* it needs 40 B, and the memory budget is 39"),
     ({"memory_budget": -1}, ValueError, "memory_budget: found -1"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):

@@ -374,11 +374,11 @@ def test_budgets_that_just_fit():
     assert chosen(kept).plan == "keep" and chosen(kept).extra_bytes == kept and chosen(kept).products == 3
     smaller = chosen(kept - 1)
     assert smaller.plan == "recompute" and smaller.extra_bytes == 0 and smaller.products == 4
-    assert "keep is out because of 2.34 KiB do not fit the memory budget of 2.34 KiB" in smaller.why
+    assert "keep is not possible: it needs 2.34 KiB, and the memory budget is 2.34 KiB" in smaller.why
     assert "gradient_in_forward" in smaller.why and smaller.flop == 4 * 2 * 15 * V * D
     assert str(chosen(kept)) == (
-        "keep: 3.00 matrix products of 15 rows (2.88e+04 FLOP) with 100% of the rows live, 2.34 KiB above inputs, "
-        "gradients and a tile of 512 B; no plan has fewer products."
+        "keep: 3.00 matrix products of 15 rows (2.88e+04 FLOP) expected with 100% of the rows live, 2.34 KiB above "
+        "inputs, gradients and a tile of 512 B; no plan has fewer products."
     )
     # Of 15 rows at most CPU_ROWS = 8 have their logits at a time.
     row_local = chosen(8 * V * 4, config=LossConfig(), advantage=torch.ones(3, 5), mask=None)
@@ -390,7 +390,7 @@ def test_budgets_that_just_fit():
     assert chosen(8 * V * 4 + 2 * V * D, config=LossConfig()).plan == "gradient_in_forward"
     of_half = explain_plan(hidden, half, memory_budget=8 * V * 4 + 2 * V * D - 1, config=LossConfig())
     assert of_half.plan == "recompute"
-    with pytest.raises(ValueError, match="plan: found 'keep', expected another one: 2.34 KiB do not fit"):
+    with pytest.raises(ValueError, match="plan: found 'keep', expected another one: it needs 2.34 KiB"):
         chosen(kept - 1, plan="keep")
     assert chosen(None, plan="keep").plan == "keep"  # what is asked for needs no default budget
     assert explain_plan(hidden, weight.detach()).products == pytest.approx(2 if kept <= 4 * V * D else 3)

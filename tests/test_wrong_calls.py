@@ -97,7 +97,7 @@ def these(*wrong):
 
 flag = these("x", "True", None, 1, 0, 0.0, [True], torch.tensor(True), np.True_)
 choice = these("nonsense", "", None, 3, True, ["grpo"], np.array(["grpo", "dapo"]), torch.ones(3))
-budget = these("1GB", "1", -1, 1.5, math.inf, math.nan, [1], True, torch.ones(3))
+budget = these("1 elephant", "", "-1GiB", "1.2.3MB", "GiB", -1, 1.5, math.inf, math.nan, [1], True, torch.ones(3))
 group = these("x", 3, object(), [0, 1])
 above_0 = number(0.0, -1.0, math.nan, math.inf)
 not_negative = number(-1.0, math.nan)
