@@ -74,9 +74,9 @@ class PlanReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.plan}: {self.products:.2f} matrix products of {self.rows} rows ({self.flop:.3g} FLOP) expected with "
-            f"{self.live_share:.0%} of the rows live, {_size(self.extra_bytes)} above inputs, gradients and a tile "
-            f"of {_size(self.tile_bytes)}; {self.why}."
+            f"{self.plan}: {self.products:.2f} matrix products of {self.rows} rows ({self.flop:.3g} FLOP) expected "
+            f"with {self.live_share:.0%} of the rows live, {_size(self.extra_bytes)} above inputs, gradients and a "
+            f"tile of {_size(self.tile_bytes)}; {self.why}."
         )
 
 
