@@ -23,7 +23,8 @@ from rlloss.diagnostics import Trend, trend
 
 ENTROPY = ("entropy/mean", "entropy")  # nats, by preference
 ZERO_VARIANCE = "reward_resolution/zero_variance/"
-DEAD_SHARES = ("zero_advantage_share", "reward_resolution/zero_advantage_groups")
+DEAD_SHARES = ("rlloss/zero_advantage_share", "reward_resolution/zero_advantage_groups")
+ON_POLICY_SHARE = "rlloss/on_policy_share"
 CLIP_RATIO = "clip_ratio/"
 MIN_LOGS = 20  # a line through fewer logs says too little
 
@@ -61,13 +62,14 @@ class CollapseMonitor(TrainerCallback):
                           `collapse_share` of the start, or falls and gets there within as many logs as it was fitted to
     `entropy_explosion`   the same upwards, above `explosion_factor` times the start and above `explosion_entropy`
     `low_entropy`         `entropy/p80` below `low_p80`: four tokens of five leave no choice
-    `on_policy`           `on_policy_share`; without it the trainer's settings and `clip_ratio/...` all 0: every ratio
-                          is 1, and no clip can act
+    `on_policy`           `rlloss/on_policy_share`; without it the trainer's settings and `clip_ratio/...` all 0: every
+                          ratio is 1, and no clip can act
     `kl_cov_on_policy`    the same with loss_type="kl_cov", whose penalty is then 0
     `reward/<name>`       `reward_resolution/zero_variance/<name>`; without it `rewards/<name>/std` of 0: the reward
                           tells no completions apart
-    `dead_groups`         `zero_advantage_share`, `reward_resolution/zero_advantage_groups`, or `frac_reward_zero_std`
-                          (which with multi_objective_aggregation="normalize_then_sum" says nothing about groups)
+    `dead_groups`         `rlloss/zero_advantage_share`, `reward_resolution/zero_advantage_groups`, or
+                          `frac_reward_zero_std` (which with multi_objective_aggregation="normalize_then_sum" says
+                          nothing about groups)
     ====================  ==============================================================================================
 
     A metric that is missing, None or not finite leaves its point open: nothing is said, and nothing is taken back.
@@ -207,9 +209,9 @@ class CollapseMonitor(TrainerCallback):
     def _on_policy(self, metrics: dict[str, float], args) -> dict[str, str | None]:
         loss_type = getattr(args, "loss_type", None)
         clips = [value for name, value in metrics.items() if name.startswith(CLIP_RATIO)]
-        if "on_policy_share" in metrics:
-            found = metrics["on_policy_share"] >= self.on_policy_share
-            why = f"{metrics['on_policy_share']:.1%} of the tokens have the importance ratio 1"
+        if ON_POLICY_SHARE in metrics:
+            found = metrics[ON_POLICY_SHARE] >= self.on_policy_share
+            why = f"{metrics[ON_POLICY_SHARE]:.1%} of the tokens have the importance ratio 1"
         elif clips and _updates_once(args) is not None:
             found = bool(_updates_once(args)) and not any(clips)
             why = (

@@ -167,8 +167,8 @@ class GRPOConfig(TrlGRPOConfig):
         metadata={
             "help": "What becomes of completions whose whole advantage is 0 (their group got one reward), which carry "
             "no gradient: 'forward_only' runs them without one, for the metrics; 'drop' does not run them, and the "
-            "metrics of the loss (entropy, clip ratios, live_share) then cover the completions that ran; 'keep' runs "
-            "all in one call. Loss and gradient are the same. One call is also made where every completion has a "
+            "metrics of the loss (entropy, clip ratios, rlloss/live_share) then cover the completions that ran; 'keep' "
+            "runs all in one call. Loss and gradient are the same. One call is also made where every completion has a "
             "gradient (beta, an entropy bonus), where completions of a call depend on one another (dropout, images), "
             "and under torch.compile, which would compile a graph per shape."
         },

@@ -93,9 +93,9 @@ def _function(owner: object, name: str) -> Any:
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
 
-    Logs TRL's metrics under their names, and `live_share` (tokens with a nonzero gradient), `zero_advantage_share`
-    (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and `entropy/cutoff`; the gauges
-    of `rlloss.diagnostics` once an optimizer step, and with several rewards those of
+    Logs TRL's metrics under their names, and `rlloss/live_share` (tokens with a nonzero gradient),
+    `rlloss/zero_advantage_share` (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and
+    `entropy/cutoff`; the gauges of `rlloss.diagnostics` once an optimizer step, and with several rewards those of
     `rlloss.rewards.reward_resolution` once a generation.
     """
 

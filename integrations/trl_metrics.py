@@ -33,11 +33,19 @@ OVER_RANKS = {
 }
 
 
-# Gauges of an optimizer step that are logged, as far as they are not in TRL's metrics.
-GAUGES = (
-    "entropy/p50", "entropy/p80", "entropy/p95", "entropy/below_0.01_share", "on_policy_share", "abs_log_ratio",
-    "approx_kl", "cov/logp_advantage", "cov/logp_prob_advantage",
-)  # fmt: skip
+# Gauges of an optimizer step that are logged, as far as they are not in TRL's metrics: logged name -> the gauge's.
+# Trackers group metrics by what is before the first "/".
+GAUGES = {
+    "entropy/p50": "entropy/p50",
+    "entropy/p80": "entropy/p80",
+    "entropy/p95": "entropy/p95",
+    "entropy/below_0.01_share": "entropy/below_0.01_share",
+    "rlloss/on_policy_share": "on_policy_share",
+    "rlloss/abs_log_ratio": "abs_log_ratio",
+    "rlloss/approx_kl": "approx_kl",
+    "cov/logp_advantage": "cov/logp_advantage",
+    "cov/logp_prob_advantage": "cov/logp_prob_advantage",
+}
 
 
 class LossMetrics:
@@ -62,8 +70,8 @@ class LossMetrics:
             averages["window_entropy"] = reduced["window_entropy"] / reduced["window_kept"].clamp(min=1)
         averages = dict(zip(averages, torch.stack(list(averages.values())).tolist(), strict=True))
 
-        log["zero_advantage_share"].append(averages["zero_advantage_share"])
-        names = {"entropy": "entropy", "live_share": "live_share", **MEANS[surrogate]}
+        log["rlloss/zero_advantage_share"].append(averages["zero_advantage_share"])
+        names = {"entropy": "entropy", "rlloss/live_share": "live_share", **MEANS[surrogate]}
         if trainer.beta != 0.0:
             names["kl"] = "kl"
         if trainer.top_entropy_quantile < 1.0:
@@ -100,12 +108,12 @@ class LossMetrics:
                 return
         found = gauges(unpack(reduced, like))
         values = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
-        bins = [name for name in values if name.startswith("cov/logp_advantage/")]
-        for name in (*GAUGES, *bins):
-            if not math.isnan(values[name]):  # of no token
-                log[name].append(values[name])
+        bins = {name: name for name in values if name.startswith("cov/logp_advantage/")}
+        for name, gauge in (GAUGES | bins).items():
+            if not math.isnan(values[gauge]):  # of no token
+                log[name].append(values[gauge])
         if values["nonfinite_share"] > 0.0:
-            log["nonfinite_share"].append(values["nonfinite_share"])
+            log["rlloss/nonfinite_share"].append(values["nonfinite_share"])
         if mode != "train":
             return
         self.fit.update(values["entropy/mean"], values["cov/logp_advantage"])

@@ -113,7 +113,7 @@ def what_never_acted(history: Sequence[dict[str, float | None]], options: dict[s
 
     found = []
     if options.get("loss_type") == "kl_cov":
-        found += [] if ever("on_policy_share", lambda v: v < 1.0) else ["ratio"]
+        found += [] if ever("rlloss/on_policy_share", lambda v: v < 1.0) else ["ratio"]
     elif not ever("clip_ratio/region_mean", lambda v: v > 0.0):
         found.append("clip")
     for name, (metric, acts, asked_for) in _EVIDENCE.items():

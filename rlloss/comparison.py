@@ -44,7 +44,7 @@ PANELS = (
     report.Panel("rewards/answer_right/mean", "Reward: answer right", "share of completions", low=0.0, high=1.0),
     report.Panel("rewards/format_right/mean", "Reward: format right", "share of completions", low=0.0, high=1.0),
     report.Panel("cov/logp_advantage", "Cov(log-probability, advantage)", "nats"),
-    report.Panel("live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
+    report.Panel("rlloss/live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
 )
 # Two-sided 95 % points of Student's t by degrees of freedom; beyond, that of the normal distribution is near enough.
 _T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -192,7 +192,7 @@ def _of_seeds(results: list[ArmResult], of: str) -> list[float]:
 def tables(results: dict[str, list[ArmResult]]) -> list[report.Table]:
     """Held-out scores, the end of training, and whether each remedy acted."""
     held_out = {"answer right": ("answer_right", 3), "format right": ("format_right", 3)}
-    training = {"entropy": ("entropy", 3), "its p80": ("entropy/p80", 3), "live share": ("live_share", 2)}
+    training = {"entropy": ("entropy", 3), "its p80": ("entropy/p80", 3), "live share": ("rlloss/live_share", 2)}
     seeds = len(results[BASE.name])
     acted = [
         [name, _union(of_arm, "inactive") or "none", _first_warnings(of_arm) or "none"]

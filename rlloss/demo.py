@@ -49,7 +49,7 @@ PANELS = (
     report.Panel("clip_ratio/low_mean", "Clipped below", "share of tokens", low=0.0),
     report.Panel("clip_ratio/high_mean", "Clipped above", "share of tokens", low=0.0),
     report.Panel("entropy/kept_share", "Kept by the entropy mask", "share of tokens", low=0.0, high=1.0),
-    report.Panel("live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
+    report.Panel("rlloss/live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
 )
 
 
@@ -244,7 +244,7 @@ def _training_table(result: DemoResult) -> report.Table:
         ("clipped below", "clip_ratio/low_mean"),
         ("clipped above", "clip_ratio/high_mean"),
         ("kept share", "entropy/kept_share"),
-        ("live share", "live_share"),
+        ("live share", "rlloss/live_share"),
     ):
         rows.append([name, *(_cell(start_and_end(arm.history, metric)) for arm in result.arms)])
     rows.append(["seconds", *(f"{arm.seconds:.0f}" for arm in result.arms)])

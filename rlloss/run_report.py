@@ -40,7 +40,7 @@ STATES = {
 CHARTS = (
     # title, unit, metrics in the order of their lines
     ("Entropy", "nats per token", r"entropy(/mean)?", r"entropy/p\d+", r"entropy/cutoff"),
-    ("Tokens that teach", "share of tokens", r"(entropy/)?kept_share", r"live_share", r"(\w+/)?selected_share"),
+    ("Tokens that teach", "share of tokens", r"(entropy/)?kept_share", r"rlloss/live_share", r"(\w+/)?selected_share"),
     ("Clipped", "share of tokens", r"clip_ratio/(low|high|region)_mean", r"cispo_clip_ratio"),
     ("Covariance of log-probability and advantage", "", r"cov/logp_(prob_)?advantage"),
     ("... by the accuracy of the group", "", r"cov/logp_advantage/.*"),
@@ -48,7 +48,7 @@ CHARTS = (
     ("Sampling temperature", "", r"sampling/temperature/.*"),
     ("Rewards", "", r"reward", r"rewards/.*/mean"),
     ("Spread of the rewards", "standard deviation", r"reward_std", r"rewards/.*/std"),
-    ("Groups without a signal", "share", r"zero_advantage_share", r"frac_reward_zero_std", r".*zero_variance.*"),
+    ("Groups without a signal", "share", r"rlloss/zero_advantage_share", r"frac_reward_zero_std", r".*zero_variance.*"),
     ("KL to the reference", "nats per token", r"kl"),
     ("Loss", "", r"loss", r"policy_loss"),
     ("Norm of the gradient", "", r"grad_norm"),

@@ -92,7 +92,7 @@ def test_an_explosion():
 
 
 def test_once_per_finding_and_again_after_it_came_back(caplog):
-    dead, well = {"zero_advantage_share": 0.97}, {"zero_advantage_share": 0.4}
+    dead, well = {"rlloss/zero_advantage_share": 0.97}, {"rlloss/zero_advantage_share": 0.4}
     series = [dead] * 2 + [well] + [dead] * 10 + [well] * 2 + [dead] * 5 + [well] * 3 + [dead] * 4
     with caplog.at_level(logging.WARNING):
         monitor = watch(series)
@@ -115,7 +115,7 @@ def test_a_fall_that_recovers_and_falls_again():
 
 @pytest.mark.parametrize("share, found", [(1.0, True), (0.9995, True), (0.25, False)])
 def test_on_policy_by_the_gauge(share, found):
-    monitor = watch([{"on_policy_share": share, "clip_ratio/low_mean": 0.0}] * 3)
+    monitor = watch([{"rlloss/on_policy_share": share, "clip_ratio/low_mean": 0.0}] * 3)
     assert kinds(monitor) == ([(3, "on_policy")] if found else [])
     if found:
         message = monitor.findings[0].message
@@ -146,7 +146,7 @@ def test_on_policy_by_trls_settings(iterations, steps, accumulation, clipped, fo
 
 def test_kl_cov_on_policy():
     args = SimpleNamespace(**{**vars(TRL_ARGS), "loss_type": "kl_cov"})
-    monitor = watch([{"on_policy_share": 1.0}] * 3, args)
+    monitor = watch([{"rlloss/on_policy_share": 1.0}] * 3, args)
     assert kinds(monitor) == [(3, "kl_cov_on_policy")]
     assert "the penalty of KL-Cov is 0" in monitor.findings[0].message
 
@@ -181,17 +181,18 @@ def test_low_entropy():
 
 def test_missing_metrics_are_no_news():
     series = [{}, {"loss": 0.1, "learning_rate": 1e-6}, {"entropy": None, "entropy/p80": math.nan},
-              {"on_policy_share": None, "rewards/a/std": math.nan, "zero_advantage_share": "?"}] * 20  # fmt: skip
+              {"rlloss/on_policy_share": None, "rewards/a/std": math.nan,
+               "rlloss/zero_advantage_share": "?"}] * 20  # fmt: skip
     assert watch(series).findings == []
     assert watch(series, SimpleNamespace()).findings == []
     # A gap between the logs that agree, as with logs of an evaluation.
-    dead = {"zero_advantage_share": 1.0}
+    dead = {"rlloss/zero_advantage_share": 1.0}
     assert kinds(watch([dead, {"eval_loss": 1.0}, dead, {}, dead])) == [(5, "dead_groups")]
 
 
 def test_thresholds_are_arguments():
     assert watch([{"entropy/p80": 0.3}], monitor=CollapseMonitor(low_p80=0.5, patience=1)).findings
-    assert watch([{"zero_advantage_share": 0.5}], monitor=CollapseMonitor(dead_share=0.5, patience=1)).findings
+    assert watch([{"rlloss/zero_advantage_share": 0.5}], monitor=CollapseMonitor(dead_share=0.5, patience=1)).findings
     falling = entropies([1.0 - 0.01 * i for i in range(60)])
     assert kinds(watch(falling, monitor=CollapseMonitor(collapse_share=0.6)))[0][0] < 39
     assert watch(falling[:45], monitor=CollapseMonitor(collapse_share=0.01)).findings == []

@@ -114,7 +114,7 @@ def test_differences_are_paired():
 
 
 def result(name, entropy, answer, **more):
-    history = [{"entropy": entropy, "entropy/p80": 2 * entropy, "live_share": 0.5}]
+    history = [{"entropy": entropy, "entropy/p80": 2 * entropy, "rlloss/live_share": 0.5}]
     return ArmResult(name, {}, history, {"answer_right": (answer, 0.1), "format_right": (0.5, 0.1)}, 1.0, **more)
 
 
@@ -152,8 +152,8 @@ ACTING = {"clip_ratio/region_mean": 0.1}
 
 
 @pytest.mark.parametrize("options, row, expected", [
-    ({"loss_type": "kl_cov"}, {"on_policy_share": 1.0, "cov/selected_share": 0.1}, ["ratio"]),
-    ({"loss_type": "kl_cov"}, {"on_policy_share": 0.4, "cov/selected_share": 0.1}, []),
+    ({"loss_type": "kl_cov"}, {"rlloss/on_policy_share": 1.0, "cov/selected_share": 0.1}, ["ratio"]),
+    ({"loss_type": "kl_cov"}, {"rlloss/on_policy_share": 0.4, "cov/selected_share": 0.1}, []),
     ({"loss_type": "clip_cov"}, {**ACTING, "cov/selected_share": 0.0}, ["covariance"]),
     ({"loss_type": "clip_cov"}, {**ACTING, "cov/selected_share": 0.1}, []),
     ({"entropy_coef": 0.1}, ACTING, ["entropy bonus"]),

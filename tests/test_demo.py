@@ -53,7 +53,7 @@ def test_every_step_was_taken_with_finite_numbers(ran):
         assert [row["step"] for row in arm["history"]] == list(range(1, 11))
         for row in arm["history"]:
             assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-            assert 0.0 <= row["live_share"] <= row["entropy/kept_share"] <= 1.0
+            assert 0.0 <= row["rlloss/live_share"] <= row["entropy/kept_share"] <= 1.0
             assert row["clip_ratio/region_mean"] is not None
         for mean, error in arm["held_out"].values():
             assert 0.0 <= mean <= 1.0 and error >= 0.0

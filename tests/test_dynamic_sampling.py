@@ -167,7 +167,7 @@ def test_old_logp_loss_and_gradient_are_those_of_the_same_batch_made_by_hand(tra
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm() and expected[1].norm() > 0.1
     for metrics in (found[2], expected[2]):
-        metrics.pop("on_policy_share", None)  # of ratios that are exactly 1, which rounding decides here
+        metrics.pop("rlloss/on_policy_share", None)  # of ratios that are exactly 1, which rounding decides here
     assert found[2] == pytest.approx(expected[2], rel=1e-4, abs=1e-5)
 
 
@@ -293,7 +293,8 @@ def test_training_runs(tmp_path, options):
     history = [entry for entry in trainer.state.log_history if "dynamic_sampling/rounds" in entry]
     assert history and all(entry["dynamic_sampling/left_share"] == 0 for entry in history)
     assert any(entry["dynamic_sampling/replaced_share"] > 0 for entry in history)
-    shares = [entry["zero_advantage_share"] for entry in trainer.state.log_history if "zero_advantage_share" in entry]
+    name = "rlloss/zero_advantage_share"
+    shares = [entry[name] for entry in trainer.state.log_history if name in entry]
     assert shares and not any(shares)
 
 

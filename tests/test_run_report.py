@@ -216,8 +216,8 @@ def test_a_line_that_does_not_fit_is_left_out_and_named(tmp_path, bad):
 
 
 def test_metrics_are_drawn_by_kind_and_none_is_lost(tmp_path):
-    known = ["entropy", "entropy/p50", "entropy/p80", "entropy/cutoff", "live_share", "clip_ratio/low_mean", "reward",
-             "rewards/right/mean", "rewards/right/std", "kl", "loss", "cov/logp_advantage"]  # fmt: skip
+    known = ["entropy", "entropy/p50", "entropy/p80", "entropy/cutoff", "rlloss/live_share", "clip_ratio/low_mean",
+             "reward", "rewards/right/mean", "rewards/right/std", "kl", "loss", "cov/logp_advantage"]  # fmt: skip
     metrics = [{"step": s, **dict.fromkeys([*known, "step_time", "eval_loss"], s / 2)} for s in (1, 2, 4)]
     page = page_of(make_run(tmp_path, metrics=metrics))
     drawn = [[line[0] for line in chart] for chart in page.data["lines"]]

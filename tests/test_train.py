@@ -110,7 +110,7 @@ def test_training_leaves_a_model_that_loads_and_its_checkpoints(trained):
 
 def test_both_rewards_and_our_metrics_are_logged(trained):
     first = state(trained / "checkpoint-2")["log_history"][0]
-    assert {"rewards/short/mean", "rewards/has_answer/mean", "live_share", "entropy"} <= first.keys()
+    assert {"rewards/short/mean", "rewards/has_answer/mean", "rlloss/live_share", "entropy"} <= first.keys()
 
 
 def test_resume_from_yaml_goes_on_where_it_stopped(project, trained):

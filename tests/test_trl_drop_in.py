@@ -175,7 +175,7 @@ def test_a_subclass_with_a_loss_of_its_own_may_have_a_loss_type_of_its_own(tmp_p
         before = trainer.model.get_parameter("lm_head.weight").detach().clone()
         trainer.train()
         assert not torch.equal(trainer.model.get_parameter("lm_head.weight"), before)
-        assert ("live_share" in trainer.state.log_history[0]) == (loss_type == "dapo")
+        assert ("rlloss/live_share" in trainer.state.log_history[0]) == (loss_type == "dapo")
     with pytest.raises(ValueError, match="loss_type: found 'mine', expected one of 'grpo'"):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, loss_type="mine")
 

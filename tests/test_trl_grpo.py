@@ -129,7 +129,7 @@ def test_training_runs_and_logs_trls_metrics_and_ours(tmp_path):
     for name in ("clip_ratio/region_mean", "clip_ratio/low_min", *OURS_ALONE):
         of_run = history[2:] if name.startswith("cov/entropy_change") else history
         assert all(math.isfinite(entry[name]) for entry in of_run), name
-    assert all(0 < entry["entropy/kept_share"] <= 1 and 0 <= entry["live_share"] <= 1 for entry in history)
+    assert all(0 < entry["entropy/kept_share"] <= 1 and 0 <= entry["rlloss/live_share"] <= 1 for entry in history)
 
 
 @pytest.mark.parametrize("loss_type", [*TRL_LOSS_TYPES, "gspo"])

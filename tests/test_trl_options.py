@@ -94,7 +94,7 @@ def test_a_trainer_takes_every_option_and_trains(tmp_path, name):
     )
     assert trainer._why_trls_own() is None
     trainer.train()
-    assert "live_share" in trainer.state.log_history[0]
+    assert "rlloss/live_share" in trainer.state.log_history[0]
 
 
 NO_EFFECT = [
@@ -181,7 +181,7 @@ def test_a_run_writes_what_the_report_reads(tmp_path):
     assert [log["step"] for log in logs[:4]] == [1, 2, 3, 4] and logs[0]["entropy/p80"] > 0
     live = sum(s in "lp" for c in completions[4:] for s in c["state"])
     tokens = sum(s != "m" for c in completions[4:] for s in c["state"])
-    assert live / tokens == pytest.approx(logs[2]["live_share"])
+    assert live / tokens == pytest.approx(logs[2]["rlloss/live_share"])
     page = write_run_report(tmp_path / "run")
     assert page.read_text().count("<html") == 1
 

@@ -129,7 +129,7 @@ def test_kl_cov_moves_completions_without_an_advantage(trainer, monkeypatch):
         found[choice] = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     assert_same_step(found["forward_only"], found["keep"])
     tokens = inputs["completion_mask"].bool()
-    assert found["keep"][2]["live_share"] * int(tokens.sum()) > int(tokens[[1, 3]].sum()) + 0.5
+    assert found["keep"][2]["rlloss/live_share"] * int(tokens.sum()) > int(tokens[[1, 3]].sum()) + 0.5
 
 
 def test_a_bonus_on_all_tokens(trainer, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_pat
     # Adam's steps are signs at first: an element whose gradient is rounding noise may step the other way.
     assert (split - whole).abs().gt(1e-4).float().mean() < 1e-3
     for ours, theirs in zip(logs, their_logs, strict=True):
-        for name in ("cov/logp_advantage", "entropy/p80", "abs_log_ratio"):
+        for name in ("cov/logp_advantage", "entropy/p80", "rlloss/abs_log_ratio"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
     if "covariance" in GLOBAL[which]:
         assert all(entry["cov/selected_share"] > 0 for entry in logs)
@@ -289,10 +289,10 @@ def test_the_loss_is_at_the_temperatures_that_sampled(tmp_path, monkeypatch, rul
     *_, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, output)
     entropy = torch.distributions.Categorical(logits=scaled).entropy()
     assert metrics["entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-4)
-    assert metrics["abs_log_ratio"] < ROUNDING and metrics["kl"] == pytest.approx(0.0, abs=ROUNDING)
+    assert metrics["rlloss/abs_log_ratio"] < ROUNDING and metrics["kl"] == pytest.approx(0.0, abs=ROUNDING)
     exact = {name: value for name, value in output.items() if name != "old_per_token_logps"}
     *_, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, exact)
-    assert metrics["on_policy_share"] == 1.0
+    assert metrics["rlloss/on_policy_share"] == 1.0
     # A pass of somebody else's is at temperature 1.
     logp, _ = token_numbers(trainer, output)
     plain = model_logits(trainer, output).log_softmax(-1)

@@ -67,7 +67,7 @@ def _on_a_rank(rank: int, port: int, folder: str, expected: dict) -> None:
             assert own["entropy_cutoff"] == inputs["entropy_cutoff"], name
         torch.distributed.all_reduce(own_gradient)
         torch.testing.assert_close(own_gradient / 2, gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        logged = [*GAUGES, *(k for k in metrics if k.startswith(("cov/", "entropy"))), "live_share"]
+        logged = [*GAUGES, *(k for k in metrics if k.startswith(("cov/", "entropy"))), "rlloss/live_share"]
         for key in logged:
             assert own_metrics[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), (name, key)
 

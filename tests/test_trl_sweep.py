@@ -109,7 +109,7 @@ def test_the_bonus_alone_is_the_mean_entropy_of_the_kept_tokens(trainers):
     torch.testing.assert_close(loss, -0.3 * kept.mean().detach() / 4)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     assert gradient.norm() > 0.01 and abs(metrics["policy_loss"]) < 1e-6
-    assert metrics["live_share"] == pytest.approx(metrics["entropy/kept_share"])
+    assert metrics["rlloss/live_share"] == pytest.approx(metrics["entropy/kept_share"])
 
 
 def test_the_auxiliary_loss_of_experts_reaches_loss_and_router(trainers):

@@ -108,8 +108,8 @@ def test_drop_has_the_loss_and_gradient_of_the_whole_batch(trainer, calls, optio
     option("zero_advantage", "drop")
     found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     assert_same_step(found, expected)
-    assert set(found[2]) - set(expected[2]) - GAUGES_ALONE == {"live_share", "zero_advantage_share"}
-    assert found[2]["zero_advantage_share"] == pytest.approx(len(DEAD[which]) / 4)
+    assert set(found[2]) - set(expected[2]) - GAUGES_ALONE == {"rlloss/live_share", "rlloss/zero_advantage_share"}
+    assert found[2]["rlloss/zero_advantage_share"] == pytest.approx(len(DEAD[which]) / 4)
     live = [i for i in range(4) if i not in DEAD[which]]
     ran = [rows_of(trainer, inputs, hidden) for _, hidden in calls]
     assert ran == [live] if live else [len(rows) for rows in ran] == [1]
@@ -338,7 +338,8 @@ def graphs(folder, choice: str) -> int:
     with backend("torch"):
         trainer.train()
     trainer.accelerator.state.dynamo_plugin.backend = "NO"  # the state is that of all trainers of the process
-    shares = [log["zero_advantage_share"] for log in trainer.state.log_history if "zero_advantage_share" in log]
+    name = "rlloss/zero_advantage_share"
+    shares = [log[name] for log in trainer.state.log_history if name in log]
     assert len(set(shares)) > 1  # so that the number of rows with a gradient varies
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -214,7 +214,8 @@ def runs(tmp_path_factory):
         trained = build_trainer(GRPOTrainer, GRPOConfig, folder, half_of_the_groups, **settings, **options)
         with backend("torch"):
             trained.train()
-        shares = [x["zero_advantage_share"] for x in trained.state.log_history if "zero_advantage_share" in x]
+        share = "rlloss/zero_advantage_share"
+        shares = [x[share] for x in trained.state.log_history if share in x]
         weights = torch.cat([p.detach().flatten() for p in trained.model.parameters()])
         live = [rows.dead.count(False) for rows in look(trained._buffered_inputs)]
         finished[name] = weights, shares, live
@@ -249,7 +250,8 @@ def _on_a_rank(rank: int, port: int, folder: str) -> None:
         with backend("torch"):
             trainer.train()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-        shares = [x["zero_advantage_share"] for x in trainer.state.log_history if "zero_advantage_share" in x]
+        name = "rlloss/zero_advantage_share"
+        shares = [x[name] for x in trainer.state.log_history if name in x]
         assert shares == [0.5, 0.5]
     assert (weights[1] - weights[0]).norm() <= 1e-4 * weights[0].norm()
     assert [known[-1] for known in trainer._zero_advantage.memory._known] == [True, True]

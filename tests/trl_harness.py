@@ -18,7 +18,7 @@ VOCABULARY = 48
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 # Of an optimizer step; the last two from the third step on.
 GAUGES_ALONE = {*GAUGES, "cov/entropy_change_slope", "cov/entropy_change_correlation"}
-OURS_ALONE = {"live_share", "zero_advantage_share", "entropy/kept_share", "entropy/cutoff", *GAUGES_ALONE}
+OURS_ALONE = {"rlloss/live_share", "rlloss/zero_advantage_share", "entropy/kept_share", "entropy/cutoff", *GAUGES_ALONE}
 CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 TRLS_LOSS = trl.GRPOTrainer._compute_loss  # as it is before a test forbids it
 
