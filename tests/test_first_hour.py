@@ -75,7 +75,7 @@ def test_it_imports_beside_the_clone(newcomer):
 
 def test_the_pythons_run_as_one_script(newcomer):
     (newcomer.here / "blocks.py").write_text("\n".join(PYTHON))
-    assert "rlloss/live_share" in newcomer.runs("python blocks.py")
+    assert "live_share" in newcomer.runs("python blocks.py")
 
 
 def test_the_look_first(newcomer):
