@@ -156,7 +156,7 @@ def _whiten_by_tokens(total_N: Tensor, counts_N: Tensor, eps: float) -> Tensor:
 
 
 def _check_settings(method: str, scale: str, eps: float, token_counts: Tensor | None) -> None:
-    if method in TRLS_METHODS:
+    if isinstance(method, str) and method in TRLS_METHODS:
         raise ValueError(f"method: found {method!r}, expected {TRLS_METHODS[method]!r}, which is that of TRL")
     one_of("method", method, METHODS)
     one_of("scale", scale, SCALES)

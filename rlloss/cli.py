@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(arguments)
     if arguments.command == "report":
         return _report(arguments)
+    if arguments.command == "plan":
+        return _plan(arguments)
     parser.print_help()
     return 0
 
@@ -50,6 +52,22 @@ def _parser() -> argparse.ArgumentParser:
         help="train your own model by GRPO: --model DIR_OR_ID --dataset FILE_OR_ID --reward module:function",
         add_help=False,
     )
+    plan = commands.add_parser(
+        "plan",
+        help="say what the lm_head of a model costs, from its config.json alone",
+        description="What the lm_head of a model costs in a micro-batch: matrix products and logits held, of rlloss's "
+        "plans, plain logits, TRL's and Liger's heads. Reads the config alone, no weights.",
+    )
+    plan.add_argument("model", metavar="MODEL_OR_CONFIG", help="config.json, a folder that has one, or a Hub id")
+    plan.add_argument("--completions", type=_positive, default=16, help="of a micro-batch (default: %(default)s)")
+    plan.add_argument("--tokens", type=_positive, default=1024, help="columns of a completion (default: %(default)s)")
+    plan.add_argument("--rho", type=float, default=1.0, help="share of the tokens with a gradient (default: 1)")
+    plan.add_argument("--fill", type=float, default=1.0, help="share of the columns that count (default: 1)")
+    plan.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32 (default: %(default)s)")
+    plan.add_argument("--lora", action="store_true", help="the head is not trained")
+    plan.add_argument("--memory_budget", metavar="SIZE", help='that a plan may take, such as "1GiB" (default: 2 V D)')
+    plan.add_argument("--device", default="cuda", help="cuda or cpu: whose tiles (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="print it as JSON")
     report = commands.add_parser(
         "report",
         help="make one HTML page of a training run: metrics, and completions coloured by entropy",
@@ -126,6 +144,27 @@ def _train(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"rlloss train: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    from rlloss.head_costs import head_costs
+
+    try:
+        found = head_costs(
+            arguments.model, completions=arguments.completions, tokens=arguments.tokens, rho=arguments.rho,
+            fill=arguments.fill, dtype=arguments.dtype, frozen_head=arguments.lora,
+            memory_budget=arguments.memory_budget, device=arguments.device,
+        )  # fmt: skip
+    except OSError as error:
+        print(f"rlloss plan: error: model: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"rlloss plan: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
     return 0
 
 

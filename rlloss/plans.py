@@ -75,8 +75,8 @@ class PlanReport(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.plan}: {self.products:.2f} matrix products of {self.rows} rows ({self.flop:.3g} FLOP) expected "
-            f"with {self.live_share:.0%} of the rows live, {_size(self.extra_bytes)} above inputs, gradients and a "
-            f"tile of {_size(self.tile_bytes)}; {self.why}."
+            f"with {self.live_share:.0%} of the rows live, {size_text(self.extra_bytes)} above inputs, gradients and a "
+            f"tile of {size_text(self.tile_bytes)}; {self.why}."
         )
 
 
@@ -124,7 +124,7 @@ def make_plan(
         # A plan that is asked for without a budget needs no default one.
         limited = memory_budget is not None or plan == "auto"
         if why_not is None and extra > budget and limited:
-            why_not = f"it needs {_size(extra)}, and the memory budget is {_size(budget)}"
+            why_not = f"it needs {size_text(extra)}, and the memory budget is {size_text(budget)}"
         alternatives[name] = (products, extra, why_not)
 
     unit = 2 * work.rows * work.V * work.D
@@ -151,7 +151,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

@@ -65,6 +65,7 @@ FLOORS = {
     "rlloss.integrations.token_log": 3.7,
     "rlloss.integrations.collapse_monitor": 3.7,
     "rlloss.arithmetic": 4,
+    "rlloss.head_costs": 4,
     "rlloss.report": 4,
     "rlloss.run_log": 4,
     "rlloss.checkpoints": 4,

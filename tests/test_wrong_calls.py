@@ -30,6 +30,7 @@ from rlloss.entropy import (
     scale_logits,
     temperature_rule,
 )
+from rlloss.head_costs import head_costs
 from rlloss.losses import CovarianceConfig, SapoConfig, VespoConfig
 from rlloss.rewards import (
     SoftOverlongPenalty,
@@ -160,6 +161,13 @@ KINDS = {
     "cache": whole(-1, 100),
     "num_rewards": at_least_1,
     "memory_budget": budget,
+    "model": these(None, 3, [], {}, {"vocab_size": 0, "hidden_size": 4}, {"vocab_size": 3}),
+    "completions": whole(0, -1),
+    "tokens": whole(0, -1),
+    "fill": number(-0.1, 1.1, math.nan),
+    "dtype": these(None, 3, "int8", torch.float32, ""),
+    "frozen_head": these(None, 0, 1, "yes"),
+    "device": these(None, 3, "tpu", torch.device("cpu"), ""),
     "static_capacity": these("ab", 3, (1, 2), (2,), (2.0, 1.0), (True, True), (2, 0), ("6", "6"), torch.ones(2)),
     "draw": these("x", 1.5, True, [1], torch.ones(3), torch.tensor(1.5), np.ones(2)),
     # Settings.
@@ -410,11 +418,15 @@ CALLS = {
         (CovarianceConfig, {"ratio": 0.1, "low": 1.0, "high": 5.0, "kl_coef": 1.0, "penalty": "abs",
                             "scope": "microbatch", "selection": "random", "seed": 1, "at_least_one": True}),
     ],
+    "head_costs": [
+        (head_costs, {"model": {"vocab_size": 50, "hidden_size": 4}, "completions": 2, "tokens": 3, "rho": 0.5,
+                      "fill": 0.5, "dtype": "bf16", "frozen_head": False, "memory_budget": 1 << 20, "device": "cpu"}),
+    ],
     "backend": [(enter_backend, {"name": "torch"})],
     "choose_backend": [(ops.choose_backend, {"x": logits})],
 }  # fmt: skip
 # Not at the top of the package, and public all the same.
-ELSEWHERE = [masks.off_policy_mask, diagnostics.pack, diagnostics.unpack]
+ELSEWHERE = [head_costs, masks.off_policy_mask, diagnostics.pack, diagnostics.unpack]
 ELSEWHERE += [x for x in map(vars(ops).get, ops.__all__) if callable(x)]
 
 
