@@ -25,6 +25,7 @@ from rlloss.diagnostics import diagnose
 from rlloss.entropy_control import bonus_now
 from rlloss.integrations.collapse_monitor import CollapseMonitor
 from rlloss.integrations.rollout import Rollout, ScaledModel, content_key
+from rlloss.integrations.run_summary import RunSummary
 from rlloss.integrations.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl_advantages import RewardsToAdvantages
 from rlloss.integrations.trl_config import (
@@ -111,7 +112,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._zero_advantage = ZeroAdvantage(self, MULTIMODAL)
         self._rollout = Rollout(self, MULTIMODAL)
         self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
-        self._loss_metrics = LossMetrics(self)
+        self._summary = RunSummary(self)
+        self.add_callback(self._summary)
+        self._loss_metrics = LossMetrics(self, self._summary.tokens)
         self._token_log = self._make_token_log()
         watches = getattr(self.args, "collapse_monitor", True)
         if watches and not any(isinstance(c, CollapseMonitor) for c in self.callback_handler.callbacks):
@@ -239,6 +242,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         whole = inputs
+        self._summary.loss_begins(whole["completion_ids"])
         if config.top_entropy_quantile < 1.0:
             self._rollout.open_window(whole, config)
         if "temperatures" in whole:
@@ -276,10 +280,20 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         dead = dead_completions(whole).float()
         metrics |= {"dead": dead.sum(), "completions": torch.ones_like(dead).sum()}
+        metrics["counted"] = mask.sum().float() if inputs is whole else counted_tokens(whole).sum().float()
         self._loss_metrics.log(mode, metrics, self._gauges(logp, entropy, mask, inputs))
         if self.accelerator.sync_gradients:
             self._rollout.close_window()
         return loss
+
+    def training_step(self, *args, **kwargs):
+        with self._summary.micro_batch():
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        if self.model.training:
+            self._summary.log(self._metrics["train"])
+        super().log(logs, start_time)
 
     def _gauges(self, logp, entropy, mask, inputs):
         old_logp = inputs.get("old_per_token_logps")
@@ -357,6 +371,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         patch = contextlib.nullcontext()
         if plan != "trl" and why_no_patch() is None:
             patch = patch_trl(plan=plan, memory_budget=getattr(self.args, "lm_head_memory_budget", None))
+            patch.head.on_call = self._summary.saw
         with patch:
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs

@@ -12,7 +12,7 @@ is rlloss's: the same outputs and gradients, with no product in the backward for
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -28,6 +28,7 @@ except ImportError as error:
 
 from rlloss import checks
 from rlloss.linear import prepare
+from rlloss.plans import PlanReport
 
 PLANS = ("auto", "recompute", "keep")
 NEEDED = ("add_fused_lm_head", "_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
@@ -76,6 +77,8 @@ class LmHead:
 
     def __init__(self, plan: str, memory_budget: int | None, batch_invariant: bool):
         self.plan, self.memory_budget, self.batch_invariant = plan, memory_budget, batch_invariant
+        self.on_call: Callable[[PlanReport], None] | None = None
+        """Called with the plan of every call that is not compiled."""
 
     def apply(
         self,
@@ -97,6 +100,8 @@ class LmHead:
             # Looked up in the backward again, where an engine that shards the weight has taken it apart.
             gather=lambda: trl_utils.maybe_gather_lm_head_ctx(weight, bias),  # type: ignore[arg-type]
         )  # fmt: skip
+        if call.report is not None and self.on_call is not None:
+            self.on_call(call.report)
         if not torch.is_autocast_enabled(hidden.device.type):
             # As TRL has it: an fp32 head of a bf16 model is run in bf16, unless cast_lm_head_to_fp32 made hidden fp32.
             call = call._replace(settings=call.settings._replace(compute_dtype=hidden.dtype))

@@ -51,8 +51,9 @@ GAUGES = {
 class LossMetrics:
     """Sums of micro-batches, reduced over processes, as what a trainer of TRL logs."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, trainer: Any, tokens: Callable[[float, float], None] | None = None):
+        """tokens: told, of each micro-batch in training, the tokens with a gradient and those that count."""
+        self.trainer, self._tokens = trainer, tokens
         self.fit = EntropyFit()
         self._of_step: Tensor | None = None  # gauge sums of the optimizer step so far, of all processes
 
@@ -68,7 +69,10 @@ class LossMetrics:
         averages = means(reduced) | {"zero_advantage_share": reduced["dead"] / reduced["completions"].clamp(min=1)}
         if "window_kept" in reduced:
             averages["window_entropy"] = reduced["window_entropy"] / reduced["window_kept"].clamp(min=1)
+        averages |= {"live": reduced["live"], "counted": reduced["counted"]}
         averages = dict(zip(averages, torch.stack(list(averages.values())).tolist(), strict=True))
+        if self._tokens is not None and mode == "train":
+            self._tokens(averages["live"], averages["counted"])
 
         log["rlloss/zero_advantage_share"].append(averages["zero_advantage_share"])
         names = {"entropy": "entropy", "rlloss/live_share": "live_share", **MEANS[surrogate]}

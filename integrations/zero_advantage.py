@@ -242,6 +242,8 @@ class ZeroAdvantage:
         self.trainer, self.multimodal = trainer, multimodal
         self.memory, self.said = Memory(), set()
         self.dependence: BatchDependence | None = None
+        self.without_backward = 0
+        """Completions so far of this process that ran without backward, or did not run."""
 
     @property
     def choice(self) -> str:
@@ -286,11 +288,19 @@ class ZeroAdvantage:
             f"False with {mean}: the loss depends on which completions share a micro-batch",
         )  # fmt: skip
 
+    def says(self, trls_own: str | None) -> str:
+        """What becomes of completions whose advantage is 0, and why. trls_own: why the loss is TRL's, or None."""
+        why = f"zero_advantage={self.choice!r}" if self.choice == "keep" else trls_own or self.why_one_call()
+        of_them = "completions whose advantage is 0"
+        if why is not None:
+            return f"{of_them} run as the others do ({why})"
+        return f"{of_them} {'run forward only' if self.choice == 'forward_only' else 'do not run'}"
+
     def look_ahead(self, batches: list[dict]) -> None:
         """At a new generation batch: spread its live rows and learn what every micro-batch has, in one go."""
         if self.choice == "keep":
             return
-        if self.spreads and self._why_one_call() is None:
+        if self.spreads and self.why_one_call() is None:
             if any(map(self._sees, batches)):
                 self._say("spread_live_rows: completions with images stay where they are")
             else:
@@ -313,11 +323,13 @@ class ZeroAdvantage:
         if not splits and not trims:
             return PartedModel(model, inputs, None, None), inputs
 
+        B = len(inputs["completion_ids"])
         rows, agreed = self.memory.recall(inputs, self._agreement([inputs]) if splits else None)
         parts = split(rows, False if sees or not splits else None if choice == "drop" else agreed)
         if choice == "drop" and len(parts.live) < len(rows.dead):
             inputs, rows = take(inputs, parts.live), rows.of(parts.live)
             parts = split(rows, False)
+        self.without_backward += B - len(parts.live)
         cuts = trims and not self._of_model().on_length
         multiple = getattr(trainer.args, "pad_to_multiple_of", None) or 1
         return PartedModel(model, inputs, parts, rows.reach if cuts else None, multiple), inputs
@@ -343,7 +355,7 @@ class ZeroAdvantage:
             self.dependence = BatchDependence(self.trainer.model)
         return self.dependence
 
-    def _why_one_call(self) -> str | None:
+    def why_one_call(self) -> str | None:
         trls_call = self.trainer._why_trls_call()
         return trls_call or self._why_compiled() or self._why_together() or self._why_all_live()
 

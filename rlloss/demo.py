@@ -34,6 +34,7 @@ from rlloss.arms import ArmSpec as ArmSpec
 from rlloss.arms import start_and_end as start_and_end
 from rlloss.arms import what_never_acted as what_never_acted
 from rlloss.integrations.collapse_monitor import CollapseMonitor
+from rlloss.integrations.run_summary import RunSummary
 from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
@@ -163,7 +164,8 @@ def train_arm(
         processing_class=tokenizer,
         callbacks=[callback, monitor],
     )
-    trainer.remove_callback(transformers.PrinterCallback)
+    for callback_class in (transformers.PrinterCallback, RunSummary):  # the demo says itself what it does
+        trainer.remove_callback(callback_class)
     trainer.train()
     history = [_finite(row) for row in trainer.state.log_history if "entropy" in row]
     if options.get("top_entropy_quantile", 1.0) >= 1.0:

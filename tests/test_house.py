@@ -64,6 +64,8 @@ FLOORS = {
     "rlloss.integrations.trl_metrics": 3.7,
     "rlloss.integrations.token_log": 3.7,
     "rlloss.integrations.collapse_monitor": 3.7,
+    "rlloss.integrations.notice": 3.6,
+    "rlloss.integrations.run_summary": 3.8,
     "rlloss.arithmetic": 4,
     "rlloss.head_costs": 4,
     "rlloss.report": 4,

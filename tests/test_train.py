@@ -90,6 +90,7 @@ def trained(project):
     rewards = ["--reward", "my_rewards:short", "--reward", "my_rewards:has_answer"]
     ran = rlloss(project, "train", *flags(**OPTIONS, output_dir="out", epsilon_low=0.1), *rewards)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "had a gradient" in ran.stdout
     return project / "out"
 
 
