@@ -12,7 +12,7 @@ NEEDED = ("trl", "transformers", "datasets", "accelerate", "tokenizers", "packag
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 something is not installed, 2 bad input."""
+    """Run a command; returns the exit status: 0 done, 1 something is not installed or does not fit, 2 bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:  # its options are TRL's to parse, --help included
         return _train(argv[1:])
@@ -24,6 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments)
     if arguments.command == "plan":
         return _plan(arguments)
+    if arguments.command == "doctor":
+        from rlloss.doctor import doctor
+
+        found = doctor(benchmark=not arguments.no_benchmark)
+        print(found)
+        return 0 if found.ok else 1
     parser.print_help()
     return 0
 
@@ -68,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory_budget", metavar="SIZE", help='that a plan may take, such as "1GiB" (default: 2 V D)')
     plan.add_argument("--device", default="cuda", help="cuda or cpu: whose tiles (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor = commands.add_parser(
+        "doctor",
+        help="look whether this machine and its libraries fit, and say what to do if not",
+        description="Versions, device and backend, results against fp64, and a benchmark of ten seconds. The exit "
+        "status is 1 if something is wrong; what to do stands below it.",
+    )
+    doctor.add_argument("--no-benchmark", action="store_true", help="leave the benchmark out")
     report = commands.add_parser(
         "report",
         help="make one HTML page of a training run: metrics, and completions coloured by entropy",

@@ -68,6 +68,7 @@ FLOORS = {
     "rlloss.integrations.run_summary": 3.8,
     "rlloss.arithmetic": 4,
     "rlloss.head_costs": 4,
+    "rlloss.doctor": 5,
     "rlloss.report": 4,
     "rlloss.run_log": 4,
     "rlloss.checkpoints": 4,
