@@ -20,12 +20,12 @@ except ImportError as error:
 
 from rlloss import checks
 from rlloss.diagnostics import Trend, trend
+from rlloss.integrations.notice import say
 
 ENTROPY = ("entropy/mean", "entropy")  # nats, by preference
 ZERO_VARIANCE = "reward_resolution/zero_variance/"
 DEAD_SHARES = ("rlloss/zero_advantage_share", "reward_resolution/zero_advantage_groups")
 ON_POLICY_SHARE = "rlloss/on_policy_share"
-CLIP_RATIO = "clip_ratio/"
 MIN_LOGS = 20  # a line through fewer logs says too little
 
 # Against a falling entropy: what to say, and whether the trainer's settings already have it.
@@ -62,8 +62,8 @@ class CollapseMonitor(TrainerCallback):
                           `collapse_share` of the start, or falls and gets there within as many logs as it was fitted to
     `entropy_explosion`   the same upwards, above `explosion_factor` times the start and above `explosion_entropy`
     `low_entropy`         `entropy/p80` below `low_p80`: four tokens of five leave no choice
-    `on_policy`           `rlloss/on_policy_share`; without it the trainer's settings and `clip_ratio/...` all 0: every
-                          ratio is 1, and no clip can act
+    `on_policy`           `rlloss/on_policy_share`: every ratio is 1, and no clip can act. Where the trainer's settings
+                          make it so, that is no finding: one line says it before the first step
     `kl_cov_on_policy`    the same with loss_type="kl_cov", whose penalty is then 0
     `reward/<name>`       `reward_resolution/zero_variance/<name>`; without it `rewards/<name>/std` of 0: the reward
                           tells no completions apart
@@ -134,6 +134,17 @@ class CollapseMonitor(TrainerCallback):
         self._forget()
         for logs in state.log_history:
             self._remember(_numbers(logs))
+        if _updates_once(args) and getattr(args, "loss_type", None) != "kl_cov":
+            steps, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
+            settings = f"steps_per_generation == gradient_accumulation_steps == {steps}"
+            if steps != accumulation:
+                settings = f"steps_per_generation={steps}, gradient_accumulation_steps={accumulation}"
+            more = 2 * max(args.num_iterations, accumulation // steps)
+            say(
+                args,
+                f"rlloss: every importance ratio is 1, because a generation is used for one update (num_iterations="
+                f"{args.num_iterations}, {settings}), so no clip can act; num_iterations={more} changes that.",
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         metrics = _numbers(logs or {})
@@ -208,19 +219,10 @@ class CollapseMonitor(TrainerCallback):
 
     def _on_policy(self, metrics: dict[str, float], args) -> dict[str, str | None]:
         loss_type = getattr(args, "loss_type", None)
-        clips = [value for name, value in metrics.items() if name.startswith(CLIP_RATIO)]
-        if ON_POLICY_SHARE in metrics:
-            found = metrics[ON_POLICY_SHARE] >= self.on_policy_share
-            why = f"{metrics[ON_POLICY_SHARE]:.1%} of the tokens have the importance ratio 1"
-        elif clips and _updates_once(args) is not None:
-            found = bool(_updates_once(args)) and not any(clips)
-            why = (
-                "Every importance ratio is 1 and every clip ratio 0, because a generation is used for one update "
-                f"(num_iterations={args.num_iterations}, steps_per_generation={args.steps_per_generation}, "
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps})"
-            )
-        else:
+        if ON_POLICY_SHARE not in metrics or (_updates_once(args) and loss_type != "kl_cov"):
             return {}
+        found = metrics[ON_POLICY_SHARE] >= self.on_policy_share
+        why = f"{metrics[ON_POLICY_SHARE]:.1%} of the tokens have the importance ratio 1"
         kind, effect = "on_policy", "no clip can act, so epsilon_low, epsilon_high and Clip-Cov change nothing"
         if loss_type == "kl_cov":
             kind, effect = (

@@ -123,31 +123,37 @@ def test_on_policy_by_the_gauge(share, found):
         assert "num_iterations > 1, or steps_per_generation > gradient_accumulation_steps" in message
 
 
-@pytest.mark.parametrize(
-    "iterations, steps, accumulation, clipped, found",
-    [
-        (1, 2, 2, 0.0, True),
-        (1, 1, 4, 0.0, True),
-        (2, 2, 4, 0.0, True),
-        (2, 2, 2, 0.0, False),
-        (1, 4, 2, 0.0, False),
-        (1, 2, 2, 0.01, False),
-    ],
-)
-def test_on_policy_by_trls_settings(iterations, steps, accumulation, clipped, found):
-    settings = (("num_iterations", iterations), ("steps_per_generation", steps))
-    args = SimpleNamespace(**{**vars(TRL_ARGS), **dict(settings), "gradient_accumulation_steps": accumulation})
-    monitor = watch([{"clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": clipped}] * 3, args)
-    assert [kind for _, kind in kinds(monitor)] == (["on_policy"] if found else [])
-    if found:
-        assert f"num_iterations={iterations}, steps_per_generation={steps}" in monitor.findings[0].message
-    assert watch([{"reward": 0.5}] * 3, args).findings == []  # without clip ratios nothing is known
+@pytest.mark.parametrize("iterations, steps, accumulation, settings", [
+    (1, 2, 2, "num_iterations=1, steps_per_generation == gradient_accumulation_steps == 2"),
+    (1, 1, 4, "num_iterations=1, steps_per_generation=1, gradient_accumulation_steps=4"),
+    (2, 2, 4, "num_iterations=2, steps_per_generation=2, gradient_accumulation_steps=4"),
+    (2, 2, 2, None), (1, 4, 2, None),
+])  # fmt: skip
+def test_on_policy_by_the_settings_is_one_line_of_information(
+    capsys, caplog, iterations, steps, accumulation, settings
+):
+    given = {"num_iterations": iterations, "steps_per_generation": steps, "gradient_accumulation_steps": accumulation}
+    args, monitor = SimpleNamespace(**{**vars(TRL_ARGS), **given}), CollapseMonitor()
+    monitor.on_train_begin(args, TrainerState(), None)
+    said = capsys.readouterr().out.splitlines()
+    watch([{"rlloss/on_policy_share": 1.0, "clip_ratio/low_mean": 0.0}] * 5, args, monitor)
+    if settings is None:
+        assert said == [] and kinds(monitor) == [(3, "on_policy")]  # a learning rate of 0, for instance
+        return
+    assert monitor.findings == [] and caplog.text == "" and len(said) == 1
+    assert f"for one update ({settings}), so no clip can act; num_iterations=" in said[0]
+    advised = int(said[0].split("num_iterations=")[-1].split()[0])
+    args.num_iterations = advised  # which has to be true
+    CollapseMonitor().on_train_begin(args, TrainerState(), None)
+    assert capsys.readouterr().out == "" and advised > iterations
 
 
 def test_kl_cov_on_policy():
     args = SimpleNamespace(**{**vars(TRL_ARGS), "loss_type": "kl_cov"})
     monitor = watch([{"rlloss/on_policy_share": 1.0}] * 3, args)
     assert kinds(monitor) == [(3, "kl_cov_on_policy")]
+    args.num_iterations = 1
+    assert kinds(watch([{"rlloss/on_policy_share": 1.0}] * 3, args)) == [(3, "kl_cov_on_policy")]
     assert "the penalty of KL-Cov is 0" in monitor.findings[0].message
 
 
@@ -198,7 +204,7 @@ def test_thresholds_are_arguments():
     assert watch(falling[:45], monitor=CollapseMonitor(collapse_share=0.01)).findings == []
 
 
-def test_in_a_trainer_and_after_a_resume(tmp_path):
+def test_in_a_trainer_and_after_a_resume(tmp_path, capsys):
     monitor = CollapseMonitor()
     options = {"max_steps": 3, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
     constant = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
@@ -206,7 +212,8 @@ def test_in_a_trainer_and_after_a_resume(tmp_path):
     trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, tmp_path, reward_funcs=[constant], **options)
     trainer.add_callback(monitor)
     trainer.train()
-    assert {kind for _, kind in kinds(monitor)} == {"on_policy", "reward/always", "dead_groups"}
+    assert {kind for _, kind in kinds(monitor)} == {"reward/always", "dead_groups"}
+    assert capsys.readouterr().out.count("so no clip can act") == 1
     assert {step for step, _ in kinds(monitor)} == {3}
 
     history = [{"entropy": 1.0, "step": step} for step in range(1, 31)]
