@@ -39,6 +39,7 @@ NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_h
 NOT_TRLS = ("gspo", "clip_cov", "kl_cov")
 # Options with a fixed choice of words.
 CHOICES = {
+    "gauges": ("basic", "all"),
     "lm_head_plan": ("auto", "trl", *PLANS),
     "zero_advantage": ("forward_only", "drop", "keep"),
     "entropy_scope": ("microbatch", "window", "generation"),
@@ -186,6 +187,15 @@ class GRPOConfig(TrlGRPOConfig):
         metadata={
             "help": "Warn in words when the logs show the entropy collapse or explode, a clip that cannot act, or a "
             "reward without a signal, each with what to try (`rlloss.integrations.collapse_monitor`)."
+        },
+    )
+    gauges: str = dataclasses.field(
+        default="basic",
+        metadata={
+            "help": "What is logged beside TRL's metrics: 'basic': shares of tokens and completions with a gradient, "
+            "entropy quantiles, the covariance that moves the entropy, what the lm_head ran, and what a selected "
+            "option needs; 'all': also ratios, covariances by the accuracy of the group and what several rewards "
+            "resolve."
         },
     )
     token_log_steps: int = dataclasses.field(

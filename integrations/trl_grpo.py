@@ -39,7 +39,7 @@ from rlloss.integrations.trl_config import (
 from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl_lm_head import patch_trl
 from rlloss.integrations.trl_lm_head import why_not as why_no_patch
-from rlloss.integrations.trl_metrics import LossMetrics
+from rlloss.integrations.trl_metrics import LogOrder, LossMetrics
 from rlloss.integrations.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.losses import LOSSES, default_denominator, means, policy_loss
 from rlloss.masks import entropy_cutoff, top_entropy_mask
@@ -97,7 +97,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     Logs TRL's metrics under their names, and `rlloss/live_share` (tokens with a nonzero gradient),
     `rlloss/zero_advantage_share` (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and
     `entropy/cutoff`; the gauges of `rlloss.diagnostics` once an optimizer step, and with several rewards those of
-    `rlloss.rewards.reward_resolution` once a generation.
+    `rlloss.rewards.reward_resolution` once a generation, as far as the option `gauges` asks for them; and what the
+    lm_head ran, see `rlloss.integrations.run_summary`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -114,7 +115,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
         self._summary = RunSummary(self)
         self.add_callback(self._summary)
-        self._loss_metrics = LossMetrics(self, self._summary.tokens)
+        self._loss_metrics, self._log_order = LossMetrics(self, self._summary.tokens), LogOrder()
         self._token_log = self._make_token_log()
         watches = getattr(self.args, "collapse_monitor", True)
         if watches and not any(isinstance(c, CollapseMonitor) for c in self.callback_handler.callbacks):
@@ -291,8 +292,10 @@ class GRPOTrainer(trl.GRPOTrainer):
             return super().training_step(*args, **kwargs)
 
     def log(self, logs, start_time=None):
-        if self.model.training:
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
             self._summary.log(self._metrics["train"])
+        self._log_order.bring(self._metrics[mode], getattr(self.args, "gauges", "basic"))
         super().log(logs, start_time)
 
     def _gauges(self, logp, entropy, mask, inputs):

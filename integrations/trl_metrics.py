@@ -46,6 +46,62 @@ GAUGES = {
     "cov/logp_advantage": "cov/logp_advantage",
     "cov/logp_prob_advantage": "cov/logp_prob_advantage",
 }
+# What is logged beside TRL's metrics, in the order of a log -> whether gauges="basic" has it. A name that ends on "/"
+# stands for all that begin with it and are not named before.
+OURS = {
+    "rlloss/live_share": True,
+    "rlloss/zero_advantage_share": True,
+    "rlloss/on_policy_share": True,
+    "rlloss/abs_log_ratio": False,
+    "rlloss/approx_kl": False,
+    "rlloss/products": True,
+    "rlloss/products_plain": True,
+    "rlloss/logits_mib_avoided": True,
+    "rlloss/nonfinite_share": True,
+    "entropy/p50": True,
+    "entropy/p80": True,
+    "entropy/p95": True,
+    "entropy/below_0.01_share": False,
+    "entropy/cutoff": True,
+    "entropy/kept_share": True,
+    "cov/logp_advantage": True,
+    "cov/logp_advantage/": False,
+    "cov/logp_prob_advantage": False,
+    "cov/selected_share": True,
+    "cov/entropy_change_slope": False,
+    "cov/entropy_change_correlation": False,
+    "sampling/temperature/": True,
+    "dynamic_sampling/": True,
+    "reward_resolution/zero_variance/": True,  # the monitor reads it
+    "reward_resolution/": False,
+}
+_PLACES = {name: place for place, name in enumerate(OURS)}
+
+
+def ours(name: str) -> str | None:
+    """The key of OURS that a logged name belongs to; None: it is not rlloss's."""
+    if name in OURS:
+        return name
+    return next((key for key in OURS if key.endswith("/") and name.startswith(key)), None)
+
+
+class LogOrder:
+    """Brings the metrics of every log into one order: TRL's as they came first, then ours as in OURS."""
+
+    def __init__(self):
+        self._theirs: dict[str, int] = {}
+
+    def bring(self, metrics: dict[str, list[float]], gauges: str) -> None:
+        """In place, without those of ours that `gauges` leaves out and those that have no value."""
+        kept: list[tuple[tuple[int, int], str, list[float]]] = []
+        for i, (name, values) in enumerate(metrics.items()):
+            key = ours(name)
+            if key is None:
+                kept.append(((0, self._theirs.setdefault(name, len(self._theirs))), name, values))
+            elif (gauges == "all" or OURS[key]) and not all(map(math.isnan, values)):
+                kept.append(((1 + _PLACES[key], i), name, values))
+        metrics.clear()
+        metrics.update((name, values) for _, name, values in sorted(kept))
 
 
 class LossMetrics:

@@ -211,7 +211,7 @@ def test_soft_overlong_trains_and_needs_no_other_option(tmp_path):
 
 
 def test_gauges_of_the_rewards_are_logged_in_training_and_evaluation(tmp_path):
-    trainer = build(tmp_path, num_generations_eval=2, max_steps=1)
+    trainer = build(tmp_path, num_generations_eval=2, max_steps=1, gauges="all")
     trainer.train()
     trainer.evaluate(trainer.train_dataset.select(range(6)))
     for prefix in ("", "eval_"):

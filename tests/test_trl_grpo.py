@@ -113,7 +113,7 @@ def test_the_loss_never_materialises_logits(trainer, monkeypatch):
 
 def test_training_runs_and_logs_trls_metrics_and_ours(tmp_path):
     options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3, "epsilon_low": 0.1, "epsilon_high": 0.28}
-    options |= {"top_entropy_quantile": 0.2, "multi_objective_aggregation": "normalize_then_sum"}
+    options |= {"top_entropy_quantile": 0.2, "multi_objective_aggregation": "normalize_then_sum", "gauges": "all"}
     rewards = [
         lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
         lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids],
@@ -203,7 +203,7 @@ def test_every_other_default_is_trls():
         "epsilon_low", "max_log_ratio", "entropy_denominator", "zero_advantage", "spread_live_rows", "lm_head_plan",
         "lm_head_memory_budget", "exact_k", "entropy_scope", "entropy_bonus_tokens", "covariance",
         "dynamic_temperature", "dynamic_sampling_rounds", "reward_conditions", "gdpo_token_weighted",
-        "soft_overlong_cache", "collapse_monitor", "token_log_steps",
+        "soft_overlong_cache", "collapse_monitor", "token_log_steps", "gauges",
     }  # fmt: skip
     assert all(ours[name].default == field.default for name, field in theirs.items())
 

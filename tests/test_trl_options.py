@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from trl_harness import build_trainer, lm_head_in_torch  # noqa: E402, F401
 import rlloss  # noqa: E402
 from rlloss.integrations.collapse_monitor import CollapseMonitor  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+from rlloss.integrations.trl_metrics import OURS, ours  # noqa: E402
 from rlloss.run_report import write_run_report  # noqa: E402
 from rlloss.token_states import token_states  # noqa: E402
 from rlloss.train import parse  # noqa: E402
@@ -42,6 +44,7 @@ OPTIONS = {
     "reward_conditions": ({"long": ["short", 1.0]}, {}, rlloss.group_advantage),
     "gdpo_token_weighted": (True, {"multi_objective_aggregation": "normalize_then_sum"}, rlloss.group_advantage),
     "soft_overlong_cache": (4, {}, rlloss.rewards.soft_overlong_penalty),
+    "gauges": ("all", {}, None),  # of a log, which the plain API has none of
     "zero_advantage": ("drop", {}, rlloss.LinearGRPOLoss),
     "spread_live_rows": (True, {"gradient_accumulation_steps": 2}, rlloss.LinearGRPOLoss),
     "lm_head_plan": ("keep", {}, rlloss.linear_token_stats),
@@ -186,7 +189,7 @@ def test_a_run_writes_what_the_report_reads(tmp_path):
     assert page.read_text().count("<html") == 1
 
 
-def test_the_monitor_is_there_unless_it_is_not_wanted_or_given(tmp_path, caplog):
+def test_the_monitor_is_there_unless_it_is_not_wanted_or_given(tmp_path, caplog, capsys):
     def monitors(trainer):
         return [c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseMonitor)]
 
@@ -195,8 +198,9 @@ def test_the_monitor_is_there_unless_it_is_not_wanted_or_given(tmp_path, caplog)
     assert len(monitors(trainer)) == 1
     with caplog.at_level(logging.WARNING, "rlloss.integrations.collapse_monitor"):
         trainer.train()
-    assert {"on_policy", "dead_groups"} <= {finding.kind for finding in monitors(trainer)[0].findings}
-    assert "num_iterations" in caplog.text
+    assert {finding.kind for finding in monitors(trainer)[0].findings} == {"dead_groups", "reward/<lambda>"}
+    assert "nearly all groups are dead" in caplog.text and "no clip can act" not in caplog.text
+    assert capsys.readouterr().out.count("no clip can act; num_iterations=2 changes that.") == 1
     without = build_trainer(GRPOTrainer, GRPOConfig, tmp_path / "without", collapse_monitor=False)
     assert not monitors(without)
 
@@ -207,7 +211,7 @@ def test_gauges_by_the_accuracy_of_the_group(tmp_path):
     right[0].__name__ = "right"
     trainer = build_trainer(
         GRPOTrainer, GRPOConfig, tmp_path, right, per_device_train_batch_size=16, num_generations=4, max_steps=2,
-        num_iterations=2,
+        num_iterations=2, gauges="all",
     )  # fmt: skip
     trainer.train()
     bins = ("hardest", "hard", "easy", "easiest")
@@ -217,3 +221,60 @@ def test_gauges_by_the_accuracy_of_the_group(tmp_path):
     accuracy = torch.cat([inputs["group_accuracy"] for inputs in trainer._buffered_inputs])
     expected = {bins[min(int(a * 4), 3)] for a in accuracy.tolist()}
     assert set(found) == expected
+
+
+def test_gauges_basic_and_all(tmp_path):
+    """Each is a part of the next, TRL's own metrics stay, and every log has one order of its keys."""
+    # The second log begins within a generation, so that its metrics come in another order.
+    options = {"max_steps": 4, "num_iterations": 3, "logging_steps": 2, "top_entropy_quantile": 0.5}
+    logs = {}
+    for name, trainer_class, config_class, more in (
+        ("trl", trl.GRPOTrainer, trl.GRPOConfig, {}),
+        ("basic", GRPOTrainer, GRPOConfig, {}),
+        ("all", GRPOTrainer, GRPOConfig, {"gauges": "all"}),
+    ):
+        trainer = build_trainer(trainer_class, config_class, tmp_path / name, [short, long], **options, **more)
+        trainer.train()
+        logs[name] = [log for log in trainer.state.log_history if "entropy" in log]
+    theirs, basic, everything = ({key for log in logs[name] for key in log} for name in logs)
+    assert theirs < basic < everything
+    assert basic - theirs == {
+        "rlloss/live_share", "rlloss/zero_advantage_share", "rlloss/on_policy_share", "rlloss/products",
+        "rlloss/products_plain", "rlloss/logits_mib_avoided", "entropy/p50", "entropy/p80", "entropy/p95",
+        "entropy/cutoff", "entropy/kept_share", "cov/logp_advantage", "reward_resolution/zero_variance/short",
+        "reward_resolution/zero_variance/long",
+    }  # fmt: skip
+    assert {ours(key) for key in everything - theirs} <= OURS.keys()
+    assert {"rlloss/approx_kl", "cov/entropy_change_slope", "reward_resolution/groups"} <= everything
+    for name in ("basic", "all"):
+        place = {}  # of every pair of keys that some log has, one order
+        for log in logs[name]:
+            keys = [key for key in log if key not in ("epoch", "step")]
+            for i, first in enumerate(keys):
+                for second in keys[i + 1 :]:
+                    assert place.setdefault(frozenset((first, second)), first) == first
+            last_of_theirs = max(i for i, key in enumerate(keys) if key in theirs)
+            assert all(ours(key) is None for key in keys[: last_of_theirs + 1])
+            assert not any(log[key] is None or math.isnan(log[key]) for key in keys if key not in theirs)
+
+
+def test_a_number_that_is_not_there_is_not_logged(tmp_path, monkeypatch):
+    """A constant reward correlates with nothing."""
+    rewards = [short, lambda completions, **_: [1.0] * len(completions)]
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, rewards, gauges="all", max_steps=1)
+    empty, bring = set(), trainer._log_order.bring
+
+    def watched(metrics, gauges):
+        empty.update(name for name, values in metrics.items() if all(map(math.isnan, values)))
+        bring(metrics, gauges)
+
+    monkeypatch.setattr(trainer._log_order, "bring", watched)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert any("correlation" in name for name in empty) and "reward_resolution/groups" in logged
+    assert not {name for name in empty if ours(name)} & set(logged)
+
+
+def test_gauges_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="gauges: found 'most', expected one of 'basic', 'all'"):
+        GRPOConfig(output_dir=str(tmp_path), bf16=False, gauges="most")
