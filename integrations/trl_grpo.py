@@ -9,6 +9,7 @@ Same options, same metrics.
 import contextlib
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig
 from rlloss.diagnostics import diagnose
 from rlloss.entropy_control import bonus_now
 from rlloss.integrations.collapse_monitor import CollapseMonitor
+from rlloss.integrations.model_card import complete_card, dataset_of
 from rlloss.integrations.rollout import Rollout, ScaledModel, content_key
 from rlloss.integrations.run_summary import RunSummary
 from rlloss.integrations.token_log import MetricsLog, TokenLog
@@ -100,6 +102,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     `rlloss.rewards.reward_resolution` once a generation, as far as the option `gauges` asks for them; and what the
     lm_head ran, see `rlloss.integrations.run_summary`.
     """
+
+    dataset_name: str | None = None
+    """Of the training set, for the model card: a Hub id or a file. None: what its cache says."""
 
     def __init__(self, *args, **kwargs):
         self._said: set[str] = set()
@@ -297,6 +302,14 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._summary.log(self._metrics["train"])
         self._log_order.bring(self._metrics[mode], getattr(self.args, "gauges", "basic"))
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        dataset = dataset_name or self.dataset_name or dataset_of(self.train_dataset)
+        on_hub = dataset is not None and not Path(dataset).exists()
+        model_name = model_name or Path(self.hub_model_id or str(self.args.output_dir)).name
+        super().create_model_card(model_name, dataset if on_hub else None, tags)
+        if self.is_world_process_zero():
+            complete_card(self, dataset)
 
     def _gauges(self, logp, entropy, mask, inputs):
         old_logp = inputs.get("old_per_token_logps")

@@ -391,6 +391,7 @@ def _prepare(
         raise UserError(f"--model {arguments.model}: {here}it could not be loaded: {_one_line(error)}") from error
     except (ValueError, ImportError) as error:  # settings that exclude one another, or a library that they need
         raise UserError(_one_line(error)) from error
+    trainer.dataset_name = arguments.dataset  # for the model card
     return trainer, checkpoint
 
 

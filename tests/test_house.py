@@ -66,6 +66,8 @@ FLOORS = {
     "rlloss.integrations.collapse_monitor": 3.7,
     "rlloss.integrations.notice": 3.6,
     "rlloss.integrations.run_summary": 3.8,
+    "rlloss.integrations.model_card": 4.05,
+    "rlloss.integrations.trl_grpo": 4.1,
     "rlloss.arithmetic": 4,
     "rlloss.head_costs": 4,
     "rlloss.doctor": 5,

@@ -107,6 +107,8 @@ def test_training_leaves_a_model_that_loads_and_its_checkpoints(trained):
     start = AutoModelForCausalLM.from_pretrained(trained.parent / "policy")
     moved = [not a.equal(b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
     assert any(moved)
+    card = (trained / "README.md").read_text()
+    assert "- Model: `policy`" in card and "- Dataset: `prompts.jsonl`" in card and "None" not in card
 
 
 def test_both_rewards_and_our_metrics_are_logged(trained):
