@@ -59,7 +59,7 @@ def _naming_unknown_options(cls: type) -> type:
         known = [field.name for field in dataclasses.fields(cls) if field.init]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
                 raise TypeError(f"unknown option {name}{f', did you mean {near[0]}?' if near else ''}")
         init(self, *args, **options)
 

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="rlloss_demo", help="directory to write to (default: %(default)s)")
     commands.add_parser(
         "train",
-        help="train your own model by GRPO: --model DIR_OR_ID --dataset FILE_OR_ID --reward module:function",
+        help="train your own model by GRPO; train --init prints a YAML file to start from",
         add_help=False,
     )
     plan = commands.add_parser(
@@ -148,15 +148,41 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
+    from rlloss.train_help import USAGE, one_screen, template
+
+    asked = next((argv[i : i + 2] for i, word in enumerate(argv) if word in ("-h", "--help", "--init")), [])
+    if asked[:1] == ["--init"]:
+        return _write_template(template(), *asked[1:])
+    if asked and asked[1:] != ["all"]:
+        print(one_screen())
+        return 0
     if _missing("train"):
         return 1
     from rlloss.train import UserError, run
+    from rlloss.train_options import everything
 
+    if asked:
+        print(everything())
+        return 0
     try:
         run(argv)
     except UserError as error:
-        print(f"rlloss train: error: {error}", file=sys.stderr)
+        print(f"usage: {USAGE}\nrlloss train: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _write_template(text: str, file: str | None = None) -> int:
+    if file is None:
+        print(text, end="")
+        return 0
+    try:
+        with open(file, "x", encoding="utf-8") as opened:
+            opened.write(text)
+    except OSError as error:
+        print(f"rlloss train: error: --init: found {file!r}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(file)
     return 0
 
 

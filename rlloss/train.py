@@ -1,10 +1,11 @@
 """GRPO on the user's own model, prompts and reward functions, from the command line or a YAML file.
 
     rlloss train --model DIR_OR_ID --dataset prompts.jsonl --reward rewards:is_right --output_dir out
-    accelerate launch -m rlloss.cli train --config train.yaml
+    torchrun --nproc_per_node 2 -m rlloss.cli train --config train.yaml
 
 Every field of GRPOConfig and of TRL's ModelConfig (LoRA, quantisation, dtype) is an option; the parser is TRL's, so a
-YAML key is the option's name and the command line wins over the file.
+YAML key is the option's name and the command line wins over the file. What can be checked without the model's weights
+is checked before they are loaded.
 """
 
 # TRL and transformers export their names lazily, which type checkers take for private.
@@ -12,74 +13,29 @@ YAML key is the option's name and the command line wins over the file.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import importlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import TrainerCallback
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlloss.checkpoints import what_is_wrong
 from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 from rlloss.report import make_folder
+from rlloss.train_options import TrainArguments, UserError, one_line
+from rlloss.train_options import parse as parse
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _TRUE, _FALSE = ("true", "last"), ("false", "none", "")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-class UserError(Exception):
-    """Something the user gave does not fit; the message says what was found and what was expected."""
-
-
-class _Collect(argparse.Action):
-    """``--reward a --reward b c`` is [a, b, c]; given at all, it replaces what a config file says."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        given = getattr(namespace, self.dest, None)
-        given = [] if given is self.default or given is None else given
-        setattr(namespace, self.dest, [*given, *(values if isinstance(values, list) else [str(values)])])
-
-
-@dataclass
-class TrainArguments:
-    """What to train on; how to train is GRPOConfig."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Directory or Hub id of a causal language model with its tokenizer."}
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "A .jsonl, .json, .csv or .parquet file, a directory, or a Hub id. Needs a column 'prompt': a "
-            "string, or a conversation (a list of {'role', 'content'}). Other columns go to the reward functions."
-        },
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub dataset, if it has several."}
-    )
-    reward: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward functions as module:function, one or more; modules are also looked up in the current "
-            "directory. Called with completions=[...], prompts=[...] and the dataset's columns, they return one number "
-            "(or None: not applicable) per completion.",
-            "action": _Collect,
-        },
-    )
 
 
 def load_reward(name: str) -> Callable[..., Any]:
@@ -153,7 +109,7 @@ def load_prompts(source: str, *, split: str = "train", config: str | None = None
         if "corresponds to no data" in str(error):
             raise UserError(f"--dataset {source}: found no rows, expected at least one") from error
         kind = "file" if path.is_file() else "directory" if path.is_dir() else "Hub id (there is no such file here)"
-        cause = _one_line(error.__cause__ or error)
+        cause = one_line(error.__cause__ or error)
         raise UserError(f"--dataset {source}: this {kind} could not be read: {cause}") from error
     if problem is not None:
         line = _wrong_line(path) if path.suffix == ".jsonl" and "prompt" in (dataset.column_names or []) else None
@@ -196,7 +152,7 @@ def _wrong_line(path: Path) -> str | None:
             except json.JSONDecodeError as error:
                 return f"line {number} is not JSON: {error.msg} at column {error.colno}"
             except (ValueError, RecursionError) as error:
-                return f"line {number} could not be read: {_one_line(error)}"
+                return f"line {number} could not be read: {one_line(error)}"
             if not isinstance(row, dict):
                 return f"line {number} holds {str(row)[:60]!r}, expected an object with a 'prompt'"
             if "prompt" not in row:
@@ -244,78 +200,6 @@ class _WrittenOver(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class _Parser(TrlParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]:
-    """The three groups of options from `argv` and from the YAML file after ``--config``."""
-    groups: Any = (TrainArguments, GRPOConfig, ModelConfig)
-    parser = _Parser(groups, prog="rlloss train", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    if not is_torch_bf16_gpu_available():
-        parser.set_defaults(bf16=False)  # TRL's default would be refused on this machine
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    known = [option.name for group in groups for option in fields(group) if option.init]
-    if "--config" in argv:
-        at = argv.index("--config")
-        argv, given = argv[:at] + argv[at + 2 :], argv[at + 1 : at + 2]
-        if not given or given[0].startswith("--"):
-            raise UserError("--config: found no file behind it, expected a YAML file")
-        parser.set_defaults_with_config(**_read_settings(given[0], known, parser))
-    for extra in parser.parse_known_args(argv)[1][:1]:
-        name, kind = extra.lstrip("-").partition("=")[0], "option" if extra.startswith("-") else "value"
-        raise UserError(f"{extra}: found an unknown {kind}{_instead(name.replace('-', '_'), known, '--')}")
-    try:
-        arguments, config, model_config = parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(_one_line(error)) from error
-    if arguments.model and model_config.model_name_or_path:
-        raise UserError("--model and --model_name_or_path: found both, expected one: they mean the same")
-    if isinstance(arguments.reward, str):  # a YAML file with a single entry
-        arguments.reward = [arguments.reward]
-    arguments.model = arguments.model or model_config.model_name_or_path
-    for option, value in (("--model", arguments.model), ("--dataset", arguments.dataset)):
-        if not value:
-            raise UserError(f"{option}: found none, expected one on the command line or in the --config file")
-        if not isinstance(value, str):
-            raise UserError(f"{option}: found {value!r}, expected one")
-    if not isinstance(arguments.reward, list) or not all(isinstance(name, str) for name in arguments.reward):
-        raise UserError(f"--reward: found {arguments.reward!r}, expected module:function, or a list of them")
-    return arguments, config, model_config
-
-
-def _read_settings(file: str, known: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options of a YAML file, and its "env" put into the environment."""
-    if not Path(file).is_file():
-        raise UserError(f"--config: found no file {file!r} in {os.getcwd()}, expected a YAML file")
-    try:
-        settings = yaml.safe_load(Path(file).read_bytes())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {file}: found no YAML: {_one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {file}: found {type(settings).__name__}, expected a mapping of options to values")
-    environment = settings.pop("env", {})
-    if not isinstance(environment, dict):
-        raise UserError(f"--config {file}: env: found {environment!r}, expected a mapping of names to values")
-    types = {action.dest: action.type for action in parser._actions if action.nargs is None}
-    for name, value in settings.items():
-        if name not in known:
-            raise UserError(f"--config {file}: found the unknown option {name!r}{_instead(name, known)}")
-        if isinstance(value, list | dict) and types.get(name) in (int, float):
-            raise UserError(f"--config {file}: {name}: found {value!r}, expected a number")
-        if not isinstance(value, str | bool | list | dict | None):
-            settings[name] = str(value)  # checked and converted as on the command line
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
-    return settings
-
-
-def _instead(name: object, known: Sequence[str], before: str = "") -> str:
-    close = difflib.get_close_matches(str(name), known, 1)
-    return f", did you mean {before}{close[0]}?" if close else ", expected one of `rlloss train --help`"
-
-
 def run(argv: Sequence[str]) -> None:
     """Train as `argv` says, then save model and tokenizer to ``--output_dir``. Raises UserError for bad input."""
     try:
@@ -336,6 +220,28 @@ def run(argv: Sequence[str]) -> None:
     del trainer
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def _say_what_is_there(output_dir: str) -> None:
+    """A run that is not resumed goes on writing into the logs of an earlier one."""
+    if Path(output_dir, "metrics.jsonl").exists() or any(Path(output_dir, "tokens").glob("*.jsonl")):
+        print(
+            f"rlloss train: {output_dir} has the logs of an earlier run. They are kept and this run is added; `rlloss "
+            "report` shows the newest. Give another --output_dir to keep them apart.", file=sys.stderr,
+        )  # fmt: skip
+
+
+def _check_model_folder(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    missing = [
+        what for what, there in (
+            ("config.json", {"config.json", "adapter_config.json"} & set(names)),
+            ("tokenizer", any(name.startswith(("tokenizer", "vocab", "spiece", "tekken")) for name in names)),
+        ) if not there
+    ]  # fmt: skip
+    if missing:
+        found = ", ".join(sorted(names)[:8]) or "nothing"
+        raise UserError(f"--model {folder}: found {found}, expected a model with its {' and its '.join(missing)}")
 
 
 def _prepare(
@@ -360,9 +266,13 @@ def _prepare(
     checkpoint, problem = broadcast_object_list(decided)
     if problem is not None:
         raise UserError(problem)
+    if checkpoint is None and config.process_index == 0:
+        _say_what_is_there(config.output_dir)
     looks_local = arguments.model.startswith((".", "/", "~")) or arguments.model.count("/") > 1
     if looks_local and not Path(arguments.model).is_dir():
         raise UserError(f"--model: found no directory {arguments.model!r}, expected one with a model and its tokenizer")
+    if Path(arguments.model).is_dir():
+        _check_model_folder(Path(arguments.model))
     chosen = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
@@ -371,7 +281,7 @@ def _prepare(
     try:
         peft_config, quantization_config = get_peft_config(model_config), get_quantization_config(model_config)
     except (ImportError, ValueError) as error:  # a library that these options need, or two of them that exclude another
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     given: Any = config.model_init_kwargs or {}
     config.model_init_kwargs = chosen | given
     try:
@@ -388,12 +298,8 @@ def _prepare(
         if error.filename is not None:  # a file that is not the model's
             raise
         here = "" if Path(arguments.model).is_dir() else f"no such directory in {os.getcwd()}, and as a Hub id "
-        raise UserError(f"--model {arguments.model}: {here}it could not be loaded: {_one_line(error)}") from error
+        raise UserError(f"--model {arguments.model}: {here}it could not be loaded: {one_line(error)}") from error
     except (ValueError, ImportError) as error:  # settings that exclude one another, or a library that they need
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     trainer.dataset_name = arguments.dataset  # for the model card
     return trainer, checkpoint
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

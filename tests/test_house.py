@@ -79,6 +79,8 @@ FLOORS = {
     "rlloss.arms": 4,
     "rlloss.demo": 5,
     "rlloss.comparison": 5.5,
+    "rlloss.train_help": 4,
+    "rlloss.train_options": 4.8,
     "rlloss.train": 5,
     "rlloss.cli": 6,
 }
