@@ -79,10 +79,12 @@ class RunSummary(TrainerCallback):
         self.trainer = trainer
         self._stack: contextlib.ExitStack | None = None
         self._counter: Products | None = None
+        self._held = 0  # bytes of the largest block of logits in this micro-batch
         self._forget()
 
     def _forget(self) -> None:
         self.head: Head | None = None
+        self._tile_bytes = 0  # of a whole micro-batch
         self._cost = Cost()  # of this process's optimizer step so far
         self._window: Tensor | None = None  # [processes, len(Cost)] since the last log
         self._run = Cost()
@@ -113,6 +115,7 @@ class RunSummary(TrainerCallback):
             hidden.requires_grad_()
             weight.requires_grad_(head.gradients > 1)
             report = explain_plan(hidden, weight, plan=plan, memory_budget=getattr(args, "lm_head_memory_budget", None))
+        self._tile_bytes = report.tile_bytes
         why_not = report.alternatives["keep"][2]
         why = "asked for" if plan != "auto" else "keep: " + why_not if why_not is not None else "its logits fit"
         return (
@@ -129,8 +132,12 @@ class RunSummary(TrainerCallback):
         self._stack = None
         if self._counter is None:  # the loss is TRL's own
             return
+        if not self._held:
+            self._held = self._tile_bytes  # a compiled call says nothing of its plan, which is "recompute"
         without = self.trainer._zero_advantage.without_backward - before
-        self._cost = self._cost.plus(Cost(flop=sum(self._counter.flop.values()), without_backward=without))
+        self._cost = self._cost.plus(
+            Cost(flop=sum(self._counter.flop.values()), without_backward=without, held=self._held)
+        )
         self._counter = None
         if self.trainer.accelerator.sync_gradients:
             self._end_step()
@@ -153,7 +160,7 @@ class RunSummary(TrainerCallback):
         """completion_ids: [B, T] of a micro-batch, of which only the shape is read."""
         if self._stack is None:
             return
-        self._counter = self._stack.enter_context(count_products())
+        self._counter, self._held = self._stack.enter_context(count_products()), 0
         B, T = completion_ids.shape
         self._cost = self._cost.plus(Cost(completions=B))
         self.head = self.head or _head(self.trainer)
@@ -164,7 +171,7 @@ class RunSummary(TrainerCallback):
     def saw(self, report: PlanReport) -> None:
         """A call of the lm_head."""
         if self._counter is not None:
-            self._cost = self._cost.plus(Cost(held=max(report.tile_bytes, report.extra_bytes)))
+            self._held = max(self._held, report.tile_bytes, report.extra_bytes)
 
     def tokens(self, live: float, counted: float) -> None:
         """Of a micro-batch, over all processes: tokens with a gradient, and tokens that count."""

@@ -124,7 +124,7 @@ def test_products_and_logits_are_those_that_ran(tmp_path, monkeypatch, capsys, n
         assert log["rlloss/logits_mib_avoided"] == pytest.approx((largest - held) / 2**20)
 
     said = capsys.readouterr().out
-    (end,) = re.findall(r"^rlloss: .*", said, re.M)
+    (end,) = re.findall(r"^rlloss: .* had a gradient.*", said, re.M)
     tokens = sum(counted_tokens(inputs).sum().item() for inputs in trainer.seen)
     dead = sum(dead_completions(inputs).sum().item() for inputs in trainer.seen)
     all_dead = sum(bool(dead_completions(inputs).all()) for inputs in trainer.seen)  # one of them has to run
@@ -179,8 +179,8 @@ def test_the_first_line_says_what_will_happen(tmp_path, capsys, monkeypatch, opt
     first = said[0]
     assert first.startswith(f"rlloss {__version__}: ")
     assert all(part in first for part in parts), first
-    last = [line for line in said if line.startswith("rlloss: ")]
-    assert len(last) == 1 and "tokens had a gradient" in last[0]
+    last = [line for line in said if "tokens had a gradient; " in line]
+    assert len(last) == 1
     with_trls_head = options.get("lm_head_plan") == "trl"
     assert ("lm_head products" in last[0]) != with_trls_head and ("MiB" in last[0]) != with_trls_head
     assert all((name in trainer.state.log_history[0]) != with_trls_head for name in NAMES)
@@ -264,3 +264,21 @@ def test_two_ranks_count_together(tmp_path, capfd):
     first, second = ((tmp_path / f"logs-{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert len(re.findall(r"^rlloss: .* of 16 completions", capfd.readouterr().out, re.M)) == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_counts_too(tmp_path, monkeypatch):
+    """Its calls say nothing of their plan; what they hold is then at most a tile of the whole micro-batch."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it; put back at the end
+    trainer = trainer_of(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1, pads=20)
+    calls = []
+    monkeypatch.setattr(trainer._summary, "saw", lambda report: calls.append(report))
+    with count_products() as found:
+        trainer.train()
+    trainer.accelerator.state.dynamo_plugin.backend = "NO"  # the state is that of all trainers of the process
+    (inputs,) = trainer.seen
+    log, tokens = trainer.state.log_history[0], counted_tokens(inputs).sum().item()
+    assert calls == []
+    assert log["rlloss/products"] == pytest.approx(sum(found.flop.values()) / (2 * VOCABULARY * 32 * tokens))
+    held = inputs["completion_ids"].numel() * VOCABULARY * 4 - log["rlloss/logits_mib_avoided"] * 2**20
+    assert held >= tokens * VOCABULARY * 4

@@ -173,7 +173,7 @@ def trained(folder, size: int, **options):
     options = {"max_completion_length": 8, "num_generations": 4, "learning_rate": 1e-2, "max_steps": 2} | options
     trainer = build_trainer(
         GRPOTrainer, GRPOConfig, folder, distinct, per_device_train_batch_size=size, num_iterations=2,
-        gradient_accumulation_steps=8 // size, **options,
+        gradient_accumulation_steps=8 // size, gauges="all", **options,
     )  # fmt: skip
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "entropy" in entry]
