@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,13 @@ class ArmResult:
     seconds: float
     inactive: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What the CollapseMonitor found, as "step 22: entropy_collapse"."""
+    """What the CollapseMonitor found: sentences ("Step 22: the entropy collapses. ..."), or in a comparison over seeds
+    "step 22: entropy_collapse"."""
+
+    @property
+    def folder(self) -> str:
+        """The name of this arm's run folder."""
+        return re.sub(r"\W+", "_", self.name.lower()).strip("_")
 
 
 # A remedy's option -> the metric that shows it at work, how it has to differ from a number, and what it is called.
@@ -132,3 +139,40 @@ def start_and_end(history: Sequence[dict[str, float | None]], metric: str) -> tu
         return math.nan, math.nan
     tenth = max(1, len(values) // 10)
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
+def verdict(arms: Sequence[ArmResult]) -> list[str]:
+    """What the first arm and the others came to, a sentence each; nothing is said of what was not measured."""
+    plain, *others = arms
+    said = []
+    for arm in others:
+        ours, theirs = (start_and_end(a.history, "entropy")[1] for a in (arm, plain))
+        if math.isfinite(ours) and math.isfinite(theirs):
+            said.append(f"Entropy ends at {ours:.3f} nats with {arm.name} and at {theirs:.3f} with {plain.name}.")
+        ours, theirs = (mean(a.history, "rlloss/live_share") for a in (arm, plain))
+        if ours is not None and theirs is not None:
+            said.append(f"{ours:.0%} of the tokens carry a gradient with {arm.name}, {theirs:.0%} with {plain.name}.")
+        run, all_of_it = mean(arm.history, "rlloss/products"), mean(arm.history, "rlloss/products_plain")
+        if run and all_of_it:
+            said.append(
+                f"The lm_head runs {run:.1f} products there instead of the {all_of_it:.1f} of plain logits; it is so "
+                "small in this model that the seconds do not show it."
+            )
+        for score in plain.held_out:
+            (a, error_a), (b, error_b) = arm.held_out[score], plain.held_out[score]
+            noise = 2.0 * math.hypot(error_a, error_b)
+            name = score.replace("_", " ")
+            if abs(a - b) <= noise:
+                said.append(f"No difference in {name} beyond noise: {a:.3f} and {b:.3f} (one seed).")
+            else:
+                more = "more" if a > b else "less"
+                said.append(f"{name.capitalize()} is {more} often with {arm.name}: {a:.3f}, not {b:.3f} (one seed).")
+        if arm.inactive:
+            said.append(f"Parts of {arm.name} never acted: {', '.join(arm.inactive)}.")
+    return said
+
+
+def mean(history: Sequence[dict[str, float | None]], metric: str) -> float | None:
+    """Over the steps that have it; None: none has."""
+    values = [v for row in history if (v := row.get(metric)) is not None]
+    return sum(values) / len(values) if values else None

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a tiny model on arithmetic by GRPO with real generation, plain and with remedies, and write "
         "a report that opens offline. Fetches nothing.",
     )
+    demo.add_argument("--quick", action="store_true", help="half the steps of all: under 40 seconds on a laptop's core")
     demo.add_argument("--steps", type=_positive, help="optimizer steps per arm (default: 120, with --full 300)")
     demo.add_argument(
         "--full", action="store_true",
@@ -117,6 +118,9 @@ def _missing(command: str) -> bool:
 def _demo(arguments: argparse.Namespace) -> int:
     if _missing("demo"):
         return 1
+    if arguments.quick and (arguments.full or arguments.steps):
+        print("rlloss demo: error: --quick: found --full or --steps beside it, expected neither", file=sys.stderr)
+        return 2
     ignored = {"--seed": arguments.seed} if arguments.full else {"--seeds": arguments.seeds, "--arms": arguments.arms}
     for option, value in ignored.items():
         if value is not None:
@@ -131,9 +135,10 @@ def _demo(arguments: argparse.Namespace) -> int:
                 arguments.output, steps=arguments.steps or 300, seeds=arguments.seeds or 3, arms=arguments.arms
             )
         else:
-            from rlloss.demo import run_demo
+            from rlloss.demo import QUICK, run_demo
 
-            run_demo(arguments.output, steps=arguments.steps or 120, seed=arguments.seed or 0)
+            sizes = QUICK if arguments.quick else {"steps": arguments.steps or 120}
+            run_demo(arguments.output, seed=arguments.seed or 0, **sizes)
     except ValueError as error:
         if not arguments.full:
             raise

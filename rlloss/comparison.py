@@ -145,9 +145,10 @@ class _Start:
         if temperature.get("cutoff") == PERCENTILE_80:
             temperature["cutoff"] = round(self.cutoff, 4)
         self.model.load_state_dict(self.weights)
-        history, warned = train_arm(
-            self.model, self.tokenizer, self.dataset, options, steps, self.seed, output, callback
+        history, found = train_arm(
+            self.model, self.tokenizer, self.dataset, options, steps, self.seed, output / "trainer", callback
         )
+        warned = [f"step {finding.step}: {finding.kind}" for finding in found]
         seconds = time.perf_counter() - began
         scores = arithmetic.evaluate(self.model, self.tokenizer, self.held_out, samples=samples, seed=self.seed)
         inactive = what_never_acted(history, options)

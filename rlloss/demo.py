@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,12 +33,14 @@ from rlloss.arms import ARMS as ARMS
 from rlloss.arms import ArmResult as ArmResult
 from rlloss.arms import ArmSpec as ArmSpec
 from rlloss.arms import start_and_end as start_and_end
+from rlloss.arms import verdict as verdict
 from rlloss.arms import what_never_acted as what_never_acted
-from rlloss.integrations.collapse_monitor import CollapseMonitor
+from rlloss.integrations.collapse_monitor import CollapseMonitor, Finding
 from rlloss.integrations.run_summary import RunSummary
 from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
+QUICK = {"steps": 60, "warm_start_steps": 120, "held_out_samples": 4}
 STEPS_PER_GENERATION, NUM_ITERATIONS = 4, 2
 UPDATES_PER_GENERATION = STEPS_PER_GENERATION * NUM_ITERATIONS
 """With one update per generation every ratio is exactly 1 and no clip can act."""
@@ -109,16 +112,32 @@ def run_demo(
             arm_began = time.perf_counter()
             model.load_state_dict(weights)
             callback = ShowProgress(progress, task)
-            history, warned = train_arm(model, tokenizer, dataset, arm.options, steps, seed, output, callback)
+            result = ArmResult(arm.name, arm.options, [], {}, 0.0)
+            folder = fresh_run_folder(output / result.folder)
+            result.history, found = train_arm(
+                model,
+                tokenizer,
+                dataset,
+                arm.options,
+                steps,
+                seed,
+                folder,
+                callback,
+                token_log_steps=max(1, steps // 4),
+            )
             arm_seconds = time.perf_counter() - arm_began
-            scores = arithmetic.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
-            inactive = what_never_acted(history, arm.options)
-            results.append(ArmResult(arm.name, arm.options, history, scores, arm_seconds, inactive, warned))
+            result.warnings = [f"Step {finding.step}: {finding.message}" for finding in found]
+            result.held_out = arithmetic.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
+            result.inactive, result.seconds = what_never_acted(result.history, arm.options), arm_seconds
+            results.append(result)
             seconds[arm.name] = arm_seconds
     seconds["all"] = time.perf_counter() - began
     result = DemoResult(output / "report.html", output / "history.json", results, start_scores, seconds)
     command = f"rlloss demo --steps {steps} --seed {seed}"
-    if (warm_start_steps, held_out_samples, arms) != (WARM_START_STEPS, HELD_OUT_SAMPLES, ARMS):
+    if arms is ARMS and {"steps": steps, "warm_start_steps": warm_start_steps,
+                         "held_out_samples": held_out_samples} == QUICK:  # fmt: skip
+        command = f"rlloss demo --quick --seed {seed}"
+    elif (warm_start_steps, held_out_samples, arms) != (WARM_START_STEPS, HELD_OUT_SAMPLES, ARMS):
         command = (
             f"rlloss.demo.run_demo(steps={steps}, seed={seed}, warm_start_steps={warm_start_steps}, "
             f"held_out_samples={held_out_samples}{'' if arms is ARMS else ', arms=...'})"
@@ -128,14 +147,21 @@ def run_demo(
     return result
 
 
+def fresh_run_folder(folder: Path) -> Path:
+    """The folder, without the logs of an earlier demo."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return report.make_folder(folder)
+
+
 def train_arm(
-    model, tokenizer, dataset, options, steps, seed, output, callback
-) -> tuple[list[dict[str, float | None]], list[str]]:
+    model, tokenizer, dataset, options, steps, seed, folder, callback, token_log_steps=0
+) -> tuple[list[dict[str, float | None]], list[Finding]]:
     """Train in place; (metrics of each step, what the monitor of collapse found)."""
     monitor = CollapseMonitor()
     settings = {"loss_type": "dapo", **options}
     config = GRPOConfig(
-        output_dir=str(output / "trainer"),
+        output_dir=str(folder),
+        token_log_steps=token_log_steps,
         max_steps=steps,
         seed=seed,
         num_generations=8,
@@ -171,7 +197,7 @@ def train_arm(
     if options.get("top_entropy_quantile", 1.0) >= 1.0:
         for row in history:  # no mask: every token is kept by definition
             row.setdefault("entropy/kept_share", 1.0)
-    return history, [f"step {finding.step}: {finding.kind}" for finding in monitor.findings]
+    return history, monitor.findings
 
 
 def _finite(row: dict[str, Any]) -> dict[str, float | None]:
@@ -253,7 +279,7 @@ def _training_table(result: DemoResult) -> report.Table:
     if any(arm.inactive for arm in result.arms):
         rows.append(["inactive", *(", ".join(arm.inactive) or "no" for arm in result.arms)])
     if any(arm.warnings for arm in result.arms):
-        rows.append(["the monitor's warnings", *(", ".join(arm.warnings) or "none" for arm in result.arms)])
+        rows.append(["warnings of the monitor", *(str(len(arm.warnings)) for arm in result.arms)])
     caption = "In training: mean over the first tenth of the steps → mean over the last tenth."
     return report.Table(["metric", *(arm.name for arm in result.arms)], rows, caption)
 
@@ -327,6 +353,10 @@ def _write(
     report.replace_file(result.history, json.dumps(record, indent=1, allow_nan=False))
 
 
+def findings(arms: Sequence[ArmResult]) -> list[str]:
+    return [f"{arm.name}. {warning}" for arm in arms for warning in arm.warnings]
+
+
 def _print(result: DemoResult, console: Console) -> None:
     for table in (_training_table(result), _held_out_table(result)):
         shown = TerminalTable()
@@ -336,4 +366,6 @@ def _print(result: DemoResult, console: Console) -> None:
             shown.add_row(*row)
         console.print(table.caption, style="dim", highlight=False)
         console.print(shown)
+    for sentence in [*verdict(result.arms), *findings(result.arms)]:
+        console.print(sentence, highlight=False)
     console.print(f"{result.seconds['all']:.0f} s. Report: {result.report}  History: {result.history}")
