@@ -3,15 +3,20 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
 import statistics
+import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
@@ -20,6 +25,7 @@ from rlloss import GRPOLoss, LinearGRPOLoss, __version__, backends, reference
 from rlloss.products import has_bf16_units
 
 OTHERS = ("triton", "trl", "transformers", "datasets", "accelerate", "peft", "vllm", "liger-kernel")
+COLUMNS = 100
 CONSTRAINTS = 'pip install "./rlloss[trl]", or with the versions that the tests run with: -c constraints.txt'
 
 
@@ -44,9 +50,14 @@ class Report(NamedTuple):
         width = max(len(check.name) for check in self.checks) + 2
         lines = []
         for check in self.checks:
-            lines.append(f"{check.name:<{width}}{check.text}")
+            paragraphs = [(check.name, check.text)]
             if check.remedy is not None:
-                lines.append(f"{'':<{width}}what to do: {check.remedy}")
+                paragraphs.append(("", f"what to do: {check.remedy}"))
+            for name, text in paragraphs:
+                lines += textwrap.wrap(
+                    text, COLUMNS, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width,
+                    break_long_words=False, break_on_hyphens=False,
+                )  # fmt: skip
         wrong = sum(check.remedy is not None for check in self.checks)
         lines.append("All is well." if not wrong else f"{wrong} of {len(self.checks)} checks found something.")
         return "\n".join(lines)
@@ -57,7 +68,7 @@ def doctor(*, benchmark: bool = True, seconds: float = 8.0) -> Report:
 
     Raises nothing: what goes wrong is a check with a remedy.
     """
-    checks: list[Check] = [_rlloss(), _torch(), *_libraries(), _trl(), _device()]
+    checks: list[Check] = [_rlloss(), _installation(), _torch(), *_libraries(), _trl(), _device()]
     chosen = _backend()
     checks.append(chosen)
     if chosen.remedy is None:
@@ -91,6 +102,36 @@ def _rlloss() -> Check:
     if missing:
         return Check("rlloss", f"{text}, without {' and '.join(missing)}", "install it again: pip install ./rlloss")
     return Check("rlloss", text)
+
+
+def _installation() -> Check:
+    """How pip installed it, and whether Python imports that copy."""
+    here = Path(__file__).resolve().parent
+    try:
+        installed = importlib.metadata.distribution("rlloss")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("installation", "not installed, so the lowest versions of libraries are not known")
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    editable = bool(origin.get("dir_info", {}).get("editable"))
+    root = Path(url2pathname(urlsplit(origin["url"]).path)) if editable else Path(str(installed.locate_file("")))
+    text = f"{'editable, of' if editable else 'in'} {root}"
+    # A finder is asked after the path, where a clone seen from its parent is a package without __init__.py.
+    if any("__editable___rlloss" in getattr(finder, "__module__", "") for finder in sys.meta_path):
+        for folder in dict.fromkeys([Path.cwd(), *map(Path, sys.path)]):
+            if (folder / "rlloss").is_dir() and not (folder / "rlloss" / "__init__.py").exists():
+                return Check(
+                    "installation", f"{text}; `import rlloss` in {folder} finds the folder of that name instead",
+                    "pip install ./rlloss without -e, or with -e anew: its pyproject.toml asks for a path entry",
+                )  # fmt: skip
+    if (root / "rlloss").resolve() == here:
+        return Check("installation", text)
+    text = f"{text}; imported is another copy, see above"
+    if installed.version != __version__:
+        return Check(
+            "installation", f"{text}, {__version__} and not {installed.version}",
+            "install the copy that you import, or take its folder from PYTHONPATH",
+        )  # fmt: skip
+    return Check("installation", text)
 
 
 def _torch() -> Check:
@@ -242,16 +283,28 @@ def _self_check(name: str) -> Check:
         return Check(label, text[:300], "report it with this output; RLLOSS_BACKEND=torch goes around the kernels")
     bound = 2 * plain + 8 * torch.finfo(torch.float32).eps
     text = ", ".join(f"from {way} {error:.1e}" for way, error in errors.items())
-    text = f"relative error against fp64: {text}; plain torch {plain:.1e}"
+    text = f"relative error against fp64: {text}; at most {bound:.1e}, from plain torch's {plain:.1e}"
     if not all(error <= bound for error in errors.values()):  # a NaN is not
-        return Check(label, f"{text}; at most {bound:.1e} is right", "report it with this output; do not train with it")
+        return Check(label, text, "report it with this output; do not train with it")
     return Check(label, text)
 
 
 def _benchmark(seconds: float) -> Check:
-    """Forward and backward from hidden states: rlloss against plain logits, in turns."""
+    """Forward and backward from hidden states: rlloss against plain logits, in turns.
+
+    On a CPU with one thread: several wait for each other where other programs run, the more so the smaller the tiles.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _compare(seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(seconds: float) -> Check:
     cuda = _place() == "cuda"
-    B, T, D, V, rho = (16, 1024, 2048, 65536, 0.2) if cuda else (4, 128, 256, 32768, 0.2)
+    B, T, D, V, rho = (16, 1024, 2048, 65536, 0.2) if cuda else (4, 64, 1024, 32768, 0.2)
     dtype = torch.bfloat16 if cuda else torch.float32
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, D, generator=g).to(_place(), dtype).requires_grad_()
@@ -271,6 +324,7 @@ def _benchmark(seconds: float) -> Check:
         logp = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         torch.where(kept, -torch.exp(logp - logp.detach()), 0.0).mean().backward()
 
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     times: dict[str, list[float]] = {"rlloss": [], "plain logits": []}
     began = time.perf_counter()
     rounds = 0
@@ -287,8 +341,16 @@ def _benchmark(seconds: float) -> Check:
     return Check(
         "benchmark",
         f"rlloss {medians['rlloss']:.0f} ms, plain logits {medians['plain logits']:.0f} ms: {ratio:.1f} times as fast "
-        f"({B * T} tokens, D {D}, V {V}, {str(dtype)[6:]}, 20 % with a gradient; {rounds - 1} rounds)",
+        f"({B * T} tokens, D {D}, V {V}, {str(dtype)[6:]}, 20 % with a gradient, "
+        f"{'' if cuda else 'one thread, '}rounds: {rounds - 1}){_disturbed(load)}",
     )
+
+
+def _disturbed(load: float) -> str:
+    cores = os.cpu_count() or 1
+    if load <= cores / 4:
+        return ""
+    return f". Only a hint: the machine was busy, load {load:.1f} on {cores} cores"
 
 
 def _timed(step: Callable[[], Any], cuda: bool) -> float:

@@ -1,5 +1,6 @@
 """`rlloss doctor`: all is well here, and in a broken environment it says what to do."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rlloss
 from rlloss import cli, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +23,7 @@ def said(*folders, **environment):
         [sys.executable, "-W", "error::RuntimeWarning", "-m", "rlloss.cli", "doctor", "--no-benchmark"],
         env={**clean, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
 def check_of(report, name):
@@ -35,6 +37,63 @@ def test_all_is_well_here(monkeypatch):
     assert report.ok and "what to do" not in str(report) and str(report).endswith("All is well.")
     assert torch.__version__ in str(report) and "ms" in check_of(report, "benchmark").text
     assert any(check.name == "results of torch" for check in report.checks)
+    assert max(map(len, str(report).splitlines())) <= 100
+
+
+def test_the_benchmark_takes_one_thread_and_says_if_the_machine_was_busy(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(doctor, "_compare", lambda seconds: torch.get_num_threads())
+    assert doctor._benchmark(0.0) == 1 and torch.get_num_threads() == before
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 8)
+    assert doctor._disturbed(1.9) == "" and "load 2.1 on 8 cores" in doctor._disturbed(2.1)
+
+
+class Installed:
+    """Metadata of a distribution in `root`."""
+
+    def __init__(self, root, version, editable):
+        self.root, self.version = root, version
+        self.origin = json.dumps({"url": root.as_uri(), "dir_info": {"editable": True}}) if editable else None
+
+    def read_text(self, name):
+        return self.origin
+
+    def locate_file(self, name):
+        return self.root
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_how_it_was_installed(monkeypatch, tmp_path, editable):
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: Installed(*found, editable))
+    found = ROOT, rlloss.__version__
+    text = "editable, of" if editable else "in"
+    assert doctor._installation() == doctor.Check("installation", f"{text} {ROOT}")
+    found = tmp_path, rlloss.__version__
+    check = doctor._installation()
+    assert "another copy" in check.text and check.remedy is None
+    found = tmp_path, "0.0.1"
+    assert "and not 0.0.1" in doctor._installation().text and "PYTHONPATH" in doctor._installation().remedy
+
+
+def test_not_installed_is_no_fault(monkeypatch):
+    def none(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", none)
+    check = doctor._installation()
+    assert check.remedy is None and check.text.startswith("not installed")
+
+
+def test_a_folder_that_hides_an_editable_installation(monkeypatch, tmp_path):
+    finder = type("Finder", (), {"__module__": "__editable___rlloss_0_1_0_finder", "find_spec": lambda *_: None})
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda _: Installed(ROOT, rlloss.__version__, True))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, finder])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    assert doctor._installation().remedy is None
+    (tmp_path / "rlloss").mkdir()
+    check = doctor._installation()
+    assert str(tmp_path) in check.text and "without -e" in check.remedy
 
 
 def package(folder, name, version, code):
@@ -95,7 +154,7 @@ def test_no_triton_on_a_gpu_is_said(monkeypatch):
 def test_a_forced_backend_that_is_missing(monkeypatch, capsys):
     monkeypatch.setenv("RLLOSS_BACKEND", "triton")
     assert cli.main(["doctor", "--no-benchmark"]) == 1
-    output = capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
     assert "'triton' was forced" in output and "what to do: unset RLLOSS_BACKEND" in output
     assert "results of" not in output
 
