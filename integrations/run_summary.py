@@ -106,15 +106,19 @@ class RunSummary(TrainerCallback):
         args, head = self.trainer.args, self.head
         plan = getattr(args, "lm_head_plan", "auto")
         theirs = "lm_head_plan='trl'" if plan == "trl" else self.trainer._why_trls_call() or why_no_patch()
-        if theirs is not None or head is None:
-            return f"TRL's own ({theirs or 'the model has none that is a matrix'})"
+        if theirs is not None:
+            return f"TRL's own ({theirs})"
+        if head is None:
+            return "plan not known (the model has no output embeddings)"
         B, T = args.per_device_train_batch_size, self.trainer.max_completion_length or 1
         with FakeTensorMode():  # the tiles are those of the device, which a meta tensor has not
             hidden = torch.empty(B, T, head.D, dtype=head.dtype, device=head.device)
             weight = torch.empty(head.V, head.D, dtype=head.dtype, device=head.device)
             hidden.requires_grad_()
             weight.requires_grad_(head.gradients > 1)
-            report = explain_plan(hidden, weight, plan=plan, memory_budget=getattr(args, "lm_head_memory_budget", None))
+            # A plan that is asked for need not fit the largest micro-batch before there is one.
+            budget = getattr(args, "lm_head_memory_budget", None) if plan == "auto" else None
+            report = explain_plan(hidden, weight, plan=plan, memory_budget=budget)
         self._tile_bytes = report.tile_bytes
         why_not = report.alternatives["keep"][2]
         why = "asked for" if plan != "auto" else "keep: " + why_not if why_not is not None else "its logits fit"
@@ -221,15 +225,17 @@ class RunSummary(TrainerCallback):
 
 
 def _head(trainer: Any) -> Head | None:
-    """None: the model has no lm_head that is a matrix."""
+    """None: the model has no output embeddings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     weight = getattr(model.get_output_embeddings(), "weight", None)
-    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # ZeRO-3 leaves the shape (0,)
-    if weight is None or len(shape) != 2:
+    if weight is None:
         return None
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or 0 in shape:  # taken apart by ZeRO-3 or FSDP
+        text = model.config.get_text_config()
+        shape = (text.vocab_size, text.hidden_size)
     others = any(p.requires_grad for p in model.parameters() if p is not weight)
-    V, D = map(int, shape)
-    return Head(V, D, int(others) + int(weight.requires_grad), weight.dtype, trainer.accelerator.device)
+    return Head(*shape, int(others) + int(weight.requires_grad), weight.dtype, trainer.accelerator.device)
 
 
 def _backend(device: torch.device) -> str:

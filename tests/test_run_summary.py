@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from trl_harness import VOCABULARY, build_trainer, lm_head_in_torch  # noqa: E402, F401
 
 from rlloss import __version__, products, vocab_loop  # noqa: E402
+from rlloss.integrations import run_summary  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 from rlloss.integrations.zero_advantage import counted_tokens, dead_completions  # noqa: E402
 from rlloss.products import count_products  # noqa: E402
@@ -163,6 +164,8 @@ def test_passes_of_the_generation_are_not_counted(tmp_path):
           "lm_head plan recompute (keep: 12 KiB do not fit the memory budget of 3 KiB) with up to 8 x 8 tokens, ",
           "48 x 32 float32; completions whose advantage is 0 run forward only."]),
     ({"lm_head_memory_budget": 12288}, ["lm_head plan keep (its logits fit) with up to 8 x 8"]),
+    ({"lm_head_plan": "keep", "lm_head_memory_budget": 12287, "max_completion_length": 9, "pads": -1},
+     ["lm_head plan keep (asked for) with up to 8 x 9"]),  # more than fits, which no micro-batch has
     ({"lm_head_plan": "recompute", "zero_advantage": "drop"},
      ["lm_head plan recompute (asked for)", "completions whose advantage is 0 do not run."]),
     ({"lm_head_plan": "trl", "zero_advantage": "keep"},
@@ -282,3 +285,14 @@ def test_a_compiled_model_counts_too(tmp_path, monkeypatch):
     assert log["rlloss/products"] == pytest.approx(sum(found.flop.values()) / (2 * VOCABULARY * 32 * tokens))
     held = inputs["completion_ids"].numel() * VOCABULARY * 4 - log["rlloss/logits_mib_avoided"] * 2**20
     assert held >= tokens * VOCABULARY * 4
+
+
+def test_a_head_that_is_taken_apart_has_the_shape_of_the_configuration(tmp_path):
+    trainer = trainer_of(tmp_path)
+    whole = run_summary._head(trainer)
+    assert whole[:3] == (VOCABULARY, 32, 2)
+    for piece in (torch.empty(0), torch.empty(VOCABULARY * 32 // 2)):
+        trainer.model.lm_head.weight.data = piece
+        assert run_summary._head(trainer) == whole
+    trainer.model.get_output_embeddings = lambda: None
+    assert run_summary._head(trainer) is None
