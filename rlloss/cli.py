@@ -213,7 +213,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from rlloss.run_report import write_run_report
+    from rlloss.report.run_report import write_run_report
 
     try:
         path = write_run_report(arguments.run_dir, arguments.output)

@@ -4,7 +4,7 @@ import base64
 import json
 from html.parser import HTMLParser
 
-from rlloss.run_report import write_run_report
+from rlloss.report.run_report import write_run_report
 
 VOID = {"meta", "line", "circle", "path", "br", "input"}
 HOSTILE = (

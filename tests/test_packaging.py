@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"rlloss": "rlloss", "rlloss/kernels": "kernels", "rlloss/integrations": "integrations"}
+ENDINGS = (".html", ".css", ".js")
+ASSETS = {f"rlloss/report/{path.name}" for path in (ROOT / "rlloss/report").iterdir() if path.suffix in ENDINGS}
 NOT_CORE = ["transformers", "trl", "datasets", "accelerate", "tokenizers", "rich", "tqdm", "liger_kernel", "verl"]
 
 
@@ -76,7 +78,7 @@ def test_wheel_holds_every_module_as_a_file(built, which):
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         links = [info.filename for info in wheel.infolist() if (info.external_attr >> 16) & 0o170000 == 0o120000]
         assert links == []
-        assert names == expected_modules() | {"rlloss/py.typed"}
+        assert names == expected_modules() | {"rlloss/py.typed"} | ASSETS
         assert wheel.read("rlloss/kernels/token_stats.py") == (ROOT / "kernels" / "token_stats.py").read_bytes()
 
 
@@ -86,7 +88,7 @@ def test_sdist_holds_the_folders_once(built):
         names = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
     folders = PACKAGES.values()
     assert {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")} <= names
-    assert {"pyproject.toml", "README.md", "LICENSE", "rlloss/py.typed"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "rlloss/py.typed", *ASSETS} <= names
     assert not [name for name in names if name.startswith(("rlloss/kernels", "rlloss/integrations"))]
 
 

@@ -16,8 +16,8 @@ from run_pages import HOSTILE, Page, completion, make_run, page_of
 from rlloss.arithmetic import make_tokenizer
 from rlloss.cli import main
 from rlloss.integrations.token_log import MetricsLog, TokenLog
-from rlloss.run_log import count, read_run
-from rlloss.run_report import EDGES, MAX_POINTS, STATES, write_run_report
+from rlloss.report.run_log import count, read_run
+from rlloss.report.run_report import EDGES, MAX_POINTS, STATES, write_run_report
 from rlloss.token_states import TokenState
 
 

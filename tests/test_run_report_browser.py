@@ -14,7 +14,7 @@ from html import unescape
 import pytest
 from run_pages import HOSTILE, completion, make_run
 
-from rlloss.run_report import STATES, write_run_report
+from rlloss.report.run_report import STATES, write_run_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

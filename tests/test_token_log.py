@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlloss.integrations.token_log import MetricsLog, TokenLog
-from rlloss.run_log import read_run
+from rlloss.report.run_log import read_run
 from rlloss.token_states import TokenState
 
 PAD, EOS = "<pad>", "<eos>"

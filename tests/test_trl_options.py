@@ -23,7 +23,7 @@ import rlloss  # noqa: E402
 from rlloss.integrations.collapse_monitor import CollapseMonitor  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 from rlloss.integrations.trl_metrics import OURS, ours  # noqa: E402
-from rlloss.run_report import write_run_report  # noqa: E402
+from rlloss.report.run_report import write_run_report  # noqa: E402
 from rlloss.token_states import token_states  # noqa: E402
 from rlloss.train import parse  # noqa: E402
 

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def write_report(
         sections = [(heading, [named[name] for name in members]) for heading, members in groups]
     replace_file(path, _page(sections, panels, title, tables, paragraphs, command))
     return path
+
+
+def asset(name: str) -> str:
+    """The text of a file beside this one."""
+    return files("rlloss.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def of_type(name: str, found: object, kind: Any, of: str = "") -> None:
@@ -299,67 +305,9 @@ def _page(sections, panels, title, tables, paragraphs, command) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
+        f"<title>{escape(title)}</title><style>{asset('charts.css')}</style></head><body><main><h1>{escape(title)}</h1>"
         f"{legend}{''.join(_table(table) for table in tables)}"
         f'<p class="absent">{explain}</p>{"".join(charts)}'
         f'<section><h2>What was run</h2>{text}{repeat}</section></main><script type="application/json" id="data">'
-        f"{inline}</script><script>{_SCRIPT}</script></body></html>\n"
+        f"{inline}</script><script>{asset('charts.js')}</script></body></html>\n"
     )
-
-
-STYLE = """
-:root{color-scheme:light dark;--page:#fbfbfa;--card:#fff;--ink:#1c1e21;--soft:#5d636b;--line:#e3e5e8;
---a0:#2563b8;--a1:#d1630f;--a2:#2a8a4a;--a3:#8b46b5;--a4:#b8323f;--a5:#5b6470;--warn:#a33d00}
-@media (prefers-color-scheme:dark){:root{--page:#14161a;--card:#1c1f24;--ink:#e8eaed;--soft:#a3aab3;--line:#32373e;
---a0:#6ea8ff;--a1:#ff9d4d;--a2:#65c98a;--a3:#c594ea;--a4:#f2818b;--a5:#a9b2bd;--warn:#ffb27a}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:28px 20px 48px}
-h1{font-size:1.5rem;margin:0 0 12px}h2{font-size:1.1rem;margin:28px 0 6px}
-small,.absent{color:var(--soft)}.absent{margin:2px 0 0;font-size:.85rem}.note{color:var(--warn)}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:8px 36px;margin:0 0 18px;padding:0}
-.legend li{display:flex;gap:10px}.legend i{flex:none;width:22px;height:4px;border-radius:2px;margin-top:10px}
-i.arm0{background:var(--a0)}i.arm1{background:var(--a1)}i.arm2{background:var(--a2)}
-i.arm3{background:var(--a3)}i.arm4{background:var(--a4)}i.arm5{background:var(--a5)}
-.scroll{overflow-x:auto;margin:0 0 16px}
-table{border-collapse:collapse;width:100%;background:var(--card);border:1px solid var(--line);font-size:.92rem}
-caption{text-align:left;color:var(--soft);font-size:.85rem;padding:0 0 5px}
-th,td{padding:6px 12px;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
-th{font-weight:600}th:first-child{text-align:left}tbody th{font-weight:400}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;margin-top:10px}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 12px 6px}
-figcaption{font-weight:600}figcaption small{font-weight:400}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:11px;font-family:inherit}
-.grid{stroke:var(--line)}.cursor{stroke:var(--soft);visibility:hidden}
-path{fill:none;stroke-linejoin:round;stroke-linecap:round}.raw{stroke-width:1;opacity:.28}.mean{stroke-width:2.2}
-path.arm0{stroke:var(--a0)}path.arm1{stroke:var(--a1)}path.arm2{stroke:var(--a2)}
-path.arm3{stroke:var(--a3)}path.arm4{stroke:var(--a4)}path.arm5{stroke:var(--a5)}
-circle.arm0{fill:var(--a0)}circle.arm1{fill:var(--a1)}circle.arm2{fill:var(--a2)}
-circle.arm3{fill:var(--a3)}circle.arm4{fill:var(--a4)}circle.arm5{fill:var(--a5)}
-.values{min-height:1.4em;margin:0;font-size:.85rem;color:var(--soft);font-variant-numeric:tabular-nums}
-pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px;overflow-x:auto}
-"""
-
-_SCRIPT = """
-const data = JSON.parse(document.getElementById("data").textContent);
-for (const svg of document.querySelectorAll("svg[data-panel]")) {
-  const series = data.panels[svg.dataset.panel], low = +svg.dataset.low, high = +svg.dataset.high;
-  const cursor = svg.querySelector(".cursor"), out = svg.parentNode.querySelector(".values");
-  svg.addEventListener("pointermove", event => {
-    const box = svg.getBoundingClientRect(), across = (event.clientX - box.left) / box.width;
-    const x = low + (across - data.left) / (data.right - data.left) * (high - low);
-    if (x < low || x > high) return;
-    const found = data.arms[svg.dataset.panel].map((arm, a) => {
-      let best = -1;
-      arm.steps.forEach((s, i) => { if (best < 0 || Math.abs(s - x) < Math.abs(arm.steps[best] - x)) best = i; });
-      const value = series[a][best];
-      return arm.name + " " + (value == null ? "not measured" : +value.toPrecision(4));
-    });
-    cursor.setAttribute("x1", across * svg.viewBox.baseVal.width);
-    cursor.setAttribute("x2", across * svg.viewBox.baseVal.width);
-    cursor.style.visibility = "visible";
-    out.textContent = "step " + Math.round(x) + ": " + found.join(", ");
-  });
-  svg.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; out.textContent = ""; });
-}
-"""

@@ -18,8 +18,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rlloss import report, run_page
-from rlloss.run_log import LIVE, MASKED, MISSING, SCALE, Completion, Counts, RunLog, count, read_run
+from rlloss.report import charts
+from rlloss.report.charts import asset
+from rlloss.report.run_log import LIVE, MASKED, MISSING, SCALE, Completion, Counts, RunLog, count, read_run
 
 EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Entropies in nats between the colours. They are the same on every page, so that pages can be compared."""
@@ -70,15 +71,15 @@ def write_run_report(run_dir: str | Path, output: str | Path | None = None, *, m
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
-    report.of_type("run_dir", run_dir, str | os.PathLike)
-    report.of_type("output", output, str | os.PathLike | None)
-    report.of_type("max_completions", max_completions, int)
+    charts.of_type("run_dir", run_dir, str | os.PathLike)
+    charts.of_type("output", output, str | os.PathLike | None)
+    charts.of_type("max_completions", max_completions, int)
     run_dir = Path(run_dir)
     if max_completions < 1:
         raise ValueError(f"max_completions: found {max_completions}, expected at least 1")
     run = read_run(run_dir)
     path = run_dir / "report.html" if output is None else Path(output)
-    report.replace_file(path, _page(run, run_dir.resolve().name, max_completions))
+    charts.replace_file(path, _page(run, run_dir.resolve().name, max_completions))
     return path
 
 
@@ -88,7 +89,7 @@ def _page(run: RunLog, name: str, max_completions: int) -> str:
     if len(shown) > max_completions:
         shown = [shown[i * len(shown) // max_completions] for i in range(max_completions)]
     figures, lines = _figures(run)
-    plot = [report.LEFT, report.WIDTH - report.RIGHT]
+    plot = [charts.LEFT, charts.WIDTH - charts.RIGHT]
     data = _embedded(run, shown, counts) | {"lines": lines, "plot": plot}
     # Inside a script element only "<" could begin something; as an escape it is the same JSON, and so is all of ASCII.
     inline = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -103,13 +104,13 @@ def _page(run: RunLog, name: str, max_completions: int) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
-        f"<title>{escape(title)}</title><style>{report.STYLE}{run_page.STYLE}</style></head><body><main>"
+        f"<title>{escape(title)}</title><style>{asset('charts.css')}{asset('page.css')}</style></head><body><main>"
         f'<h1>{escape(name)}</h1><p id="problem" role="alert" hidden></p>'
         f"{''.join(f'<p class=warn>{escape(note)}</p>' for note in notes if note)}{_summary(run, counts)}"
         f"{figures}{_forking(counts) if run.completions else _absent('Completions', 'tokens/*.jsonl')}"
         f"{_completions(counts) if run.completions else ''}</main>"
         f'<div id="tip" role="tooltip" hidden></div><script type="application/json" id="data">{inline}</script>'
-        f"<script>{run_page.SCRIPT}</script></body></html>\n"
+        f"<script>{asset('page.js')}</script></body></html>\n"
     )
 
 
@@ -194,8 +195,8 @@ def _figure(run: RunLog, names: list[str], title: str, unit: str, lines: list[An
     arms = []
     for name in names:
         steps, values = _thinned(sorted(run.metrics[name].items()))
-        arms.append(report.Arm(name, steps, {"": values}))
-    figure = report.chart(arms, report.Panel("", title, unit), len(lines))
+        arms.append(charts.Arm(name, steps, {"": values}))
+    figure = charts.chart(arms, charts.Panel("", title, unit), len(lines))
     lines.append([[arm.name, arm.steps, [_significant(v) for v in arm.series[""]]] for arm in arms])
     keys = "".join(f'<li><i class="arm{n}"></i>{escape(arm.name)}</li>' for n, arm in enumerate(arms))
     return figure.replace("</figcaption>", f"</figcaption><ul class=keys>{keys}</ul>", 1)
@@ -242,7 +243,7 @@ def _nats(value: float | None) -> str:
 
 
 def _forking(counts: Counts) -> str:
-    return run_page.FORKING.format(rows=len(counts.rows), at_least=counts.at_least)
+    return asset("forking.html").format(rows=len(counts.rows), at_least=counts.at_least)
 
 
 def _completions(counts: Counts) -> str:
@@ -260,7 +261,7 @@ def _completions(counts: Counts) -> str:
         for letter, (name, says) in STATES.items()
         if counts.states.get(letter)
     )
-    return run_page.COMPLETIONS.format(scale=scale, states=states)
+    return asset("completions.html").format(scale=scale, states=states)
 
 
 def _percent(share: float) -> str:
