@@ -7,7 +7,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.token_log needs transformers: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
+from rlloss.report import replace_file
 from rlloss.token_states import TokenState
 
 DIGITS = 4  # of entropies and advantages, after the point
@@ -160,12 +161,22 @@ class MetricsLog(TrainerCallback):
     A line is a JSON object: "step", int, and the logged metrics under their names; a number that is not finite is null,
     and what is no number is left out. Where a later run begins stands {"step": int, "resumed": true}, as in `TokenLog`.
 
+    Beside it ``run.json`` says what the run is (`about`), and ``findings.jsonl`` what a `CollapseMonitor` found:
+    {"step": int, "kind": str, "message": str} a line.
+
     Raises ValueError if there is a directory in the place of the file.
     """
 
-    def __init__(self, folder: str | Path):
-        """folder: of the run."""
+    def __init__(
+        self,
+        folder: str | Path,
+        about: Callable[[], Mapping[str, Any]] | None = None,
+        findings: Callable[[], Sequence[tuple[int, str, str]]] | None = None,
+    ):
+        """folder: of the run. about: what is written to run.json when training begins. findings: all so far, as (step,
+        kind, message)."""
         self.path = Path(folder) / "metrics.jsonl"
+        self._about, self._findings, self._written = about, findings, 0
         checks.require(not self.path.is_dir(), "folder", f"a directory {self.path}", "a file, or none")
         self._begins: int | None = None
         self._is_open = False
@@ -173,12 +184,32 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # A step's completions are logged before it is counted, its metrics afterwards.
         self._begins, self._is_open = int(state.global_step) + 1, False
+        if self._about is not None and state.is_world_process_zero:
+            replace_file(self.path.with_name("run.json"), json.dumps(self._about(), default=str, indent=1) + "\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._write_findings(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write_findings(state)
+
+    def _write_findings(self, state) -> None:
+        found = list(self._findings()) if self._findings is not None and state.is_world_process_zero else []
+        path = self.path.with_name("findings.jsonl")
+        if found[self._written :]:
+            _open_for_append(path)
+            with path.open("a", encoding="ascii") as file:
+                for step, kind, message in found[self._written :]:
+                    file.write(json.dumps({"step": int(step), "kind": kind, "message": message}) + "\n")
+            self._written = len(found)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or logs is None:
             return
         if not self._is_open:
-            _mark_resumed(self.path, int(state.global_step) if self._begins is None else self._begins)
+            begins = int(state.global_step) if self._begins is None else self._begins
+            _mark_resumed(self.path, begins)
+            _mark_resumed(self.path.with_name("findings.jsonl"), begins)
             self._is_open = True
         values = {str(name): _scalar(value) for name, value in logs.items() if _is_number(value)}
         with self.path.open("a", encoding="ascii") as file:

@@ -24,8 +24,8 @@ from rlloss import checks
 from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig
 from rlloss.diagnostics import diagnose
 from rlloss.entropy_control import bonus_now
-from rlloss.integrations.collapse_monitor import CollapseMonitor
-from rlloss.integrations.model_card import complete_card, dataset_of
+from rlloss.integrations.collapse_monitor import CollapseMonitor, Finding
+from rlloss.integrations.model_card import about_run, complete_card, dataset_of
 from rlloss.integrations.rollout import Rollout, ScaledModel, content_key
 from rlloss.integrations.run_summary import RunSummary
 from rlloss.integrations.token_log import MetricsLog, TokenLog
@@ -155,11 +155,16 @@ class GRPOTrainer(trl.GRPOTrainer):
         )  # fmt: skip
         folder = str(self.args.output_dir)
         if self.accelerator.is_main_process:
-            self.add_callback(MetricsLog(folder))
+            self.add_callback(MetricsLog(folder, lambda: about_run(self), self._findings))
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor
         log = TokenLog(folder, tokenizer, self.accelerator.process_index)
         self.add_callback(log)
         return log
+
+    def _findings(self) -> list[Finding]:
+        """Of the monitors among the callbacks."""
+        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, CollapseMonitor)]
+        return [finding for monitor in monitors for finding in monitor.findings]
 
     def _why_trls_own(self) -> str | None:
         """Why the loss is TRL's own: an unknown loss type, a replaced hook, or a setting that rlloss alone refuses."""

@@ -29,18 +29,21 @@ class Completion:
     state: str
     advantage: float | list[float] | None
     rewards: dict[str, float | None]
+    run: int = 0  # of the runs on a page
 
 
 @dataclass
 class RunLog:
-    """What was read. texts and prompts: text -> index. metrics: name -> {step: value}. unreadable: "file:line", or
-    "file (why)".
+    """What was read. texts and prompts: text -> index. metrics: name -> {step: value}. findings: (step, kind, message)
+    of the monitor. about: what run.json says. unreadable: "file:line", or "file (why)".
     """
 
     texts: dict[str, int] = field(default_factory=dict)
     prompts: dict[str, int] = field(default_factory=dict)
     completions: list[Completion] = field(default_factory=list)
     metrics: dict[str, dict[int, float | None]] = field(default_factory=dict)
+    findings: list[tuple[int, str, str]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
     def left_out(self) -> str:
@@ -61,27 +64,34 @@ class Session:
     records: list[Record]
 
 
-def read_run(run_dir: Path) -> RunLog:
-    """Read a run.
+TOKEN_LOG = "token_log_steps=20 in GRPOConfig writes the tokens"
+
+
+def read_run(run_dir: Path, run: RunLog | None = None) -> RunLog:
+    """Read a run. run: another one, whose texts and prompts are shared.
+
+    Without metrics.jsonl the metrics are those of trainer_state.json, in the folder or in its newest checkpoint.
 
     A file or a line that cannot be read is left out and noted. Where a file says that the run was resumed, or its steps
     go back, what the run had written from that step on is left out.
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
-    expected = "expected the folder of a run, with tokens/*.jsonl, metrics.jsonl or both"
+    expected = f"expected the folder of a run, with tokens/*.jsonl, metrics.jsonl or trainer_state.json ({TOKEN_LOG})"
     if not run_dir.exists():
         raise FileNotFoundError(f"run_dir: found no {str(run_dir)!r}, {expected}")
     if not run_dir.is_dir():
         raise NotADirectoryError(f"run_dir: found a file, {str(run_dir)!r}, {expected}")
     files, metrics = sorted((run_dir / "tokens").glob("*.jsonl")), run_dir / "metrics.jsonl"
-    if not files and not os.path.lexists(metrics):
+    states = [run_dir / "trainer_state.json", *sorted(run_dir.glob("checkpoint-*/trainer_state.json"), key=_number)]
+    states = [path for path in states if path.is_file()]
+    if not files and not os.path.lexists(metrics) and not states:
         names = sorted(path.name for path in run_dir.iterdir())
         more = ", ..." if len(names) > 8 else ""
         held = f"only {', '.join(names[:8])}{more}" if names else "nothing"
         held = "tokens/ without a .jsonl file" if names == ["tokens"] else held
         raise ValueError(f"run_dir: found {held} in {str(run_dir)!r}, {expected}")
-    run = RunLog()
+    run = RunLog() if run is None else RunLog(texts=run.texts, prompts=run.prompts)
     processes = [_sessions(_records(run, path, _completion)) for path in files]
     clock = next((sessions for sessions in processes if sessions), [])
     run.completions = [c for sessions in processes for _, c in _kept(sessions, clock)]
@@ -90,12 +100,52 @@ def read_run(run_dir: Path) -> RunLog:
         for step, values in _kept(_sessions(_records(run, metrics, _log)), []):
             for name, value in values.items():
                 run.metrics.setdefault(name, {})[step] = value
+    elif states:
+        _read_state(run, states[-1])
+    _read_about(run, run_dir)
     if not run.completions and not run.metrics:
         not_readable = f" (not readable: {run.left_out()})" if run.unreadable else ""
         raise ValueError(
             f"run_dir: found no completion and no metric in the files of {str(run_dir)!r}{not_readable}, {expected}"
         )
     return run
+
+
+def _number(path: Path) -> int:
+    digits = path.parent.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _read_state(run: RunLog, path: Path) -> None:
+    """The metrics in the log history of transformers."""
+    try:
+        for line in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    run.metrics.setdefault(_name(name), {})[_step(line)] = _finite(value)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        run.unreadable.append(f"{path.name} ({type(error).__name__})")
+
+
+def _read_about(run: RunLog, run_dir: Path) -> None:
+    """run.json and findings.jsonl, where they are; a finding of a step that was resumed from is not said twice."""
+    about, findings = run_dir / "run.json", run_dir / "findings.jsonl"
+    if about.is_file():
+        try:
+            run.about = dict(json.loads(about.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            run.unreadable.append(f"{about.name} ({type(error).__name__})")
+    if findings.is_file():
+        found: dict[tuple[int, str], str] = {}
+        for step, (kind, message) in _kept(_sessions(_records(run, findings, _finding)), []):
+            found.setdefault((step, kind), message)
+        run.findings = [(step, kind, message) for (step, kind), message in sorted(found.items())]
+
+
+def _finding(run: RunLog, line: dict[str, Any]) -> tuple[str, str]:
+    if not (isinstance(line["kind"], str) and isinstance(line["message"], str)):
+        raise TypeError("not a finding")
+    return line["kind"], line["message"]
 
 
 def _records(run: RunLog, path: Path, parse: Callable[[RunLog, Any], Any]) -> Iterator[Record]:
