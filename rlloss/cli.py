@@ -88,8 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Make one HTML page, which opens offline, of the folder of a training run: the plots of "
         "metrics.jsonl, the tokens of highest entropy, and the completions of tokens/*.jsonl token by token.",
     )
-    report.add_argument("run_dir", metavar="RUN_DIR", help="folder with tokens/*.jsonl, metrics.jsonl, or both")
-    report.add_argument("--output", metavar="FILE", help="page to write (default: RUN_DIR/report.html)")
+    report.add_argument(
+        "run_dir", metavar="RUN_DIR", nargs="+",
+        help="folder with tokens/*.jsonl, metrics.jsonl or trainer_state.json; several are drawn over one another",
+    )  # fmt: skip
+    report.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the first RUN_DIR)")
     return parser
 
 
@@ -216,7 +219,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from rlloss.report.run_report import write_run_report
 
     try:
-        path = write_run_report(arguments.run_dir, arguments.output)
+        folders = arguments.run_dir
+        path = write_run_report(folders if len(folders) > 1 else folders[0], arguments.output)
     except (OSError, ValueError) as error:
         print(f"rlloss report: error: {error}", file=sys.stderr)
         return 2

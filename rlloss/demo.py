@@ -38,6 +38,7 @@ from rlloss.arms import what_never_acted as what_never_acted
 from rlloss.integrations.collapse_monitor import CollapseMonitor, Finding
 from rlloss.integrations.run_summary import RunSummary
 from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
+from rlloss.report.run_report import write_run_report
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
 QUICK = {"steps": 60, "warm_start_steps": 120, "held_out_samples": 4}
@@ -46,15 +47,6 @@ UPDATES_PER_GENERATION = STEPS_PER_GENERATION * NUM_ITERATIONS
 """With one update per generation every ratio is exactly 1 and no clip can act."""
 
 REWARD_METRICS = {f"rewards/{reward.__name__}/mean": reward.__name__ for reward in arithmetic.REWARDS}
-PANELS = (
-    report.Panel("entropy", "Entropy", "nats per token", low=0.0),
-    report.Panel("rewards/answer_right/mean", "Reward: answer right", "share of completions", low=0.0, high=1.0),
-    report.Panel("rewards/format_right/mean", "Reward: format right", "share of completions", low=0.0, high=1.0),
-    report.Panel("clip_ratio/low_mean", "Clipped below", "share of tokens", low=0.0),
-    report.Panel("clip_ratio/high_mean", "Clipped above", "share of tokens", low=0.0),
-    report.Panel("entropy/kept_share", "Kept by the entropy mask", "share of tokens", low=0.0, high=1.0),
-    report.Panel("rlloss/live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
-)
 
 
 @dataclass
@@ -308,16 +300,6 @@ def _write(
 ) -> None:
     versions = {"rlloss": __version__} | {name: version(name) for name in ("torch", "trl", "transformers")}
     versions["python"] = platform.python_version()
-    arms = [
-        report.Arm(
-            arm.name,
-            [row["step"] if row.get("step") is not None else i + 1 for i, row in enumerate(arm.history)],  # type: ignore[misc]
-            {panel.key: plotted(arm.history, panel.key) for panel in PANELS},
-            settings=", ".join(f"{key} {value}" for key, value in arm.options.items()),
-            note=f"inactive: {', '.join(arm.inactive)}" if arm.inactive else "",
-        )
-        for arm in result.arms
-    ]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
     timing = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     paragraphs = [
@@ -331,11 +313,11 @@ def _write(
         f"Seed {seed}. Seconds: {timing}. On {where}. " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "Every metric of every step is in history.json beside this file. To repeat:",
     ]
-    report.write_report(
+    write_run_report(
+        [result.report.parent / arm.folder for arm in result.arms],
         result.report,
-        arms,
-        panels=PANELS,
         title="rlloss demo: " + " against ".join(arm.name for arm in result.arms),
+        found=[*verdict(result.arms), *findings(result.arms)],
         tables=[_held_out_table(result), _training_table(result)],
         paragraphs=paragraphs,
         command=command,

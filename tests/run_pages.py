@@ -78,7 +78,7 @@ class Page(HTMLParser):
     def completions(self):
         """The completions, as lines of tokens/*.jsonl; the advantage as the page has it."""
         data, lines = self.data, []
-        for step, prompt, advantage, rewards, _, _, tokens, entropy, state in data["completions"]:
+        for step, prompt, advantage, rewards, _, _, tokens, entropy, state, _ in data["completions"]:
             lines.append({
                 "step": step,
                 "prompt": data["prompts"][prompt],

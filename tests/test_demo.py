@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 
 import pytest
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlloss import arithmetic, demo
+from rlloss import arithmetic, cli, demo
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +41,12 @@ def test_the_job_leaves_report_history_and_a_table(ran):
     for text in (page, terminal):
         for word in ("plain GRPO", "remedies", "entropy", "live share", "warm start"):
             assert word in text
-    assert page.count("<svg") == len(demo.PANELS)
-    assert "not measured" not in page.split("<script")[0]
+    shown = page.split("<script")[0]
+    assert "rlloss/live_share" in shown
+    assert shown.index("Entropy ends at") < shown.index("<table") < shown.index("<svg")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert data["runs"] == ["plain_grpo", "remedies"]
+    assert {c[9] for c in data["completions"]} == {0, 1} and len(data["completions"]) >= 40
     assert record["command"] == "rlloss.demo.run_demo(steps=10, seed=3, warm_start_steps=6, held_out_samples=1)"
     assert record["command"] in page
     assert [arm["name"] for arm in record["arms"]] == ["plain GRPO", "remedies"]
@@ -250,3 +255,49 @@ def test_scoring_repeats_and_leaves_the_generator_alone():
 
 def test_the_default_model_has_half_a_million_parameters():
     assert 0.4e6 < sum(p.numel() for p in arithmetic.make_model().parameters()) < 0.6e6
+
+
+def test_each_arm_is_the_folder_of_a_run(ran):
+    result, record, terminal = ran
+    for arm in result.arms:
+        folder = result.report.parent / arm.folder
+        assert json.loads((folder / "run.json").read_text())["model"] and (folder / "metrics.jsonl").exists()
+        assert sorted(path.name for path in (folder / "tokens").iterdir()) == ["process-00000.jsonl"]
+    assert "Entropy ends at" in terminal and "of the tokens carry a gradient with remedies" in " ".join(
+        terminal.split()
+    )
+
+
+def arm(name, entropy, live, score, error=0.01, **more):
+    history = [{"entropy": e, "rlloss/live_share": live} for e in entropy]
+    return demo.ArmResult(name, {}, history, {"answer_right": (score, error)}, 1.0, **more)
+
+
+def test_the_verdict_says_what_was_measured():
+    plain, more = arm("plain", [0.3, 0.1], 0.8, 0.40), arm("more", [0.3, 0.2], 0.2, 0.41)
+    assert demo.verdict([plain, more]) == [
+        "Entropy ends at 0.200 nats with more and at 0.100 with plain.",
+        "20% of the tokens carry a gradient with more, 80% with plain.",
+        "No difference in answer right beyond noise: 0.410 and 0.400 (one seed).",
+    ]
+    less = arm("less", [0.3, 0.05], 0.2, 0.30, inactive=["clip"])
+    assert demo.verdict([plain, less])[2:] == [
+        "Answer right is less often with less: 0.300, not 0.400 (one seed).",
+        "Parts of less never acted: clip.",
+    ]
+    best = arm("best", [], None, 0.50)
+    assert demo.verdict([plain, best]) == [
+        "Answer right is more often with best: 0.500, not 0.400 (one seed).",
+    ]
+    counted = arm("counted", [], None, 0.40)
+    counted.history = [{"rlloss/products": 1.5, "rlloss/products_plain": 3.0}]
+    assert "The lm_head runs 1.5 products there instead of the 3.0 of plain logits" in demo.verdict([plain, counted])[0]
+
+
+def test_quick_is_a_smaller_demo(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(demo, "run_demo", lambda output, **given: seen.update(given))
+    assert cli.main(["demo", "--quick"]) == 0
+    assert seen == {"seed": 0, **demo.QUICK} and seen["steps"] < 120
+    assert cli.main(["demo", "--quick", "--full"]) == 2
+    assert "--quick: found --full or --steps beside it" in capsys.readouterr().err

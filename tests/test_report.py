@@ -66,7 +66,7 @@ def test_every_text_is_escaped(tmp_path):
     assert "alert" not in "".join(page.text["script"][1:])
     assert len(page.find("script")) == 2
     assert page.text["h1"] == [HOSTILE] and page.text["td"] == [HOSTILE] and page.text["code"] == [HOSTILE]
-    assert json.loads(page.text["script"][0])["arms"][0][0]["name"] == HOSTILE
+    assert json.loads(page.text["script"][0])["lines"][0][0][0] == HOSTILE
 
 
 def test_nothing_is_fetched(tmp_path):
@@ -82,16 +82,16 @@ def test_nothing_is_fetched(tmp_path):
 def test_gaps_are_gaps(tmp_path):
     values = [1.0, None, 3.0, 3.5, math.nan, math.inf, 2.0]
     page = Page(write(tmp_path, [arm(entropy=values)], panels=PANELS[:1]))
-    raw = page.find("path", **{"class": "raw arm0"})[0]["d"]
+    raw = page.find("path", **{"class": "raw arm0 line0"})[0]["d"]
     assert raw.count("M") == 3 and raw.count("L") == 1  # 1 | 3, 3.5 | 2
     assert len(page.find("circle")) == 2  # the lone points
     assert "nan" not in raw and "inf" not in raw
-    assert json.loads(page.text["script"][0])["panels"] == [[[1.0, None, 3.0, 3.5, None, None, 2.0]]]
+    assert json.loads(page.text["script"][0])["lines"][0][0][2] == [1.0, None, 3.0, 3.5, None, None, 2.0]
 
 
 def test_points_lie_where_their_values_say(tmp_path):
     page = Page(write(tmp_path, [arm(clip=[0.0, 0.5, 1.0])], panels=[Panel("clip", "Clipped", low=0.0, high=1.0)]))
-    numbers = [float(n) for n in re.findall(r"[\d.]+", page.find("path", **{"class": "raw arm0"})[0]["d"])]
+    numbers = [float(n) for n in re.findall(r"[\d.]+", page.find("path", **{"class": "raw arm0 line0"})[0]["d"])]
     assert numbers == [52.0, 216.0, 280.0, 114.0, 508.0, 12.0]  # left bottom, middle, right top of the plot
 
 
@@ -103,8 +103,9 @@ def test_what_an_arm_lacks_is_said(tmp_path):
 def test_arms_keep_one_colour_and_the_note_is_shown(tmp_path):
     first, second = arm("one", entropy=[1.0, 2.0]), Arm("two", [1, 2], {"entropy": [2.0, 1.0]}, note="inactive: clip")
     page = Page(write(tmp_path, [first, second], panels=PANELS[:1]))
-    assert [a["class"] for a in page.find("i")] == ["arm0", "arm1"]
-    assert {a["class"] for a in page.find("path")} == {"raw arm0", "mean arm0", "raw arm1", "mean arm1"}
+    assert [a["class"] for a in page.find("i")] == ["arm0", "arm1"] * 2  # of the page and of the chart
+    drawn = {f"{kind} arm{n} line{n}" for kind in ("raw", "mean") for n in (0, 1)}
+    assert {a["class"] for a in page.find("path")} == drawn
     assert page.text["strong"] == ["inactive: clip"]
 
 
@@ -113,8 +114,10 @@ def test_groups_are_sections_with_their_own_arms(tmp_path):
     groups = [("First", ["a", "b"]), ("Second", ["a", "c"])]
     page = Page(write(tmp_path, arms, panels=PANELS[:1], groups=groups))
     data = json.loads(page.text["script"][0])
-    assert data["panels"] == [[[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]]]
-    assert [[arm["name"] for arm in of] for of in data["arms"]] == [["a", "b"], ["a", "c"]]
+    assert [[values for _, _, values in of] for of in data["lines"]] == [
+        [[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]],
+    ]  # fmt: skip
+    assert [[name for name, _, _ in of] for of in data["lines"]] == [["a", "b"], ["a", "c"]]
     assert page.text["h2"][:2] == ["First", "Second"]
     with pytest.raises(ValueError, match="groups: found 'd', expected names of arms: a, b, c"):
         write(tmp_path, arms, panels=PANELS[:1], groups=[("First", ["d"])])

@@ -40,8 +40,14 @@ const write = async (name, text) => {
 };
 const facts = name => all("article header span").map(s => s.textContent).filter(t => t.startsWith(name + " "))
   .map(t => t.slice(name.length + 1));
-const pager = () => document.querySelector(".pager").textContent;
-const tokens = selector => all("#list article:first-child .t" + (selector ?? "")).map(t => t.textContent);
+const pager = () => document.querySelector(".pager").textContent.replace(/Show all$/, "");
+const first = selector => [...document.querySelector("#list article").querySelectorAll(selector)];
+const tokens = selector => first(".t" + (selector ?? "")).map(t => t.textContent);
+const point = (svg, type, x) => {
+  const box = svg.getBoundingClientRect();
+  const at = {clientX: box.left + box.width * x / 520, clientY: box.top + 20};
+  svg.dispatchEvent(new PointerEvent(type, {bubbles: true, ...at}));
+};
 (async () => {
   const found = {};
   try { await (async () => {%s})(); } catch (error) { failures.push(String(error.stack)); }
@@ -53,7 +59,7 @@ const tokens = selector => all("#list article:first-child .t" + (selector ?? "")
 </script>"""
 
 
-def look(tmp_path, run, script, *, hash="", clock="--virtual-time-budget=20000"):
+def look(tmp_path, run, script, *, hash="", clock="--virtual-time-budget=20000", more=()):
     """What `script` found on the page of a run; nothing may have failed and nothing been requested.
 
     The clock is the browser's own, which does not wait; without it the page is printed once it is loaded.
@@ -66,7 +72,7 @@ def look(tmp_path, run, script, *, hash="", clock="--virtual-time-budget=20000")
         CHROMIUM, "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
         *(["--no-sandbox"] if os.geteuid() == 0 else []), *([clock] if clock else []), "--dump-dom",
-        page.as_uri() + hash,
+        *more, page.as_uri() + hash,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
     text = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
@@ -161,9 +167,8 @@ def test_search_forking_tokens_and_kinds(tmp_path):
         const over = new PointerEvent("pointerover", {bubbles: true});
         document.querySelector("#list .t:nth-of-type(2)").dispatchEvent(over);
         found.tip = [...document.getElementById("tip").children].map(line => line.textContent);
-        const svg = document.querySelector("svg[data-panel]"), box = svg.getBoundingClientRect();
-        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 280 / 520}));
-        found.chart = document.querySelector(".values").textContent;
+        point(document.querySelector("svg[data-panel]"), "pointermove", 280);
+        found.chart = [...document.getElementById("point").children].map(line => line.textContent);
     """)  # fmt: skip
     assert found["search"] == [["7"], ["w7", " the"], "#q=W7+THE"]
     assert found["end"] == [" the", "!"] and found["begin"] == ["w7"]
@@ -179,7 +184,7 @@ def test_search_forking_tokens_and_kinds(tmp_path):
     assert steps == [str(k) for k in range(0, 45, 5)] and hits == [" Wait"]
     assert found["kind"] == ["#token=+Wait&only=c", ["!"], ["c"]]
     assert found["tip"] == ["␣Wait", "entropy 2.5000 nats", "dropped: " + STATES["e"][1], "token 2 of 3"]
-    assert found["chart"] == "step 22: entropy 0.04348"
+    assert found["chart"] == ["step 22", "entropy 0.04348"]
 
 
 def test_hostile_texts_stay_texts(tmp_path):
@@ -192,7 +197,7 @@ def test_hostile_texts_stay_texts(tmp_path):
     metrics = [{"step": 1, **{text: 1.0 for text in HOSTILE if text}}]
     found = look(tmp_path, make_run(tmp_path / "<b>run&", lines, metrics), """
         found.tokens = tokens();
-        found.classes = all("#list article:first-child .t").slice(0, 2).map(t => t.className);
+        found.classes = first(".t").slice(0, 2).map(t => t.className);
         found.prompts = all(".prompt").map(p => p.textContent);
         found.elements = all("img, main b b, main script, body > script").length;
         found.links = all("#table a").map(a => a.textContent);
@@ -225,9 +230,161 @@ def test_a_page_without_completions_and_one_without_metrics(tmp_path):
     assert look(tmp_path, only_metrics, script) == {"sections": ["Metrics", "Completions"], "charts": 1}
     only_tokens = make_run(tmp_path / "b", [completion()])
     assert look(tmp_path, only_tokens, script) == {
-        "sections": ["Metrics", "Forking tokens", "Completions"],
+        "sections": ["Metrics", "Completions", "Forking tokens"],
         "charts": 0,
     }
+
+
+def groups(tmp_path, name="run", steps=(0, 10)):
+    """Two prompts with three completions each at every step, in a mixed order, with states of every kind."""
+    lines = [
+        completion(["a", "b", "c", "d"], step=step, prompt=f"P{k % 2}", entropy=[0.02, 0.3, 1.2, 2.5],
+                   state="lcem" if k < 4 else "dddm", advantage=(k * 7) % 5 - 2, rewards={"right": float(k % 3 == 0)})
+        for step in steps for k in range(6)
+    ]  # fmt: skip
+    metrics = [
+        {"step": s, "entropy": 2.0 - s / 20, "entropy/p50": 0.5, "entropy/p80": 1.0, "entropy/p95": 1.5,
+         "loss": 0.1, "rlloss/live_share": 0.25} for s in range(1, 21)
+    ]  # fmt: skip
+    return make_run(tmp_path / name, lines, metrics)
+
+
+def test_what_teaches_is_seen_and_a_prompts_completions_stand_together(tmp_path):
+    found = look(tmp_path, groups(tmp_path), """
+        const looks = () => first(".t").map(t => getComputedStyle(t).backgroundColor);
+        found.prompts = all(".group .prompt").map(p => p.textContent);
+        found.advantages = facts("advantage");
+        found.classes = first(".t").map(t => t.className.split(" ").filter(c => c === "faded" || c === "grey").join());
+        found.taught = looks();
+        await click("[name=solid]");
+        found.solid = looks();
+        found.hash = location.hash;
+        await click("#filters button[type=reset]");
+        found.again = looks();
+        await to("sort=step");
+        found.bystep = [all(".group").length, all("article .prompt").length];
+    """)  # fmt: skip
+    assert found["prompts"] == ["P0", "P1", "P0", "P1"]
+    of_prompts = [[(k * 7) % 5 - 2 for k in range(first, 6, 2)] for first in (0, 1)]
+    expected = [str(advantage) for of in of_prompts for advantage in sorted(of, reverse=True)]
+    assert found["advantages"] == expected * 2
+    assert sorted(found["classes"]) in (["", "faded", "faded", "grey"], ["grey"] * 4)
+    assert found["taught"] == found["again"] != found["solid"] and "solid=1" in found["hash"]
+    assert found["bystep"] == [0, 12]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
+def test_every_token_is_readable(tmp_path, scheme):
+    """Its text against its background, by WCAG 2: at least 4.5 to 1, also where a click dims it."""
+    found = look(tmp_path, groups(tmp_path), """
+        const numbers = text => {
+          const c = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+          c.fillStyle = text; c.fillRect(0, 0, 1, 1);
+          return [...c.getImageData(0, 0, 1, 1).data];
+        };
+        const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+        const light = ([r, g, b]) => [r, g, b].map(x => linear(x / 255)).reduce(
+          (sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+        const under = e => { for (; e; e = e.parentElement) {
+          const c = numbers(getComputedStyle(e).backgroundColor);
+          if (c[3] === 255) return c; } return [255, 255, 255]; };
+        const worst = () => Math.min(...all("#list .t").map(t => {
+          const [a, b] = [light(numbers(getComputedStyle(t).color)), light(under(t))].sort((x, y) => y - x);
+          return (a + .05) / (b + .05);
+        }));
+        found.page = numbers(getComputedStyle(document.body).backgroundColor)[0];
+        found.plain = worst();
+        await to("only=l");
+        found.dimmed = worst();
+        await to("token=c");
+        found.hits = worst();
+        await to("solid=1&colours=rank");
+        found.rank = worst();
+    """, more=[f"--blink-settings=preferredColorScheme={scheme}"])  # fmt: skip
+    assert (found["page"] < 60) == (scheme == 0)
+    assert min(found[name] for name in ("plain", "dimmed", "hits", "rank")) >= 4.5
+
+
+def test_colours_by_rank(tmp_path):
+    found = look(tmp_path, groups(tmp_path), """
+        const shades = () => first(".t").map(t => [...t.classList].find(c => /^h[0-9]$/.test(c)));
+        const scales = () => all(".scale").map(s => getComputedStyle(s).display !== "none");
+        found.absolute = [shades(), scales()];
+        await to("colours=rank");
+        found.rank = [shades(), scales(), document.querySelector("#filters").elements.colours.value];
+    """)  # fmt: skip
+    assert found["absolute"] == [["h1", "h4", "h6", "h8"], [True, False]]
+    assert found["rank"][1:] == [[False, True], "rank"] and found["rank"][0] != found["absolute"][0]
+    assert found["rank"][0][-1] == "h9"
+
+
+def test_charts_switch_lines_move_nothing_and_lead_to_a_steps_completions(tmp_path):
+    found = look(tmp_path, groups(tmp_path), """
+        const svg = document.querySelector("svg[data-panel]"), figure = svg.closest("figure");
+        const places = () => all("figure, section, .keys").map(e => e.getBoundingClientRect().top);
+        found.keys = [...figure.querySelectorAll("button[data-line]")].map(b => b.textContent);
+        found.bands = figure.querySelectorAll("path.band").length;
+        const before = places();
+        point(svg, "pointermove", 280);
+        found.shown = !document.getElementById("point").hidden;
+        found.moved = places().some((top, i) => top !== before[i]);
+        const visible = e => getComputedStyle(e).display !== "none";
+        const drawn = () => [...figure.querySelectorAll(".line0")].filter(visible).length;
+        found.lines = [drawn()];
+        figure.querySelector("[data-line='0']").click();
+        found.lines.push(drawn());
+        point(svg, "pointermove", 280);
+        found.rows = [...document.getElementById("point").children].map(e => e.textContent);
+        figure.querySelector("[data-line='0']").click();
+        found.lines.push(drawn());
+        point(svg, "click", 300);
+        await settled();
+        found.step = [location.hash, facts("step")];
+        await click(".pager button:last-child");
+        found.back = [location.hash, facts("step").length];
+        const loss = all("figure").filter(f => f.textContent.includes("Loss"))[0];
+        found.single = loss.querySelectorAll(".keys").length;
+    """)  # fmt: skip
+    assert found["keys"] == ["entropy", "entropy/p50", "entropy/p80", "entropy/p95"] and found["bands"] == 1
+    assert found["shown"] and not found["moved"]
+    assert found["lines"][0] == found["lines"][2] > found["lines"][1] == 0
+    assert not any(row.startswith("entropy ") for row in found["rows"]) and len(found["rows"]) == 4
+    assert found["step"] == ["#step=10", ["10"] * 6]
+    assert found["back"] == ["", 12] and found["single"] == 0
+
+
+def test_runs_over_one_another(tmp_path):
+    first, second = groups(tmp_path, "a"), groups(tmp_path, "b", steps=(5,))
+    (first / "run.json").write_text('{"model": "m", "options": {"epsilon_high": "0.28", "loss_type": "dapo"}}')
+    (second / "run.json").write_text('{"model": "m", "options": {"loss_type": "dapo"}}')
+    (second / "findings.jsonl").write_text('{"step": 7, "kind": "x", "message": "the entropy collapses."}\n')
+    found = look(tmp_path, [first, second], """
+        const buttons = document.querySelector("figure").querySelectorAll("button[data-line]");
+        found.keys = [...buttons].map(b => b.textContent);
+        found.table = all("tbody tr").slice(0, 1).map(row => [...row.cells].map(c => c.textContent));
+        found.said = all(".found li").map(li => li.textContent);
+        found.marks = document.querySelector("svg").querySelectorAll(".mark title").length;
+        found.all = pager();
+        await write("run", "b");
+        found.b = [facts("run"), facts("step")];
+    """)  # fmt: skip
+    assert found["keys"] == ["a", "b"] and found["table"] == [["epsilon_high", "0.28", "as TRL"]]
+    assert "Step 7: the entropy collapses." in found["said"] and found["marks"] == 1
+    assert "Entropy goes from 1.92 to 1.02 nats per token." in found["said"]
+    assert found["all"].endswith("18 of 18 completions") and found["b"] == [["b"] * 6, ["5"] * 6]
+
+
+def test_filters_fold_away_on_a_phone(tmp_path):
+    script = """
+        found.open = document.getElementById("filter-box").open;
+        found.wide = document.documentElement.scrollWidth <= innerWidth;
+        found.cards = all("figure, article, .found").every(e => e.scrollWidth <= e.clientWidth + 1);
+    """
+    run = groups(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "rewards/a_very_long_name_of_a_reward_function_that_somebody_wrote/mean": 1.0}\n')
+    assert look(tmp_path, run, script, more=["--window-size=500,844"]) == {"open": False, "wide": True, "cards": True}
+    assert look(tmp_path, run, script, more=["--window-size=1400,900"]) == {"open": True, "wide": True, "cards": True}
 
 
 def test_ten_thousand_completions_open_at_once(tmp_path):

@@ -198,8 +198,20 @@ def _bounds(arms: Sequence[Arm], panel: Panel) -> tuple[float, float]:
     return low - (margin if panel.low is None else 0.0), high + (margin if panel.high is None else 0.0)
 
 
-def chart(arms: Sequence[Arm], panel: Panel, index: int) -> str:
-    """One figure: a line of `panel.key` per arm, against its steps. Its svg carries `index` as data-panel."""
+def chart(
+    arms: Sequence[Arm],
+    panel: Panel,
+    index: int,
+    *,
+    marks: Sequence[tuple[float, str]] = (),
+    band: tuple[int, int] | None = None,
+    keys: bool = False,
+) -> str:
+    """One figure: a line of `panel.key` per arm, against its steps. Its svg carries `index` as data-panel.
+
+    marks: (step, what happened there). band: (lower, upper), the numbers of two arms between which an area is drawn in
+    the place of the upper one's line. keys: whether the figure has a legend of its own, whose buttons switch lines.
+    """
     steps = [float(s) for arm in arms for s in arm.steps]
     x_low, x_high = min(steps, default=0.0), max(steps, default=1.0)
     if x_high <= x_low:
@@ -222,13 +234,25 @@ def chart(arms: Sequence[Arm], panel: Panel, index: int) -> str:
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>'
     )
+    if band is not None:
+        parts.append(_area(arms[band[0]], arms[band[1]], panel.key, band[1], at))
+    for step, text in marks:
+        across = at(min(max(step, x_low), x_high), y_low)[0]
+        parts.append(
+            f'<g class="mark"><line x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f"<title>{escape(text)}</title></g>"
+        )
     for number, arm in enumerate(arms):
         values = arm.series.get(panel.key, ())
+        if band is not None and number == band[1]:
+            continue
         for kind, line in (("raw", list(values)), ("mean", smooth(values, _window(arm)))):
             path, dots = _path(arm.steps, line, at)
-            parts.append(f'<path class="{kind} arm{number % 6}" d="{path}"/>')
+            parts.append(f'<path class="{kind} arm{number % 6} line{number}" d="{path}"/>')
             if kind == "mean":
-                parts += [f'<circle class="arm{number % 6}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in dots]
+                parts += [
+                    f'<circle class="arm{number % 6} line{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in dots
+                ]
     missing = [arm.name for arm in arms if not _finite(arm.series.get(panel.key, ()))]
     absent = f'<p class="absent">not measured: {escape(", ".join(missing))}</p>' if missing else ""
     unit = f" <small>{escape(panel.unit)}</small>" if panel.unit else ""
@@ -236,8 +260,31 @@ def chart(arms: Sequence[Arm], panel: Panel, index: int) -> str:
         f'<figure><figcaption>{escape(panel.title)}{unit}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(panel.title)} over steps" data-panel="{index}" data-low="{x_low:g}" '
         f'data-high="{x_high:g}">{"".join(parts)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
-        f'<p class="values" aria-hidden="true"></p>{absent}</figure>'
+        f"{_keys(arms) if keys else ''}{absent}</figure>"
     )
+
+
+def _keys(arms: Sequence[Arm]) -> str:
+    """A button per line, which switches it."""
+    items = "".join(
+        f'<li><button type="button" data-line="{number}" aria-pressed="true"><i class="arm{number % 6}"></i>'
+        f"{escape(arm.name)}</button></li>"
+        for number, arm in enumerate(arms)
+    )
+    return f'<ul class="keys">{items}</ul>'
+
+
+def _area(lower: Arm, upper: Arm, key: str, number: int, at) -> str:
+    """The area between two lines, where both have a value."""
+    below = dict(zip(lower.steps, lower.series.get(key, ()), strict=False))
+    above = dict(zip(upper.steps, upper.series.get(key, ()), strict=False))
+    steps = [s for s in below if below[s] is not None and above.get(s) is not None]
+    if len(steps) < 2:
+        return ""
+    edge = [at(float(s), float(above[s])) for s in steps]  # type: ignore[arg-type]
+    edge += [at(float(s), float(below[s])) for s in reversed(steps)]  # type: ignore[arg-type]
+    points = "L".join(f"{x:.1f} {y:.1f}" for x, y in edge)
+    return f'<path class="band arm{number % 6} line{number}" d="M{points}Z"/>'
 
 
 def _window(arm: Arm) -> int:
@@ -256,7 +303,7 @@ def _path(steps: Sequence[float], values: Sequence[Value], at) -> tuple[str, lis
     return path, [stroke[0] for stroke in strokes if len(stroke) == 1]
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
@@ -275,25 +322,30 @@ def _legend(arms: Sequence[Arm]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def _clean(values: Sequence[Value]) -> list[Value]:
+    return [v if v is not None and math.isfinite(v) else None for v in values]
+
+
+def prose(paragraphs: Sequence[str], command: str) -> str:
+    text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
+    return text + (f"<pre><code>{escape(command)}</code></pre>" if command else "")
+
+
 def _page(sections, panels, title, tables, paragraphs, command) -> str:
     """sections: (heading, arms); the charts are numbered through."""
     charted = [(arms, panel) for _, arms in sections for panel in panels]
     data = {
-        "arms": [[{"name": arm.name, "steps": [float(s) for s in arm.steps]} for arm in arms] for arms, _ in charted],
-        "panels": [
-            [[v if v is not None and math.isfinite(v) else None for v in arm.series.get(p.key, ())] for arm in arms]
-            for arms, p in charted
+        "lines": [
+            [[arm.name, [float(x) for x in arm.steps], _clean(arm.series.get(panel.key, ()))] for arm in arms]
+            for arms, panel in charted
         ],
-        "left": LEFT / WIDTH,
-        "right": 1 - RIGHT / WIDTH,
+        "plot": [LEFT, WIDTH - RIGHT],
     }
     # Inside a script element only "</" could end it; as an escape it is the same JSON.
     inline = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     lines = max(_window(arm) for arms, _ in charted for arm in arms)
     explain = f"Thin: every step. Bold: centred mean over {lines} steps." if lines > 1 else "One value per step."
-    text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
-    repeat = f"<pre><code>{escape(command)}</code></pre>" if command else ""
-    figures = [chart(arms, panel, index) for index, (arms, panel) in enumerate(charted)]
+    figures = [chart(arms, panel, index, keys=len(arms) > 1) for index, (arms, panel) in enumerate(charted)]
     charts = [
         f'{f"<h2>{escape(heading)}</h2>{_legend(arms)}" if heading else ""}<div class="charts">'
         f"{''.join(figures[number * len(panels) : (number + 1) * len(panels)])}</div>"
@@ -306,8 +358,9 @@ def _page(sections, panels, title, tables, paragraphs, command) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{asset('charts.css')}</style></head><body><main><h1>{escape(title)}</h1>"
-        f"{legend}{''.join(_table(table) for table in tables)}"
+        f"{legend}{''.join(table_html(table) for table in tables)}"
         f'<p class="absent">{explain}</p>{"".join(charts)}'
-        f'<section><h2>What was run</h2>{text}{repeat}</section></main><script type="application/json" id="data">'
+        f"<section><h2>What was run</h2>{prose(paragraphs, command)}</section></main>"
+        '<div id="point" role="tooltip" hidden></div><script type="application/json" id="data">'
         f"{inline}</script><script>{asset('charts.js')}</script></body></html>\n"
     )

@@ -1,11 +1,10 @@
 // Texts of tokens and prompts only ever become the text of an element. The address's part after # is the state of the
 // view, such as #step=3-7&of=reward&min=1&page=2: a link to a view, which the browser's back button knows too.
-"use strict";
 const $ = id => document.getElementById(id);
 function problem(text) { $("problem").textContent = text; $("problem").hidden = false; }
 window.addEventListener("error", event => problem("The script of this page failed: " + event.message));
-const data = JSON.parse($("data").textContent), PER_PAGE = 20;
-const STEP = 0, PROMPT = 1, ADVANTAGE = 2, REWARDS = 3, MEAN = 4, SHARE = 5, TOKENS = 6, ENTROPY = 7, STATE = 8;
+const PER_PAGE = 20;
+const STEP = 0, PROMPT = 1, ADVANTAGE = 2, REWARDS = 3, MEAN = 4, SHARE = 5, TOKENS = 6, ENTROPY = 7, STATE = 8, RUN = 9;
 const UNKNOWN = ["unknown", "a state that this page does not know"];
 
 function element(name, className, text) {
@@ -16,7 +15,8 @@ function element(name, className, text) {
 }
 const number = (x, digits = 3) => x == null ? "unknown" : String(+x.toPrecision(digits));
 const percent = x => x == null ? "unknown" : number(100 * x) + " %";
-const bucket = nats => nats == null ? "n" : data.edges.filter(edge => nats >= edge).length;
+const edges = () => view.colours === "rank" ? data.ranks : data.edges;
+const bucket = nats => nats == null ? "n" : edges().filter(edge => nats >= edge).length;
 
 // What has no shape of its own, or would change the shape of its surroundings, is shown by its number.
 const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu;
@@ -48,7 +48,7 @@ function readView() {
   const asked = new URLSearchParams(location.hash.slice(1));
   const get = name => asked.get(name) ?? "";
   view = {step: get("step"), q: get("q"), of: get("of"), min: get("min"), max: get("max"), sort: get("sort"),
-          token: asked.get("token"), only: get("only"), page: Math.max(1, parseInt(get("page")) || 1)};
+          token: asked.get("token"), only: get("only"), run: get("run"), colours: get("colours"), solid: get("solid"), page: Math.max(1, parseInt(get("page")) || 1)};
 }
 function show(changes, keep) {
   const next = {...view, page: 1, ...changes}, asked = new URLSearchParams();
@@ -76,13 +76,19 @@ function find() {
   found = [];
   data.completions.forEach((c, i) => {
     if (c[STEP] < first || c[STEP] > last) return;
+    if (view.run !== "" && data.runs[c[RUN]] !== view.run) return;
     const value = valueOf(c);
     if (bounded && (value == null || !(value >= least && value <= greatest))) return;
     if (q && !searchedText(i).includes(q)) return;
     if (token != null && !tokensOf(c).includes(token)) return;
     found.push(i);
   });
-  if (Object.hasOwn(ORDERS, view.sort)) {
+  if (view.sort === "") {
+    // The completions of a prompt together, the best advantage first: what GRPO compares.
+    const best = data.completions.map(c => mean(c[ADVANTAGE]) ?? -Number.MAX_VALUE), C = data.completions;
+    found.sort((a, b) => C[a][STEP] - C[b][STEP] || C[a][RUN] - C[b][RUN] || C[a][PROMPT] - C[b][PROMPT]
+      || best[b] - best[a] || a - b);
+  } else if (Object.hasOwn(ORDERS, view.sort)) {
     const key = data.completions.map(c => ORDERS[view.sort](c) ?? -Number.MAX_VALUE);
     found.sort((a, b) => key[b] - key[a] || a - b);
   }
@@ -95,11 +101,47 @@ function matches(texts) {
   for (let at = all.indexOf(q); q && at >= 0; at = all.indexOf(q, at + q.length)) result.push([at, at + q.length]);
   return result;
 }
-function article(i) {
+function groupOf(i) {
+  const c = data.completions[i];
+  return [c[STEP], c[RUN], c[PROMPT]].join();
+}
+function groupHeader(i, members) {
+  const c = data.completions[i], made = element("div", "group");
+  const facts = [["completions of one prompt", members.length]];
+  data.rewards.forEach((name, k) => {
+    const known = members.map(m => data.completions[m][REWARDS][k]).filter(x => x != null);
+    if (known.length) facts.push([name + ", mean", number(known.reduce((a, b) => a + b) / known.length)]);
+  });
+  for (const [label, value] of facts) {
+    const fact = element("span", "", label + " ");
+    fact.append(element("b", "", value));
+    made.append(fact);
+  }
+  made.append(element("p", "text prompt", plain(data.prompts[c[PROMPT]])));
+  return made;
+}
+// The articles of a page; in the order by prompt each group below its prompt.
+function articles(shown) {
+  if (view.sort !== "") return shown.map(i => article(i, true));
+  const members = Map.groupBy ? Map.groupBy(found, groupOf) : grouped(found);
+  let last = null;
+  return shown.flatMap(i => {
+    const group = groupOf(i), begins = group !== last;
+    last = group;
+    return begins ? [groupHeader(i, members.get(group)), article(i, false)] : [article(i, false)];
+  });
+}
+function grouped(list) {
+  const groups = new Map();
+  for (const i of list) groups.set(groupOf(i), [...(groups.get(groupOf(i)) ?? []), i]);
+  return groups;
+}
+function article(i, withPrompt) {
   const c = data.completions[i], texts = tokensOf(c).map(t => data.texts[t]), nats = natsOf(c);
   const made = element("article"), header = element("header"), body = element("p", "text");
   const advantages = Array.isArray(c[ADVANTAGE]) ? c[ADVANTAGE].slice(1) : [c[ADVANTAGE]];
-  const facts = [["step", c[STEP]], ["advantage", advantages.map(a => number(a)).join(" to ")]];
+  const from = [...(data.runs.length > 1 ? [["run", data.runs[c[RUN]]]] : []), ["step", c[STEP]]];
+  const facts = [...from, ["advantage", advantages.map(a => number(a)).join(" to ")]];
   data.rewards.forEach((name, k) => facts.push([name, c[REWARDS][k] == null ? "none" : number(c[REWARDS][k], 4)]));
   facts.push(["tokens", texts.length], ["mean entropy", number(c[MEAN])], ["with a gradient", percent(c[SHARE])]);
   for (const [label, value] of facts) {
@@ -111,6 +153,7 @@ function article(i) {
   let at = 0;
   texts.forEach((text, k) => {
     const letter = c[STATE][k], token = element("span", "t h" + bucket(nats[k]), visible(text)), end = at + text.length;
+    if (data.kinds[letter]) token.classList.add(data.kinds[letter]);
     token.classList.add("s-" + (Object.hasOwn(data.states, letter) ? letter : "unknown"));
     if (text === view.token || hits.some(([from, to]) => from < end && to > at)) token.classList.add("hit");
     if (letter === view.only) token.classList.add("only");
@@ -119,22 +162,25 @@ function article(i) {
     body.append(token);
   });
   made.dataset.completion = i;
-  made.append(header, element("p", "text prompt", plain(data.prompts[c[PROMPT]])), body);
+  made.append(header, ...(withPrompt ? [element("p", "text prompt", plain(data.prompts[c[PROMPT]]))] : []), body);
   return made;
 }
 
 function apply() {
   readView();
   const form = $("filters");
-  for (const name of ["step", "q", "of", "min", "max", "sort"]) {
-    if (document.activeElement !== form.elements[name]) form.elements[name].value = view[name];
+  form.elements.solid.checked = view.solid !== "";
+  for (const name of ["run", "step", "q", "of", "min", "max", "sort", "colours"]) {
+    if (form.elements[name] && document.activeElement !== form.elements[name]) form.elements[name].value = view[name];
   }
   const complaint = find(), pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
   view.page = Math.min(view.page, pages);
   const list = $("list"), from = (view.page - 1) * PER_PAGE;
   list.toggleAttribute("data-only", view.only !== "");
   list.toggleAttribute("data-hits", view.token != null);
-  list.replaceChildren(...found.slice(from, from + PER_PAGE).map(article));
+  list.classList.toggle("teach", view.solid === "");
+  $("completions").classList.toggle("by-rank", view.colours === "rank");
+  list.replaceChildren(...articles(found.slice(from, from + PER_PAGE)));
   for (const button of document.querySelectorAll("[data-only]:is(button)")) {
     button.setAttribute("aria-pressed", button.dataset.only === view.only);
   }
@@ -151,16 +197,23 @@ function apply() {
     };
     pager.replaceChildren(button("First", 1), button("Previous", view.page - 1),
       element("span", "", "page " + view.page + " of " + pages), button("Next", view.page + 1), button("Last", pages),
-      element("span", "absent", count));
+      element("span", "absent", count), ...(found.length < data.completions.length ? [all_()] : []));
   }
   $("tip").hidden = true;
+}
+
+// The way back from any filter.
+function all_() {
+  const made = element("button", "", "Show all");
+  made.type = "button";
+  made.addEventListener("click", () => location.replace("#"));
+  return made;
 }
 
 function fillTable(by, ascending) {
   const rows = [...data.table], text = row => data.texts[row[0]];
   const order = by ? (a, b) => a[by] - b[by] : (a, b) => text(a) < text(b) ? -1 : text(a) > text(b) ? 1 : 0;
   rows.sort((a, b) => ascending ? order(a, b) : order(b, a));
-  const longest = Math.max(...rows.map(row => row[2]));
   $("table").tBodies[0].replaceChildren(...rows.map(row => {
     const made = element("tr"), name = element("th"), link = element("a", "", inLine(text(row))), nats = element("td");
     link.href = "#" + new URLSearchParams({token: text(row)});
@@ -171,10 +224,8 @@ function fillTable(by, ascending) {
     });
     name.scope = "row";
     name.append(link);
-    const bar = element("span", "bar"), fill = element("i", "h" + bucket(row[2]));
-    fill.style.width = 100 * row[2] / (longest || 1) + "%";
-    bar.append(fill);
-    nats.append(bar, row[2].toFixed(3));
+    const shown = element("span", "t h" + bucket(row[2]), row[2].toFixed(3));
+    nats.append(shown);
     made.append(name, element("td", "", row[1].toLocaleString("en")), nats, element("td", "", percent(row[3])));
     return made;
   }));
@@ -195,33 +246,28 @@ function tip(event) {
   box.style.top = (at.top > size.height + 12 ? at.top - size.height - 7 : at.bottom + 7) + "px";
 }
 
+// A click on a chart shows the completions of the logged step that is next to it.
 for (const svg of document.querySelectorAll("svg[data-panel]")) {
-  const lines = data.lines[svg.dataset.panel], low = +svg.dataset.low, high = +svg.dataset.high;
-  const cursor = svg.querySelector(".cursor"), out = svg.parentNode.querySelector(".values");
-  const {width} = svg.viewBox.baseVal, [left, right] = data.plot;
-  svg.addEventListener("pointermove", event => {
-    const box = svg.getBoundingClientRect(), across = (event.clientX - box.left) / box.width * width;
-    const x = low + (across - left) / (right - left) * (high - low);
-    if (x < low || x > high) return;
-    const near = lines.map(([name, steps, values]) => {
-      const best = steps.reduce((b, s, i) => Math.abs(s - x) < Math.abs(steps[b] - x) ? i : b, 0);
-      return name + " " + (values[best] == null ? "not measured" : number(values[best], 4));
-    });
-    cursor.setAttribute("x1", across);
-    cursor.setAttribute("x2", across);
-    cursor.style.visibility = "visible";
-    out.textContent = "step " + Math.round(x) + ": " + near.join(", ");
+  svg.addEventListener("click", event => {
+    const found = stepUnder(svg, event), steps = data.completions.map(c => c[STEP]);
+    if (!found || !steps.length) return;
+    const step = steps.reduce((best, s) => Math.abs(s - found[0]) < Math.abs(best - found[0]) ? s : best);
+    show({step: String(step)}, true);
+    $("completions").scrollIntoView();
   });
-  svg.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; out.textContent = ""; });
 }
 
 if ($("completions")) {
   const form = $("filters");
+  if (form.elements.run) {
+    form.elements.run.append(...["all", ...data.runs].map((name, k) => new Option(name, k ? name : "")));
+  }
+  if (matchMedia("(max-width: 760px)").matches) $("filter-box").open = false;
   form.elements.of.append(...["advantage", ...data.rewards].map((name, k) => new Option(name, k ? name : "")));
   let waiting;
   form.addEventListener("input", () => {
     clearTimeout(waiting);
-    const asked = Object.fromEntries(new FormData(form));
+    const asked = {solid: "", ...Object.fromEntries(new FormData(form))};
     waiting = setTimeout(() => show(asked), 150);
   });
   form.addEventListener("submit", event => event.preventDefault());

@@ -14,17 +14,19 @@ import os
 import re
 import sys
 from array import array
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rlloss.report import charts
 from rlloss.report.charts import asset
-from rlloss.report.run_log import LIVE, MASKED, MISSING, SCALE, Completion, Counts, RunLog, count, read_run
+from rlloss.report.findings import found_in
+from rlloss.report.run_log import LIVE, MASKED, MISSING, SCALE, TOKEN_LOG, Completion, Counts, RunLog, count, read_run
 
 EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Entropies in nats between the colours. They are the same on every page, so that pages can be compared."""
-TABLE_ROWS, MAX_POINTS, MAX_LINES = 100, 500, 6
+TABLE_ROWS, MAX_POINTS, MAX_LINES, MAX_CHARTS = 100, 500, 6, 18
 
 STATES = {
     # letter of rlloss.tokens.TokenState: its name, and what it says
@@ -38,14 +40,17 @@ STATES = {
     "m": ("masked", "does not count"),
 }
 
+KINDS = dict.fromkeys("evco", "faded") | dict.fromkeys("dm", "grey")
+"""How a token that does not teach is shown: faded what this step dropped, grey what could not teach at all."""
+
 CHARTS = (
     # title, unit, metrics in the order of their lines
     ("Entropy", "nats per token", r"entropy(/mean)?", r"entropy/p\d+", r"entropy/cutoff"),
     ("Tokens that teach", "share of tokens", r"(entropy/)?kept_share", r"rlloss/live_share", r"(\w+/)?selected_share"),
     ("Clipped", "share of tokens", r"clip_ratio/(low|high|region)_mean", r"cispo_clip_ratio"),
     ("Covariance of log-probability and advantage", "", r"cov/logp_(prob_)?advantage"),
-    ("... by the accuracy of the group", "", r"cov/logp_advantage/.*"),
-    ("Change of the entropy against it", "over the run so far", r"cov/entropy_change_.*"),
+    ("Covariance by the accuracy of the group", "", r"cov/logp_advantage/.*"),
+    ("Change of the entropy against the covariance", "over the run so far", r"cov/entropy_change_.*"),
     ("Sampling temperature", "", r"sampling/temperature/.*"),
     ("Rewards", "", r"reward", r"rewards/.*/mean"),
     ("Spread of the rewards", "standard deviation", r"reward_std", r"rewards/.*/std"),
@@ -57,48 +62,122 @@ CHARTS = (
 )
 
 
-def write_run_report(run_dir: str | Path, output: str | Path | None = None, *, max_completions: int = 10_000) -> Path:
-    """Write the page of a run and return its path; missing folders are made.
+def write_run_report(
+    run_dir: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    max_completions: int = 10_000,
+    title: str | None = None,
+    found: Sequence[str] | None = None,
+    tables: Sequence[charts.Table] = (),
+    paragraphs: Sequence[str] = (),
+    command: str = "",
+) -> Path:
+    """Write the page of a run, or of several runs over one another, and return its path; missing folders are made.
 
     Args:
-        run_dir: a folder with ``tokens/*.jsonl``, ``metrics.jsonl``, or both.
-        output: the page; None: ``run_dir/report.html``.
+        run_dir: a folder with ``tokens/*.jsonl``, ``metrics.jsonl`` or ``trainer_state.json``, or a list of them.
+        output: the page; None: ``report.html`` in the first folder.
         max_completions: of more than these, the page holds evenly spaced ones, and says so. What it counts, it counts
             over all.
+        title: of the page; None: the names of the folders.
+        found: the sentences at the top; None: those of `rlloss.report.findings`.
+        tables, paragraphs, command: shown after the sentences, and at the end: what was run and how to repeat it.
 
     A line that cannot be read, as a killed run leaves one, and what is no file, are left out and named on the page.
     Where the run was resumed, what it had written from that step on is left out.
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
-    charts.of_type("run_dir", run_dir, str | os.PathLike)
+    several = isinstance(run_dir, list | tuple)
+    for one in run_dir if several else [run_dir]:
+        charts.of_type("run_dir", one, str | os.PathLike)
     charts.of_type("output", output, str | os.PathLike | None)
     charts.of_type("max_completions", max_completions, int)
-    run_dir = Path(run_dir)
+    folders = [Path(one) for one in (run_dir if several else [run_dir])]
     if max_completions < 1:
         raise ValueError(f"max_completions: found {max_completions}, expected at least 1")
-    run = read_run(run_dir)
-    path = run_dir / "report.html" if output is None else Path(output)
-    charts.replace_file(path, _page(run, run_dir.resolve().name, max_completions))
+    if not folders:
+        raise ValueError("run_dir: found none, expected at least one folder of a run")
+    runs: dict[str, RunLog] = {}
+    for folder, name in zip(folders, _names(folders), strict=True):
+        runs[name] = read_run(folder, next(iter(runs.values()), None))
+    for number, run in enumerate(runs.values()):
+        for completion in run.completions:
+            completion.run = number
+    path = folders[0] / "report.html" if output is None else Path(output)
+    about = f"<section><h2>What was run</h2>{charts.prose(paragraphs, command)}</section>" if paragraphs else ""
+    said = {name: found_in(run) for name, run in runs.items()} if found is None else {"": list(found)}
+    top = "".join(_sentences(name if len(said) > 1 else "", sentences) for name, sentences in said.items())
+    top += "".join(charts.table_html(table) for table in [*_about(runs), *tables])
+    charts.replace_file(path, _page(runs, title or " and ".join(runs), max_completions, top, about))
     return path
 
 
-def _page(run: RunLog, name: str, max_completions: int) -> str:
-    counts = count(run, TABLE_ROWS)
-    shown = run.completions
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many of their parents as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(p[-1:])} ({n})" for n, p in enumerate(parts, 1)]
+
+
+def _sentences(name: str, sentences: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    heading = f"<h2>{escape(name)}</h2>" if name else ""
+    return f'{heading}<ul class="found">{items}</ul>' if items else ""
+
+
+def _about(runs: dict[str, RunLog]) -> list[charts.Table]:
+    """Model, date, versions and options: of one run all that differ from TRL's, of several those that differ here."""
+    known = {name: run.about for name, run in runs.items() if run.about}
+    if not known:
+        return []
+    rows: dict[str, dict[str, str]] = {}
+    for name, about in known.items():
+        for key in ("model", "date", "device"):
+            rows.setdefault(key, {})[name] = str(about.get(key, ""))
+        versions, options = (
+            about.get(key) if isinstance(about.get(key), dict) else {} for key in ("versions", "options")
+        )
+        rows.setdefault("versions", {})[name] = ", ".join(f"{k} {v}" for k, v in versions.items())
+        for option, value in options.items():
+            rows.setdefault(option, {})[name] = str(value)
+    if len(runs) > 1:
+        rows = {key: cells for key, cells in rows.items() if len({cells.get(name, "") for name in runs}) > 1}
+    table = [[key, *(cells.get(name, "as TRL") for name in runs)] for key, cells in rows.items()]
+    caption = "Options that differ from TRL's defaults." if len(runs) == 1 else "In what the runs differ."
+    header = ["", *runs] if len(runs) > 1 else ["this run", ""]
+    if len(runs) == 1:
+        return [charts.Table(header, table, caption)]
+    return [charts.Table(header, table, caption)] if table else []
+
+
+def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, about: str) -> str:
+    whole = next(iter(runs.values()))
+    if len(runs) > 1:
+        completions = [c for run in runs.values() for c in run.completions]
+        whole = RunLog(
+            whole.texts, whole.prompts, completions, unreadable=[u for r in runs.values() for u in r.unreadable]
+        )
+    counts = count(whole, TABLE_ROWS)
+    shown = whole.completions
     if len(shown) > max_completions:
         shown = [shown[i * len(shown) // max_completions] for i in range(max_completions)]
-    figures, lines = _figures(run)
+    figures, lines = _figures(runs)
     plot = [charts.LEFT, charts.WIDTH - charts.RIGHT]
-    data = _embedded(run, shown, counts) | {"lines": lines, "plot": plot}
+    data = _embedded(whole, shown, counts) | {"lines": lines, "plot": plot, "runs": list(runs)}
     # Inside a script element only "<" could begin something; as an escape it is the same JSON, and so is all of ASCII.
     inline = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = f"rlloss: {name}"
     notes = [
-        f"Left out as not readable: {run.left_out()}." if run.unreadable else "",
-        f"{len(shown):,} of {len(run.completions):,} completions are on this page, evenly spaced; what is counted, is "
-        "counted over all." if len(shown) < len(run.completions) else "",
+        f"Left out as not readable: {whole.left_out()}." if whole.unreadable else "",
+        f"{len(shown):,} of {len(whole.completions):,} completions are on this page, evenly spaced; what is "
+        "counted, is counted over all." if len(shown) < len(whole.completions) else "",
     ]  # fmt: skip
+    absent = _absent("Completions", f"tokens/*.jsonl. {TOKEN_LOG}")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -106,11 +185,11 @@ def _page(run: RunLog, name: str, max_completions: int) -> str:
         "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
         f"<title>{escape(title)}</title><style>{asset('charts.css')}{asset('page.css')}</style></head><body><main>"
         f'<h1>{escape(name)}</h1><p id="problem" role="alert" hidden></p>'
-        f"{''.join(f'<p class=warn>{escape(note)}</p>' for note in notes if note)}{_summary(run, counts)}"
-        f"{figures}{_forking(counts) if run.completions else _absent('Completions', 'tokens/*.jsonl')}"
-        f"{_completions(counts) if run.completions else ''}</main>"
-        f'<div id="tip" role="tooltip" hidden></div><script type="application/json" id="data">{inline}</script>'
-        f"<script>{asset('page.js')}</script></body></html>\n"
+        f"{''.join(f'<p class=warn>{escape(note)}</p>' for note in notes if note)}{top}{_summary(runs, whole, counts)}"
+        f"{figures}{_completions(counts, len(runs) > 1) if shown else absent}{_forking(counts) if shown else ''}{about}"
+        f'</main><div id="tip" role="tooltip" hidden></div><div id="point" role="tooltip" hidden></div>'
+        f'<script type="application/json" id="data">{inline}</script>'
+        f"<script>{asset('charts.js')}{asset('page.js')}</script></body></html>\n"
     )
 
 
@@ -118,7 +197,7 @@ def _embedded(run: RunLog, shown: list[Completion], counts: Counts) -> dict[str,
     """What the script reads.
 
     Of a completion: step, prompt, advantage (or mean, least, greatest), rewards, mean entropy, share live, tokens and
-    entropies in base64 as little-endian integers, states.
+    entropies in base64 as little-endian integers, states, run.
     """
     rewards = sorted({name for completion in shown for name in completion.rewards})
     wide = len(run.texts) > 0xFFFF
@@ -130,16 +209,23 @@ def _embedded(run: RunLog, shown: list[Completion], counts: Counts) -> dict[str,
         "scale": SCALE,
         "missing": MISSING,
         "edges": EDGES,
+        "ranks": _ranks(counts),
         "states": STATES,
+        "kinds": KINDS,
         "table": [[t, n, _rounded(mean), _rounded(live)] for t, n, mean, live in counts.rows],
         "completions": [
             [
                 c.step, c.prompt, _advantage(c.advantage), [c.rewards.get(name) for name in rewards], *_means(c),
-                _base64(c.tokens if wide else array("H", c.tokens)), _base64(c.entropy), c.state,
+                _base64(c.tokens if wide else array("H", c.tokens)), _base64(c.entropy), c.state, c.run,
             ]
             for c in shown
         ],
     }  # fmt: skip
+
+
+def _ranks(counts: Counts) -> list[float]:
+    """Entropies in nats between the colours by rank: a tenth of the tokens lies between two of them."""
+    return [counts.quantile(n / 10) or 0.0 for n in range(1, 10)]
 
 
 def _base64(integers: array[int]) -> str:
@@ -168,38 +254,59 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _figures(run: RunLog) -> tuple[str, list[Any]]:
+def _figures(runs: dict[str, RunLog]) -> tuple[str, list[Any]]:
     """The charts in HTML, and their lines for the pointer: per chart [[name, steps, values], ...]."""
-    if not run.metrics:
+    names = {name for run in runs.values() for name in run.metrics}
+    if not names:
         return _absent("Metrics", "metrics.jsonl"), []
-    left, html, more, lines = dict(run.metrics), [], [], []
+    html, lines = [], []
     for title, unit, *patterns in CHARTS:
-        names = [name for pattern in patterns for name in sorted(left) if re.fullmatch(pattern, name)]
-        for start in range(0, len(names), MAX_LINES):
-            html.append(_figure(run, names[start : start + MAX_LINES], title, unit, lines))
-        for name in names:
-            left.pop(name, None)
-    for name in sorted(left):
-        more.append(_figure(run, [name], name, "", lines))
+        own = [name for pattern in patterns for name in sorted(names) if re.fullmatch(pattern, name)]
+        names -= set(own)
+        if len(runs) > 1:
+            html += [_figure({run: (r, name) for run, r in runs.items()}, name, unit, lines) for name in own]
+            continue
+        (run,) = runs.values()
+        for start in range(0, len(own), MAX_LINES):
+            html.append(_figure({name: (run, name) for name in own[start : start + MAX_LINES]}, title, unit, lines))
+    only = next(iter(runs.values()))
+    more = [
+        _figure({run: (r, name) for run, r in runs.items()} if len(runs) > 1 else {name: (only, name)}, name, "", lines)
+        for name in sorted(names)
+    ]
+    html, more = html[:MAX_CHARTS], html[MAX_CHARTS:] + more
     rest = (
         f"<details><summary>{len(more)} more metrics</summary><div class=charts>{''.join(more)}</div></details>"
         if more
         else ""
     )
-    explain = "<p class=absent>Thin: as logged. Bold: a centred mean. A gap: not a finite number.</p>"
+    explain = (
+        "<p class=absent>Thin: as logged. Bold: a centred mean. A gap: not a finite number. Dashed: a finding. A click "
+        "shows the completions of that step.</p>"
+    )
     body = f"{explain}<div class=charts>{''.join(html)}</div>{rest}"
     return f'<section id="metrics"><h2>Metrics</h2>{body}</section>', lines
 
 
-def _figure(run: RunLog, names: list[str], title: str, unit: str, lines: list[Any]) -> str:
-    arms = []
-    for name in names:
-        steps, values = _thinned(sorted(run.metrics[name].items()))
-        arms.append(charts.Arm(name, steps, {"": values}))
-    figure = charts.chart(arms, charts.Panel("", title, unit), len(lines))
+def _figure(series: dict[str, tuple[RunLog, str]], title: str, unit: str, lines: list[Any]) -> str:
+    """series: label -> the run and its metric."""
+    arms, marks = [], {}
+    for label, (run, name) in series.items():
+        steps, values = _thinned(sorted(run.metrics.get(name, {}).items()))
+        arms.append(charts.Arm(label, steps, {"": values}))
+        of = f"{label}: " if label != name else ""
+        marks |= {(step, of + message): None for step, _, message in run.findings}
+    labels = list(series)
+    band = None
+    if "entropy/p50" in labels and "entropy/p95" in labels:
+        band = labels.index("entropy/p50"), labels.index("entropy/p95")
+    if len(labels) == 1 and labels[0].lower() != title.lower() and list(series.values())[0][1] != title:
+        unit = ", ".join(filter(None, (unit, labels[0])))
+    figure = charts.chart(
+        arms, charts.Panel("", title, unit), len(lines), marks=list(marks), band=band, keys=len(arms) > 1
+    )
     lines.append([[arm.name, arm.steps, [_significant(v) for v in arm.series[""]]] for arm in arms])
-    keys = "".join(f'<li><i class="arm{n}"></i>{escape(arm.name)}</li>' for n, arm in enumerate(arms))
-    return figure.replace("</figcaption>", f"</figcaption><ul class=keys>{keys}</ul>", 1)
+    return figure
 
 
 def _significant(value: Any) -> float | None:
@@ -208,7 +315,7 @@ def _significant(value: Any) -> float | None:
 
 def _thinned(points: list[tuple[int, float | None]]) -> tuple[list[float], list[float | None]]:
     """At most MAX_POINTS points: means of neighbours, and None where none of them has a number."""
-    size = -(-len(points) // MAX_POINTS)
+    size = max(1, -(-len(points) // MAX_POINTS))
     steps, values = [], []
     for start in range(0, len(points), size):
         near = points[start : start + size]
@@ -222,8 +329,9 @@ def _absent(title: str, files: str) -> str:
     return f"<section><h2>{title}</h2><p class=absent>This run has no {escape(files)}.</p></section>"
 
 
-def _summary(run: RunLog, counts: Counts) -> str:
-    steps = [c.step for c in run.completions] or [step for series in run.metrics.values() for step in series]
+def _summary(runs: dict[str, RunLog], run: RunLog, counts: Counts) -> str:
+    of_metrics = [step for r in runs.values() for series in r.metrics.values() for step in series]
+    steps = [c.step for c in run.completions] or of_metrics
     first, last = min(steps), max(steps)
     cells = [("steps", f"{first:,} to {last:,}" if first < last else f"{first:,}")]
     if run.completions:
@@ -246,22 +354,30 @@ def _forking(counts: Counts) -> str:
     return asset("forking.html").format(rows=len(counts.rows), at_least=counts.at_least)
 
 
-def _completions(counts: Counts) -> str:
-    known = max(1, sum(counts.entropy))
-    bounds = [0, *(round(edge * SCALE) for edge in EDGES), MISSING]
-    shares = [sum(counts.entropy[low:high]) / known for low, high in zip(bounds, bounds[1:], strict=False)]
-    scale = "".join(
-        f'<li><span class="h{n}">{_percent(share)}</span><small>{"" if n == 0 else f"{EDGES[n - 1]:g}"}</small></li>'
-        for n, share in enumerate(shares)
-    )
+def _completions(counts: Counts, several: bool) -> str:
+    scales = _scale(counts, EDGES, "absolute") + _scale(counts, _ranks(counts), "ranks")
     everything = max(1, sum(counts.states.values()))
     states = "".join(
         f'<button type="button" data-only="{letter}" aria-pressed="false" title="{escape(says)}">'
-        f'<span class="t s-{letter}">{name}</span> {_percent(counts.states[letter] / everything)}</button>'
+        f'<span class="t s-{letter} {KINDS.get(letter, "")}">{name}</span> '
+        f"{_percent(counts.states[letter] / everything)}</button>"
         for letter, (name, says) in STATES.items()
         if counts.states.get(letter)
     )
-    return asset("completions.html").format(scale=scale, states=states)
+    of_run = '<label>Run <select name="run"></select></label>' if several else ""
+    return asset("completions.html").format(scales=scales, states=states, run=of_run)
+
+
+def _scale(counts: Counts, edges: Sequence[float], name: str) -> str:
+    """A colour each, with the share of the tokens that have it, and the entropies between them."""
+    known = max(1, sum(counts.entropy))
+    bounds = [0, *(round(edge * SCALE) for edge in edges), MISSING]
+    shares = [sum(counts.entropy[low:high]) / known for low, high in zip(bounds, bounds[1:], strict=False)]
+    items = "".join(
+        f'<li><span class="h{n}">{_percent(share)}</span><small>{"" if n == 0 else f"{edges[n - 1]:.2g}"}</small></li>'
+        for n, share in enumerate(shares)
+    )
+    return f'<ol class="scale {name}">{items}</ol>'
 
 
 def _percent(share: float) -> str:
