@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 NEEDED = ("trl", "transformers", "datasets", "accelerate", "tokenizers", "packaging", "yaml", "rich")
 """What `demo` and `train` import beyond rlloss itself: the extra [trl]."""
@@ -140,7 +141,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         else:
             from rlloss.demo import QUICK, run_demo
 
-            sizes = QUICK if arguments.quick else {"steps": arguments.steps or 120}
+            sizes: dict[str, Any] = QUICK if arguments.quick else {"steps": arguments.steps or 120}
             run_demo(arguments.output, seed=arguments.seed or 0, **sizes)
     except ValueError as error:
         if not arguments.full:

@@ -35,7 +35,7 @@ class Newcomer:
     """A shell in the folder that holds the clone, with nothing of this environment in it."""
 
     def __init__(self, here):
-        self.here = here
+        self.here, self.said = here, ""
         python = here / "bin" / "python3"  # what a fresh shell has, whatever environment runs the tests
         python.parent.mkdir()
         python.symlink_to(getattr(sys, "_base_executable", sys.executable))
@@ -74,8 +74,8 @@ def test_it_imports_beside_the_clone(newcomer):
 
 
 def test_the_pythons_run_as_one_script(newcomer):
-    (newcomer.here / "blocks.py").write_text("\n".join(PYTHON))
-    assert "live_share" in newcomer.runs("python blocks.py")
+    (newcomer.here / "blocks.py").write_text("\n".join([*PYTHON, "print(loss.item(), *metrics)"]))
+    assert "surrogate" in newcomer.runs("python blocks.py")
 
 
 def test_the_look_first(newcomer):
@@ -128,11 +128,11 @@ def test_training_from_the_template_and_a_page_of_two_runs(newcomer):
     assert "did you mean" in wrong and "top_entropy_quantile" in wrong
 
 
-def test_the_plan_of_the_readme_is_what_the_command_says(newcomer):
+def test_the_plan_that_is_shown_is_what_the_command_says(newcomer):
     (command,) = (line for line in LOOK.splitlines() if line.startswith("rlloss plan"))
-    (shown,) = re.findall(r"^```text\n(.*?)^```", README.split("## With TRL")[0], re.M | re.S)
-    found = newcomer.runs(command)
-    assert [line.split() for line in shown.splitlines()] == [line.split() for line in found.splitlines()]
+    page = (ROOT / "docs" / "lm-head.md").read_text()
+    (shown,) = re.findall(r"^```text\n\$ (rlloss plan .*?)^```", page, re.M | re.S)
+    assert shown.splitlines() == [command, *newcomer.runs(command).splitlines()]
 
 
 def test_a_machine_can_read_the_plan_too(newcomer):

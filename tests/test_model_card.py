@@ -62,7 +62,7 @@ def test_trls_own_loss_and_a_model_without_a_name(tmp_path):
             return super().get_high_entropy_mask(*args, **kwargs)
 
     trainer = build_trainer(Subclass, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
-    trainer.model.config._name_or_path = ""
+    setattr(trainer.model.config, "_name_or_path", "")  # noqa: B010
     text = card_of(trainer)
     assert "by TRL's own loss (get_high_entropy_mask overridden)." in text
     assert "This is a fine-tuned model." in text and "None" not in text

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ class Watched(GRPOTrainer):
     """Keeps the micro-batches of the loss, and `pads` their completions by so many columns."""
 
     pads = 0
+    seen: list
 
     def _compute_loss(self, model, inputs):
         if self.pads:
@@ -288,7 +290,7 @@ def test_a_compiled_model_counts_too(tmp_path, monkeypatch):
 
 
 def test_a_head_that_is_taken_apart_has_the_shape_of_the_configuration(tmp_path):
-    trainer = trainer_of(tmp_path)
+    trainer: Any = trainer_of(tmp_path)
     whole = run_summary._head(trainer)
     assert whole[:3] == (VOCABULARY, 32, 2)
     for piece in (torch.empty(0), torch.empty(VOCABULARY * 32 // 2)):

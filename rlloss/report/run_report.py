@@ -89,12 +89,12 @@ def write_run_report(
 
     Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
     """
-    several = isinstance(run_dir, list | tuple)
-    for one in run_dir if several else [run_dir]:
+    given: list[Any] = list(run_dir) if isinstance(run_dir, list | tuple) else [run_dir]
+    for one in given:
         charts.of_type("run_dir", one, str | os.PathLike)
     charts.of_type("output", output, str | os.PathLike | None)
     charts.of_type("max_completions", max_completions, int)
-    folders = [Path(one) for one in (run_dir if several else [run_dir])]
+    folders = [Path(one) for one in given]
     if max_completions < 1:
         raise ValueError(f"max_completions: found {max_completions}, expected at least 1")
     if not folders:
@@ -139,9 +139,8 @@ def _about(runs: dict[str, RunLog]) -> list[charts.Table]:
     for name, about in known.items():
         for key in ("model", "date", "device"):
             rows.setdefault(key, {})[name] = str(about.get(key, ""))
-        versions, options = (
-            about.get(key) if isinstance(about.get(key), dict) else {} for key in ("versions", "options")
-        )
+        parts: list[Any] = [about.get(key) for key in ("versions", "options")]
+        versions, options = (dict(part) if isinstance(part, dict) else {} for part in parts)
         rows.setdefault("versions", {})[name] = ", ".join(f"{k} {v}" for k, v in versions.items())
         for option, value in options.items():
             rows.setdefault(option, {})[name] = str(value)
