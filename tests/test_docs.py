@@ -56,7 +56,7 @@ def test_the_links_of_a_page_lead_somewhere(page):
 def test_the_front_page_links_to_every_page_and_is_short():
     text = PAGES["README.md"]
     assert [page for page in PAGES if page != "README.md" and f"]({page})" not in text] == []
-    assert len(text.splitlines()) <= 165
+    assert len(text.splitlines()) <= 180
 
 
 def test_the_figures_of_the_front_page_are_those_measured():
