@@ -304,3 +304,40 @@ def test_the_command_needs_neither_trl_nor_transformers(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(Page(run / "report.html").text["script"][0])["texts"] == ["a", "b"]
+
+
+def test_without_a_log_the_metrics_are_those_of_the_trainers_state(tmp_path):
+    for number, losses in ((2, [1.0]), (10, [1.0, 0.5])):  # the newest by number, not by name
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        history = [{"step": step, "epoch": 0.1, "loss": loss, "note": "x"} for step, loss in enumerate(losses, 1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    page = page_of(tmp_path)
+    assert [["loss", [1, 2], [1.0, 0.5]]] in page.data["lines"]
+    assert any("token_log_steps=20 in GRPOConfig" in text for text in page.text["p"])
+    (tmp_path / "trainer_state.json").write_text("[]")
+    with pytest.raises(ValueError, match="no completion and no metric"):
+        read_run(make_broken(tmp_path / "broken"))
+
+
+def make_broken(folder):
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("[]")
+    return folder
+
+
+def test_an_empty_folder_says_what_writes_the_tokens(tmp_path):
+    with pytest.raises(ValueError, match="found nothing in .*token_log_steps=20 in GRPOConfig writes the tokens"):
+        read_run(tmp_path)
+
+
+def test_several_runs_are_named_apart_and_written_to_the_first(tmp_path, capsys):
+    folders = [make_run(tmp_path / name / "out", metrics=[{"step": 1, "loss": 1.0}]) for name in ("a", "b")]
+    assert main(["report", *map(str, folders)]) == 0
+    path = capsys.readouterr().out.strip()
+    assert path == str(folders[0] / "report.html")
+    assert Page(path).data["lines"] == [[["a/out", [1], [1.0]], ["b/out", [1], [1.0]]]]
+    again = write_run_report([folders[0], folders[0]], tmp_path / "same.html")
+    assert [line[0] for line in Page(again).data["lines"][0]] == ["out (1)", "out (2)"]
+    with pytest.raises(ValueError, match="run_dir: found none"):
+        write_run_report([])

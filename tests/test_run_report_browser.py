@@ -323,6 +323,12 @@ def test_charts_switch_lines_move_nothing_and_lead_to_a_steps_completions(tmp_pa
         const svg = document.querySelector("svg[data-panel]"), figure = svg.closest("figure");
         const places = () => all("figure, section, .keys").map(e => e.getBoundingClientRect().top);
         found.keys = [...figure.querySelectorAll("button[data-line]")].map(b => b.textContent);
+        const tops = {};
+        for (const f of all("#metrics figure")) {
+          const top = Math.round(f.getBoundingClientRect().top);
+          (tops[top] ??= new Set()).add(Math.round(f.querySelector("svg").getBoundingClientRect().top));
+        }
+        found.rows_of_plots = Object.values(tops).map(of => of.size);
         found.bands = figure.querySelectorAll("path.band").length;
         const before = places();
         point(svg, "pointermove", 280);
@@ -346,6 +352,7 @@ def test_charts_switch_lines_move_nothing_and_lead_to_a_steps_completions(tmp_pa
         found.single = loss.querySelectorAll(".keys").length;
     """)  # fmt: skip
     assert found["keys"] == ["entropy", "entropy/p50", "entropy/p80", "entropy/p95"] and found["bands"] == 1
+    assert set(found["rows_of_plots"]) == {1}
     assert found["shown"] and not found["moved"]
     assert found["lines"][0] == found["lines"][2] > found["lines"][1] == 0
     assert not any(row.startswith("entropy ") for row in found["rows"]) and len(found["rows"]) == 4

@@ -270,3 +270,37 @@ def test_a_directory_in_the_place_of_a_log_is_named_before_training(tmp_path):
     (tmp_path / "tokens" / "process-00000.jsonl").mkdir(parents=True)
     with pytest.raises(IsADirectoryError, match="process-00000.jsonl"):
         TokenLog(tmp_path, byte_level())
+
+
+def test_a_run_says_what_it_is_and_what_was_found(tmp_path):
+    found = []
+    log = MetricsLog(tmp_path, lambda: {"model": "m", "options": {"seed": 3}}, lambda: found)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    log.on_train_begin(None, state, None)
+    assert read_run_json(tmp_path) == {"model": "m", "options": {"seed": 3}}
+    for step in (1, 2, 3):
+        state.global_step = step
+        if step != 2:
+            found.append((step, "kind", f"message ⟨{step}⟩"))
+        log.on_log(None, state, None, logs={"loss": 1.0})
+        log.on_step_end(None, state, None)
+    # Resumed from step 2: what was found in step 3 is found again, or not.
+    again = MetricsLog(tmp_path, lambda: {"model": "m2"}, lambda: [(3, "kind", "another")])
+    state.global_step = 2
+    again.on_train_begin(None, state, None)
+    state.global_step = 3
+    again.on_log(None, state, None, logs={"loss": 2.0})
+    again.on_train_end(None, state, None)
+    run = read_run(tmp_path)
+    assert run.findings == [(1, "kind", "message ⟨1⟩"), (3, "kind", "another")] and run.about["model"] == "m2"
+    assert run.metrics == {"loss": {1: 1.0, 2: 1.0, 3: 2.0}}
+    (tmp_path / "findings.jsonl").write_text("{\n")
+    (tmp_path / "run.json").write_text("[1]")
+    run = read_run(tmp_path)
+    assert run.findings == [] and run.about == {} and {n.partition(" ")[0] for n in run.unreadable} == {
+        "findings.jsonl:1", "run.json",
+    }  # fmt: skip
+
+
+def read_run_json(folder):
+    return json.loads((folder / "run.json").read_text())

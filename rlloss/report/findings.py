@@ -23,7 +23,8 @@ def found_in(run: RunLog) -> list[str]:
         said.append(f"The lm_head ran {products:.2f} products a token where plain logits run {plain:.2f}.")
     dead = mean(metrics.get("rlloss/zero_advantage_share", {}))
     if dead is not None:
-        said.append(f"{_percent(dead)} of the completions had no signal: their whole group got one reward.")
+        share = f"{_percent(dead)} of the completions had no" if dead else "Every completion had a"
+        said.append(f"{share} signal{': their whole group got one reward' if dead else ''}.")
     return said + [f"Step {step}: {message}" for step, _, message in run.findings]
 
 

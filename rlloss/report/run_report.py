@@ -109,7 +109,7 @@ def write_run_report(
     about = f"<section><h2>What was run</h2>{charts.prose(paragraphs, command)}</section>" if paragraphs else ""
     said = {name: found_in(run) for name, run in runs.items()} if found is None else {"": list(found)}
     top = "".join(_sentences(name if len(said) > 1 else "", sentences) for name, sentences in said.items())
-    top += "".join(charts.table_html(table) for table in [*_about(runs), *tables])
+    top += _about(runs) + "".join(charts.table_html(table) for table in tables)
     charts.replace_file(path, _page(runs, title or " and ".join(runs), max_completions, top, about))
     return path
 
@@ -130,28 +130,27 @@ def _sentences(name: str, sentences: Sequence[str]) -> str:
     return f'{heading}<ul class="found">{items}</ul>' if items else ""
 
 
-def _about(runs: dict[str, RunLog]) -> list[charts.Table]:
-    """Model, date, versions and options: of one run all that differ from TRL's, of several those that differ here."""
-    known = {name: run.about for name, run in runs.items() if run.about}
-    if not known:
-        return []
-    rows: dict[str, dict[str, str]] = {}
-    for name, about in known.items():
-        for key in ("model", "date", "device"):
-            rows.setdefault(key, {})[name] = str(about.get(key, ""))
-        parts: list[Any] = [about.get(key) for key in ("versions", "options")]
-        versions, options = (dict(part) if isinstance(part, dict) else {} for part in parts)
-        rows.setdefault("versions", {})[name] = ", ".join(f"{k} {v}" for k, v in versions.items())
-        for option, value in options.items():
-            rows.setdefault(option, {})[name] = str(value)
+def _about(runs: dict[str, RunLog]) -> str:
+    """Of one run its model, date, device and versions, and folded the options that differ from TRL's defaults; of
+    several the options in which they differ."""
+    options = {name: _mapping(run.about.get("options")) for name, run in runs.items()}
     if len(runs) > 1:
-        rows = {key: cells for key, cells in rows.items() if len({cells.get(name, "") for name in runs}) > 1}
-    table = [[key, *(cells.get(name, "as TRL") for name in runs)] for key, cells in rows.items()]
-    caption = "Options that differ from TRL's defaults." if len(runs) == 1 else "In what the runs differ."
-    header = ["", *runs] if len(runs) > 1 else ["this run", ""]
-    if len(runs) == 1:
-        return [charts.Table(header, table, caption)]
-    return [charts.Table(header, table, caption)] if table else []
+        named = dict.fromkeys(option for of in options.values() for option in of)
+        differ = [o for o in named if len({options[name].get(o) for name in runs}) > 1]
+        rows = [[option, *(options[name].get(option, "as TRL") for name in runs)] for option in differ]
+        return charts.table_html(charts.Table(["", *runs], rows, "In what the runs differ.")) if rows else ""
+    ((name, run),) = runs.items()
+    versions = " ".join(f"{library} {version}" for library, version in _mapping(run.about.get("versions")).items())
+    facts = [str(run.about.get(key) or "") for key in ("model", "date", "device")]
+    line = " · ".join(escape(fact) for fact in (*facts, versions) if fact)
+    table = charts.table_html(charts.Table(["option", "value"], list(map(list, options[name].items()))))
+    summary = f"{len(options[name])} options differ from TRL's defaults"
+    folded = f"<details><summary>{summary}</summary>{table}</details>" if options[name] else ""
+    return (f'<p class="absent">{line}</p>' if line else "") + folded
+
+
+def _mapping(value: Any) -> dict[str, str]:
+    return {str(key): str(of) for key, of in value.items()} if isinstance(value, dict) else {}
 
 
 def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, about: str) -> str:
