@@ -336,7 +336,7 @@ def test_several_runs_are_named_apart_and_written_to_the_first(tmp_path, capsys)
     assert main(["report", *map(str, folders)]) == 0
     path = capsys.readouterr().out.strip()
     assert path == str(folders[0] / "report.html")
-    assert Page(path).data["lines"] == [[["a/out", [1], [1.0]], ["b/out", [1], [1.0]]]]
+    assert Page(folders[0] / "report.html").data["lines"] == [[["a/out", [1], [1.0]], ["b/out", [1], [1.0]]]]
     again = write_run_report([folders[0], folders[0]], tmp_path / "same.html")
     assert [line[0] for line in Page(again).data["lines"][0]] == ["out (1)", "out (2)"]
     with pytest.raises(ValueError, match="run_dir: found none"):
