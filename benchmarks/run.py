@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [--quick] [--minutes 8] [--models ...] [--dtypes ...] [--rounds 30] [--tests PATH ...]
 
-Writes logits.json, hidden.json, summary.md and plots to benchmarks/results/<device>/. A red test, and there is no
-number. What the time does not suffice for is written down as not measured. The tests come on top of the minutes.
+Writes logits.json, hidden.json, summary.md and plots to benchmarks/results/<device>/. If a test fails, nothing
+is measured. What does not fit the time is written down as not measured. The tests come on top of the minutes.
 """
 
 import argparse

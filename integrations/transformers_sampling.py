@@ -28,7 +28,7 @@ class EntropyTemperatureProcessor(LogitsProcessor):
     repetition_penalty, bad_words_ids, ...) and before its sampling warpers (temperature, top_k, top_p, min_p, ...). So
 
     - the entropy, and for dynatemp the number of candidates, are those of the penalised logits at temperature 1;
-    - a `temperature` of the generation config divides once more: sampled is from softmax(z / (T temperature)). For
+    - the generation config's `temperature` is applied on top: tokens are sampled from softmax(z / (T temperature)). For
       the rule alone set temperature=1.0, and top_k=0 and top_p=1.0, whatever the model's generation config says;
     - with do_sample=False nothing changes but `scores`: the largest logit stays the largest.
 

@@ -13,8 +13,8 @@ model runner the logits before, with model runner V2 those after the repetition,
 
 vLLM has two interfaces for processors. `EntropyTemperature` fits both and becomes `EntropyTemperatureV1` or
 `EntropyTemperatureV2`, whichever the model runner asks for; name it alone, or install it as an entry point of the group
-"vllm.logits_processors", which reaches engines that somebody else starts. Both at once is one: the processor that was
-made last for an engine acts.
+"vllm.logits_processors", which reaches engines that somebody else starts. If both are configured, only the last
+processor created for an engine is active.
 
 - Model runner V2 asks `validate_params` of processors that are named, not of entry points alone. There a request with
   bad settings raises when it enters the batch, which ends the engine: on a server, name the class.

@@ -8,10 +8,10 @@ arguments, a flag being 1 or 0; `programs` is the size of the grid, and
     N, n, L     rows: all, those that count (all without a mask), those with a gradient
     b, t        bytes of a logit, of a target
 
-Bytes are those of entries, whatever a memory moves at once. A load that is masked off is none. What a compiler leaves
-out counts as the code has it: a load whose value is not used, the second of two equal ones. What torch fills before a
-launch is not in it. `tests/test_costs.py` evaluates the formulas and compares them with what Triton's interpreter
-loads, stores and computes.
+Bytes are counted per entry, not per memory transaction. Masked-off loads count as zero. Loads that the compiler removes
+(an unused value, the second of two equal loads) still count. Memory that torch fills before a launch does not.
+`tests/test_costs.py` evaluates the formulas and compares them with what Triton's interpreter loads, stores and
+computes.
 """
 
 import contextlib

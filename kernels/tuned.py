@@ -1,4 +1,4 @@
-"""Choices in which the GPU has a say, by (kernel, generation, dtype, V). A call looks them up and measures nothing.
+"""Launch parameters by (kernel, GPU generation, dtype, V). They are looked up, never tuned at run time.
 
 kernel, and what its numbers are:
 

@@ -1,4 +1,4 @@
-"""Who computes, and the only import of the kernels.
+"""The choice between Triton and plain torch. The only module that imports `rlloss.kernels`.
 
 Backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under TRITON_INTERPRET=1), "torch"
 (tiled torch, anywhere). The choice is made per call from the tensor, and a backward takes that of its forward;

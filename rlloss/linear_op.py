@@ -91,7 +91,7 @@ def _taken(coefs: Coefs, rows: Picked) -> Coefs:
 
 
 def _stats_of(stats: Stats, live: Picked) -> Stats:
-    """Of a row that is none: a largest logit of inf, under which every probability is exactly 0."""
+    """For unused slots: the row maximum is +inf, so every probability is exactly 0."""
     m, log_s = stats.saved
     saved = torch.stack((live.take(m, fill=torch.inf), live.take(log_s)))
     return Stats(stats.logp, live.take(stats.entropy), stats.lse, saved, stats.extra)

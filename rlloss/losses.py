@@ -135,8 +135,8 @@ def policy_loss(
             old_logp without it. A NaN (a token it could not score) is no evidence.
         entropy: `[B, T]` in nats. Needed for `top_entropy_quantile` < 1, and with gradient for `entropy_coef`.
         cutoff: keep tokens with entropy >= cutoff; None: the quantile of this call's tokens.
-        denominator: what the sum over tokens ("grpo", "gspo", "sapo", "luspo": over sequences) is divided by; whoever
-            splits a batch over micro-batches or ranks passes the count of the whole. None: this call's own: mask
+        denominator: divisor of the loss summed over tokens ("grpo", "gspo", "sapo", "luspo": over sequences). Pass the
+            count of the whole batch when you accumulate over micro-batches or ranks. None: this call's own: mask
             tokens (the kept ones with entropy_denominator="kept"), B for the losses over sequences,
             B * max_completion_length for "dr_grpo". A tensor may be 0 where nothing counts, as `mask.sum()` is; on a
             GPU it is not looked at.

@@ -1,8 +1,7 @@
-"""Some rows of many, by number: taken out, computed on, and put back into their places.
+"""A subset of the rows: taken out, computed on, and put back into their places.
 
-How many there are is asked of the device once a pass, everything else follows without asking. Or it is not asked at
-all: then there is room for so many, what is not needed of it is filled up with rows that are 0 and belong nowhere, and
-rows that found no room come out as NaN.
+By default its size is read from the device, one synchronisation a pass. With a fixed capacity nothing is read: unused
+slots hold rows of 0 that belong nowhere, and rows that do not fit become NaN.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Matrix products, each of them counted where someone counts."""
+"""Matrix products with fp32 sums, and a counter of them for users, tests and benchmarks."""
 
 import contextlib
 import functools

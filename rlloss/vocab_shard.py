@@ -11,7 +11,7 @@ from rlloss.tiled import FLOOR
 class Shard(NamedTuple):
     """This rank's entries offset .. offset + its own number of a vocabulary of `total`, in the order of the ranks.
 
-    largest: most entries of a rank, by which all take the same plan: their collectives have to match.
+    largest: entries of the largest shard. All ranks plan with it, so that their collectives match.
     """
 
     group: Any
