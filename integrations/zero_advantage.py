@@ -309,7 +309,7 @@ class ZeroAdvantage:
         self.memory.remember(batches, self._agreement(batches))
 
     def apart(self, model, inputs: dict):
-        """The model to call and the completions to call it with; decided each step, as callbacks may change settings."""
+        """The model to call and the completions to call it with; decided each step: callbacks may change settings."""
         trainer, choice, sees = self.trainer, self.choice, self._sees(inputs)
         trls_call, together = trainer._why_trls_call(), self._why_compiled() or self._why_together()
         why = trls_call or together or self._why_all_live()
