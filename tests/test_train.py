@@ -527,14 +527,16 @@ def test_each_line_of_the_template_may_be_used(tmp_path, name):
 
 
 def test_a_run_from_the_template(project):
-    ran = rlloss(project, "train", "--init", "train.yaml")
-    assert ran.returncode == 0 and ran.stdout == "train.yaml\n"
-    again = rlloss(project, "train", "--init", "train.yaml")
-    assert again.returncode == 2 and "--init: found 'train.yaml': File exists" in again.stderr
-    file = project / "train.yaml"
+    ran = rlloss(project, "train", "--init", "template.yaml")
+    assert ran.returncode == 0 and ran.stdout == "template.yaml\n"
+    again = rlloss(project, "train", "--init", "template.yaml")
+    assert again.returncode == 2 and "--init: found 'template.yaml': File exists" in again.stderr
+    file = project / "template.yaml"
     file.write_text(filled_in(file.read_text()))
     options = {name: value for name, value in OPTIONS.items() if name not in ("model", "dataset")}
-    ran = rlloss(project, "train", "--config", "train.yaml", *flags(**options | {"max_steps": 1}, output_dir="filled"))
+    ran = rlloss(
+        project, "train", "--config", "template.yaml", *flags(**options | {"max_steps": 1}, output_dir="filled")
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert (project / "filled" / "model.safetensors").exists()
 
