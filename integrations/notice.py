@@ -1,4 +1,4 @@
-"""A line to whoever started a run."""
+"""A line for the user who started a run."""
 
 import logging
 from typing import Any
