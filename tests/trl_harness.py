@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -89,13 +90,22 @@ def build_trainer(trainer_class, config_class, output_dir, reward_funcs=None, mo
     folder = f"{output_dir}/tiny"  # TRL loads the reference model by the policy's name
     if not Path(folder, "config.json").exists():
         model().save_pretrained(folder)
-    return trainer_class(
-        model=folder,
-        reward_funcs=reward_funcs or (lambda completions, **_: [float(len(c)) for c in completions]),
-        args=config_class(**{**arguments, **options}),
-        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}),
-        processing_class=tiny_tokenizer(),
-    )
+    # A config resets what accelerate shares, which the trainer then makes anew: one that raises before leaves none, and
+    # other trainers of the test file need it.
+    shared = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
+    try:
+        return trainer_class(
+            model=folder,
+            reward_funcs=reward_funcs or (lambda completions, **_: [float(len(c)) for c in completions]),
+            args=config_class(**{**arguments, **options}),
+            train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}),
+            processing_class=tiny_tokenizer(),
+        )
+    except Exception:
+        for state, held in shared:
+            state._shared_state.clear()
+            state._shared_state.update(held)
+        raise
 
 
 def build_trainers(trainer_class, config_class, folder) -> dict:
