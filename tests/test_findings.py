@@ -19,7 +19,7 @@ def test_sentences_of_a_run():
         "Entropy goes from 0.97 to 0.52 nats per token.",
         "20 % of the tokens had a gradient.",
         "The lm_head ran 1.60 products a token where plain logits run 3.50.",
-        "25 % of the completions had no signal: their whole group got one reward.",
+        "25 % of the completions had no signal: no token that counts has an advantage other than 0.",
         "Step 7: the entropy collapses. Try this.",
     ]
 

@@ -137,6 +137,13 @@ def test_bad_input_is_named(tmp_path, arms, panels, message):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_what_was_found_comes_first(tmp_path):
+    page = write(tmp_path, [arm(entropy=[1.0], clip=[0.0])], found=["Entropy <rises>.", HOSTILE], tables=[Table(["a"])])
+    assert Page(page).text["li"][:2] == ["Entropy <rises>.", HOSTILE]
+    assert page.index("Entropy &lt;rises&gt;.") < page.index("<table") < page.index("<svg")
+    assert 'class="found"' not in write(tmp_path, [arm(entropy=[1.0], clip=[0.0])])
+
+
 def test_smooth_is_a_centred_mean_that_skips_gaps():
     assert smooth([1.0, 2.0, 6.0, None, 4.0], 3) == [1.5, 3.0, 4.0, None, 4.0]
     assert smooth([1.0, 5.0], 1) == [1.0, 5.0]
@@ -150,7 +157,7 @@ def test_ticks_are_round_numbers_inside(low, high, expected):
     assert ticks(low, high, 5) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("argument", ["path", "arms", "panels", "title", "tables", "paragraphs", "command", "groups"])
+@pytest.mark.parametrize("argument", ["path", "arms", "panels", "title", "tables", "paragraphs", "command", "groups", "found"])
 def test_an_argument_of_another_type_is_named(tmp_path, argument):
     right = {"path": tmp_path / "page.html", "arms": [arm(entropy=[1.0])], "panels": PANELS[:1], "title": "A run"}
     for wrong in (3, 1.5, b"x", object(), *([[3], "x"] if argument not in ("path", "title", "command") else [[3]])):

@@ -69,10 +69,11 @@ def write_report(
     paragraphs: Sequence[str] = (),
     command: str = "",
     groups: Sequence[tuple[str, Sequence[str]]] | None = None,
+    found: Sequence[str] = (),
 ) -> Path:
     """Write the page and return its path; missing folders are made.
 
-    `paragraphs` say what was run and how; `command` is shown as the line that repeats it. groups: (title, names of its
+    `found`, what the runs show, comes first as a list of sentences. `paragraphs` say what was run and how; `command` is shown as the line that repeats it. groups: (title, names of its
     arms), each a section with its own charts, for more arms than a chart can tell apart; None: all in one. Raises
     ValueError if there is no arm, if a series and its steps differ in length, or if a panel or a group names what is
     not there.
@@ -82,7 +83,7 @@ def write_report(
         of_type(name, text, str)
     for name, values, kind in (
         ("arms", arms, Arm), ("panels", panels, Panel), ("tables", tables, Table), ("paragraphs", paragraphs, str),
-        ("groups", groups or (), tuple),
+        ("groups", groups or (), tuple), ("found", found, str),
     ):  # fmt: skip
         of_type(name, values, list | tuple)
         for value in values:
@@ -109,7 +110,7 @@ def write_report(
                 if name not in named:
                     raise ValueError(f"groups: found {name!r}, expected names of arms: {', '.join(named)}")
         sections = [(heading, [named[name] for name in members]) for heading, members in groups]
-    replace_file(path, _page(sections, panels, title, tables, paragraphs, command))
+    replace_file(path, _page(sections, panels, title, tables, paragraphs, command, found))
     return path
 
 
@@ -326,12 +327,19 @@ def _clean(values: Sequence[Value]) -> list[Value]:
     return [v if v is not None and math.isfinite(v) else None for v in values]
 
 
+def sentences(name: str, said: Sequence[str]) -> str:
+    """A list under its name; "" if nothing is said."""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
+    heading = f"<h2>{escape(name)}</h2>" if name else ""
+    return f'{heading}<ul class="found">{items}</ul>' if items else ""
+
+
 def prose(paragraphs: Sequence[str], command: str) -> str:
     text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
     return text + (f"<pre><code>{escape(command)}</code></pre>" if command else "")
 
 
-def _page(sections, panels, title, tables, paragraphs, command) -> str:
+def _page(sections, panels, title, tables, paragraphs, command, found) -> str:
     """sections: (heading, arms); the charts are numbered through."""
     charted = [(arms, panel) for _, arms in sections for panel in panels]
     data = {
@@ -358,7 +366,7 @@ def _page(sections, panels, title, tables, paragraphs, command) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{asset('charts.css')}</style></head><body><main><h1>{escape(title)}</h1>"
-        f"{legend}{''.join(table_html(table) for table in tables)}"
+        f"{sentences('', found)}{legend}{''.join(table_html(table) for table in tables)}"
         f'<p class="absent">{explain}</p>{"".join(charts)}'
         f"<section><h2>What was run</h2>{prose(paragraphs, command)}</section></main>"
         '<div id="point" role="tooltip" hidden></div><script type="application/json" id="data">'

@@ -23,8 +23,9 @@ def found_in(run: RunLog) -> list[str]:
         said.append(f"The lm_head ran {products:.2f} products a token where plain logits run {plain:.2f}.")
     dead = mean(metrics.get("rlloss/zero_advantage_share", {}))
     if dead is not None:
-        share = f"{_percent(dead)} of the completions had no" if dead else "Every completion had a"
-        said.append(f"{share} signal{': their whole group got one reward' if dead else ''}.")
+        # Not only groups with one reward: also a reward that is the mean of its group, and a masked completion.
+        none = f"{_percent(dead)} of the completions had no signal: no token that counts has an advantage other than 0."
+        said.append(none if dead else "Every completion had a signal.")
     return said + [f"Step {step}: {message}" for step, _, message in run.findings]
 
 

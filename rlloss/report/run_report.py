@@ -108,7 +108,7 @@ def write_run_report(
     path = folders[0] / "report.html" if output is None else Path(output)
     about = f"<section><h2>What was run</h2>{charts.prose(paragraphs, command)}</section>" if paragraphs else ""
     said = {name: found_in(run) for name, run in runs.items()} if found is None else {"": list(found)}
-    top = "".join(_sentences(name if len(said) > 1 else "", sentences) for name, sentences in said.items())
+    top = "".join(charts.sentences(name if len(said) > 1 else "", of_run) for name, of_run in said.items())
     top += _about(runs) + "".join(charts.table_html(table) for table in tables)
     charts.replace_file(path, _page(runs, title or " and ".join(runs), max_completions, top, about))
     return path
@@ -122,12 +122,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(p[-1:])} ({n})" for n, p in enumerate(parts, 1)]
-
-
-def _sentences(name: str, sentences: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    heading = f"<h2>{escape(name)}</h2>" if name else ""
-    return f'{heading}<ul class="found">{items}</ul>' if items else ""
 
 
 def _about(runs: dict[str, RunLog]) -> str:
