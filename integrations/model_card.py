@@ -1,9 +1,9 @@
 """The model card of a run: TRL's, with what it leaves open and what rlloss did."""
 
+import contextlib
 import dataclasses
 from datetime import datetime, timezone
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,15 @@ def _listed(options: dict[str, Any]) -> str:
 def about_run(trainer: Any) -> dict[str, Any]:
     """What run.json says of a run of a trainer of TRL: model, date, versions, device, options that differ."""
     model = str(getattr(trainer.model.config, "_name_or_path", ""))
+    versions = {"rlloss": __version__}
+    for name in ("torch", "triton", "trl", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):  # some builds of Triton are distributed under another name
+            versions[name] = version(name)
     device = trainer.accelerator.device
     return {
         "model": (Path(model).name if Path(model).is_dir() else model) or type(trainer.model).__name__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": {"rlloss": __version__}
-        | {name: version(name) for name in ("torch", "trl", "transformers") if find_spec(name)},
+        "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "options": {name: str(value) for name, value in options_that_differ(trainer.args).items()},
     }

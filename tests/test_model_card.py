@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import PackageNotFoundError, version
 
 import datasets
 import pytest
@@ -12,8 +13,9 @@ if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
 
 from trl_harness import build_trainer  # noqa: E402
 
+import rlloss.integrations.model_card  # noqa: E402
 from rlloss import __version__  # noqa: E402
-from rlloss.integrations.model_card import REMEDIES, dataset_of, options_that_differ  # noqa: E402
+from rlloss.integrations.model_card import REMEDIES, about_run, dataset_of, options_that_differ  # noqa: E402
 from rlloss.integrations.trl_grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
@@ -78,3 +80,20 @@ def test_remedies_are_options_and_derived_values_are_none(tmp_path):
     assert options_that_differ(config) == {
         "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2, "steps_per_generation": 4, "epsilon_low": 0.1,
     }  # fmt: skip
+
+
+def test_a_run_says_what_it_is(tmp_path, monkeypatch):
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, epsilon_high=0.28)
+    about = about_run(trainer)
+    assert about["model"] == "tiny" and about["device"] == "cpu" and about["options"]["epsilon_high"] == "0.28"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", about["date"])
+    libraries = ("torch", "triton", "trl", "transformers")
+    assert about["versions"] == {"rlloss": __version__} | {name: version(name) for name in libraries}
+
+    def without_triton(name):
+        if name == "triton":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(rlloss.integrations.model_card, "version", without_triton)
+    assert list(about_run(trainer)["versions"]) == ["rlloss", "torch", "trl", "transformers"]

@@ -157,7 +157,9 @@ def test_ticks_are_round_numbers_inside(low, high, expected):
     assert ticks(low, high, 5) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("argument", ["path", "arms", "panels", "title", "tables", "paragraphs", "command", "groups", "found"])
+@pytest.mark.parametrize(
+    "argument", ["path", "arms", "panels", "title", "tables", "paragraphs", "command", "groups", "found"]
+)
 def test_an_argument_of_another_type_is_named(tmp_path, argument):
     right = {"path": tmp_path / "page.html", "arms": [arm(entropy=[1.0])], "panels": PANELS[:1], "title": "A run"}
     for wrong in (3, 1.5, b"x", object(), *([[3], "x"] if argument not in ("path", "title", "command") else [[3]])):

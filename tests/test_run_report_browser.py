@@ -293,6 +293,8 @@ def test_every_token_is_readable(tmp_path, scheme):
           return (a + .05) / (b + .05);
         }));
         found.page = numbers(getComputedStyle(document.body).backgroundColor)[0];
+        const colour = kind => getComputedStyle(document.querySelector("#list .t" + kind)).color;
+        found.texts = [".s-l", ".faded", ".grey"].map(colour);
         found.plain = worst();
         await to("only=l");
         found.dimmed = worst();
@@ -302,6 +304,8 @@ def test_every_token_is_readable(tmp_path, scheme):
         found.rank = worst();
     """, more=[f"--blink-settings=preferredColorScheme={scheme}"])  # fmt: skip
     assert (found["page"] < 60) == (scheme == 0)
+    live, *others = found["texts"]  # of little entropy, so that only the text can tell it from those that do not teach
+    assert live not in others
     assert min(found[name] for name in ("plain", "dimmed", "hits", "rank")) >= 4.5
 
 
@@ -363,19 +367,22 @@ def test_charts_switch_lines_move_nothing_and_lead_to_a_steps_completions(tmp_pa
 def test_runs_over_one_another(tmp_path):
     first, second = groups(tmp_path, "a"), groups(tmp_path, "b", steps=(5,))
     (first / "run.json").write_text('{"model": "m", "options": {"epsilon_high": "0.28", "loss_type": "dapo"}}')
-    (second / "run.json").write_text('{"model": "m", "options": {"loss_type": "dapo"}}')
+    (second / "run.json").write_text('{"model": "m", "device": "cpu", "options": {"loss_type": "dapo"}}')
     (second / "findings.jsonl").write_text('{"step": 7, "kind": "x", "message": "the entropy collapses."}\n')
     found = look(tmp_path, [first, second], """
         const buttons = document.querySelector("figure").querySelectorAll("button[data-line]");
         found.keys = [...buttons].map(b => b.textContent);
-        found.table = all("tbody tr").slice(0, 1).map(row => [...row.cells].map(c => c.textContent));
+        found.titles = all("figcaption").map(e => e.firstChild.textContent.trim());
+        found.table = all("table:not(#table) tbody tr").map(row => [...row.cells].map(c => c.textContent));
         found.said = all(".found li").map(li => li.textContent);
         found.marks = document.querySelector("svg").querySelectorAll(".mark title").length;
         found.all = pager();
         await write("run", "b");
         found.b = [facts("run"), facts("step")];
     """)  # fmt: skip
-    assert found["keys"] == ["a", "b"] and found["table"] == [["epsilon_high", "0.28", "as TRL"]]
+    assert found["keys"] == ["a", "b"]
+    assert found["table"] == [["device", "unknown", "cpu"], ["epsilon_high", "0.28", "as TRL"]]
+    assert found["titles"] == ["entropy", "rlloss/live_share", "loss", "entropy/p50", "entropy/p80", "entropy/p95"]
     assert "Step 7: the entropy collapses." in found["said"] and found["marks"] == 1
     assert "Entropy goes from 1.92 to 1.02 nats per token." in found["said"]
     assert found["all"].endswith("18 of 18 completions") and found["b"] == [["b"] * 6, ["5"] * 6]

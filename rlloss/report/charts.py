@@ -73,10 +73,10 @@ def write_report(
 ) -> Path:
     """Write the page and return its path; missing folders are made.
 
-    `found`, what the runs show, comes first as a list of sentences. `paragraphs` say what was run and how; `command` is shown as the line that repeats it. groups: (title, names of its
-    arms), each a section with its own charts, for more arms than a chart can tell apart; None: all in one. Raises
-    ValueError if there is no arm, if a series and its steps differ in length, or if a panel or a group names what is
-    not there.
+    `found`, what the runs show, comes first as a list of sentences. `paragraphs` say what was run and how; `command` is
+    shown as the line that repeats it. groups: (title, names of its arms), each a section with its own charts, for more
+    arms than a chart can tell apart; None: all in one. Raises ValueError if there is no arm, if a series and its steps
+    differ in length, or if a panel or a group names what is not there.
     """
     of_type("path", path, str | os.PathLike)
     for name, text in (("title", title), ("command", command)):

@@ -46,7 +46,7 @@ KINDS = dict.fromkeys("evco", "faded") | dict.fromkeys("dm", "grey")
 CHARTS = (
     # title, unit, metrics in the order of their lines
     ("Entropy", "nats per token", r"entropy(/mean)?", r"entropy/p\d+", r"entropy/cutoff"),
-    ("Tokens that teach", "share of tokens", r"(entropy/)?kept_share", r"rlloss/live_share", r"(\w+/)?selected_share"),
+    ("Tokens that teach", "share of tokens", r"rlloss/live_share", r"(entropy/)?kept_share", r"(\w+/)?selected_share"),
     ("Clipped", "share of tokens", r"clip_ratio/(low|high|region)_mean", r"cispo_clip_ratio"),
     ("Covariance of log-probability and advantage", "", r"cov/logp_(prob_)?advantage"),
     ("Covariance by the accuracy of the group", "", r"cov/logp_advantage/.*"),
@@ -58,7 +58,7 @@ CHARTS = (
     ("KL to the reference", "nats per token", r"kl"),
     ("Loss", "", r"loss", r"policy_loss"),
     ("Norm of the gradient", "", r"grad_norm"),
-    ("Length of the completions", "tokens", r"completions/(min|mean|max)_length"),
+    ("Length of the completions", "tokens", r"completions/mean_length", r"completions/(min|max)_length"),
 )
 
 
@@ -82,7 +82,8 @@ def write_run_report(
             over all.
         title: of the page; None: the names of the folders.
         found: the sentences at the top; None: those of `rlloss.report.findings`.
-        tables, paragraphs, command: shown after the sentences, and at the end: what was run and how to repeat it.
+        tables: shown after the plots.
+        paragraphs, command: shown at the end: what was run and how to repeat it.
 
     A line that cannot be read, as a killed run leaves one, and what is no file, are left out and named on the page.
     Where the run was resumed, what it had written from that step on is left out.
@@ -109,8 +110,10 @@ def write_run_report(
     about = f"<section><h2>What was run</h2>{charts.prose(paragraphs, command)}</section>" if paragraphs else ""
     said = {name: found_in(run) for name, run in runs.items()} if found is None else {"": list(found)}
     top = "".join(charts.sentences(name if len(said) > 1 else "", of_run) for name, of_run in said.items())
-    top += _about(runs) + "".join(charts.table_html(table) for table in tables)
-    charts.replace_file(path, _page(runs, title or " and ".join(runs), max_completions, top, about))
+    shown = "".join(charts.table_html(table) for table in tables)
+    tabled = f"<section>{shown}</section>" if shown else ""
+    name = title or " and ".join(runs)
+    charts.replace_file(path, _page(runs, name, max_completions, top + _about(runs), tabled, about))
     return path
 
 
@@ -126,28 +129,36 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _about(runs: dict[str, RunLog]) -> str:
     """Of one run its model, date, device and versions, and folded the options that differ from TRL's defaults; of
-    several the options in which they differ."""
+    several what of it is not the same."""
     options = {name: _mapping(run.about.get("options")) for name, run in runs.items()}
+    facts = {name: _facts(run) for name, run in runs.items()}
     if len(runs) > 1:
-        named = dict.fromkeys(option for of in options.values() for option in of)
-        differ = [o for o in named if len({options[name].get(o) for name in runs}) > 1]
-        rows = [[option, *(options[name].get(option, "as TRL") for name in runs)] for option in differ]
-        return charts.table_html(charts.Table(["", *runs], rows, "In what the runs differ.")) if rows else ""
-    ((name, run),) = runs.items()
-    versions = " ".join(f"{library} {version}" for library, version in _mapping(run.about.get("versions")).items())
-    facts = [str(run.about.get(key) or "") for key in ("model", "date", "device")]
-    line = " · ".join(escape(fact) for fact in (*facts, versions) if fact)
+        rows = [
+            [key, *(of[name].get(key, absent) for name in runs)]
+            for of, absent in ((facts, "unknown"), (options, "as TRL"))
+            for key in dict.fromkeys(key for known in of.values() for key in known)
+            if len({of[name].get(key) for name in runs}) > 1
+        ]
+        return charts.table_html(charts.Table(["", *runs], rows, "Where the runs differ.")) if rows else ""
+    (name,) = runs
+    line = " · ".join(map(escape, facts[name].values()))
     table = charts.table_html(charts.Table(["option", "value"], list(map(list, options[name].items()))))
     summary = f"{len(options[name])} options differ from TRL's defaults"
     folded = f"<details><summary>{summary}</summary>{table}</details>" if options[name] else ""
     return (f'<p class="absent">{line}</p>' if line else "") + folded
 
 
+def _facts(run: RunLog) -> dict[str, str]:
+    versions = " ".join(f"{library} {version}" for library, version in _mapping(run.about.get("versions")).items())
+    known = {key: str(run.about.get(key) or "") for key in ("model", "date", "device")} | {"versions": versions}
+    return {key: fact for key, fact in known.items() if fact}
+
+
 def _mapping(value: Any) -> dict[str, str]:
     return {str(key): str(of) for key, of in value.items()} if isinstance(value, dict) else {}
 
 
-def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, about: str) -> str:
+def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, tables: str, about: str) -> str:
     whole = next(iter(runs.values()))
     if len(runs) > 1:
         completions = [c for run in runs.values() for c in run.completions]
@@ -178,7 +189,8 @@ def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, ab
         f"<title>{escape(title)}</title><style>{asset('charts.css')}{asset('page.css')}</style></head><body><main>"
         f'<h1>{escape(name)}</h1><p id="problem" role="alert" hidden></p>'
         f"{''.join(f'<p class=warn>{escape(note)}</p>' for note in notes if note)}{top}{_summary(runs, whole, counts)}"
-        f"{figures}{_completions(counts, len(runs) > 1) if shown else absent}{_forking(counts) if shown else ''}{about}"
+        f"{figures}{tables}"
+        f"{_completions(counts, len(runs) > 1) if shown else absent}{_forking(counts) if shown else ''}{about}"
         f'</main><div id="tip" role="tooltip" hidden></div><div id="point" role="tooltip" hidden></div>'
         f'<script type="application/json" id="data">{inline}</script>'
         f"<script>{asset('charts.js')}{asset('page.js')}</script></body></html>\n"
@@ -251,12 +263,13 @@ def _figures(runs: dict[str, RunLog]) -> tuple[str, list[Any]]:
     names = {name for run in runs.values() for name in run.metrics}
     if not names:
         return _absent("Metrics", "metrics.jsonl"), []
-    html, lines = [], []
+    html, second, lines = [], [], []
     for title, unit, *patterns in CHARTS:
         own = [name for pattern in patterns for name in sorted(names) if re.fullmatch(pattern, name)]
         names -= set(own)
         if len(runs) > 1:
-            html += [_figure({run: (r, name) for run, r in runs.items()}, name, unit, lines) for name in own]
+            of_kind = [_figure({run: (r, name) for run, r in runs.items()}, name, unit, lines) for name in own]
+            html, second = html + of_kind[:1], second + of_kind[1:]  # one of each kind comes first
             continue
         (run,) = runs.values()
         for start in range(0, len(own), MAX_LINES):
@@ -266,7 +279,7 @@ def _figures(runs: dict[str, RunLog]) -> tuple[str, list[Any]]:
         _figure({run: (r, name) for run, r in runs.items()} if len(runs) > 1 else {name: (only, name)}, name, "", lines)
         for name in sorted(names)
     ]
-    html, more = html[:MAX_CHARTS], html[MAX_CHARTS:] + more
+    html, more = (html + second)[:MAX_CHARTS], (html + second)[MAX_CHARTS:] + more
     rest = (
         f"<details><summary>{len(more)} more metrics</summary><div class=charts>{''.join(more)}</div></details>"
         if more
@@ -365,12 +378,14 @@ def _scale(counts: Counts, edges: Sequence[float], name: str) -> str:
     known = max(1, sum(counts.entropy))
     bounds = [0, *(round(edge * SCALE) for edge in edges), MISSING]
     shares = [sum(counts.entropy[low:high]) / known for low, high in zip(bounds, bounds[1:], strict=False)]
+    named = ["", *(f"{edge:.2g}" for edge in edges)]
     items = "".join(
-        f'<li><span class="h{n}">{_percent(share)}</span><small>{"" if n == 0 else f"{edges[n - 1]:.2g}"}</small></li>'
+        f'<li><span class="h{n}">{_percent(share, 0.1)}</span><small>{named[n]}</small></li>'
         for n, share in enumerate(shares)
     )
     return f'<ol class="scale {name}">{items}</ol>'
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %" if share == 0 or share >= 0.0001 else "&lt; 0.01 %"
+def _percent(share: float, least: float = 0.01) -> str:
+    """least: below this many percent, the number itself is not said."""
+    return f"{100 * share:.3g} %" if share == 0 or 100 * share >= least else f"&lt; {least:g} %"
