@@ -401,6 +401,7 @@ def test_filters_fold_away_on_a_phone(tmp_path):
     assert look(tmp_path, run, script, more=["--window-size=1400,900"]) == {"open": True, "wide": True, "cards": True}
 
 
+@pytest.mark.slow
 def test_ten_thousand_completions_open_at_once(tmp_path):
     texts = [f"w{k} " for k in range(300)]
     lines = [

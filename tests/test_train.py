@@ -120,6 +120,7 @@ def test_both_rewards_and_our_metrics_are_logged(trained):
     assert {"rewards/short/mean", "rewards/has_answer/mean", "rlloss/live_share", "entropy"} <= first.keys()
 
 
+@pytest.mark.slow
 def test_resume_from_yaml_goes_on_where_it_stopped(project, trained):
     import yaml
 
