@@ -8,9 +8,11 @@ and width, g is 1 where the head is trained and 0 where it is frozen. Products w
     Liger           (3 + g) N / n         the same, a completion at a time, padding too
     rlloss          rlloss.plans
 
-Logits held, the largest block at one time in bytes: 4 N V (plain logits, the fp32 log-softmax that the backward needs),
-one tile of 4,096 x 32,768 in the model's dtype (TRL), 4 T V of one completion (Liger), one tile and what the plan keeps
-(rlloss). `tests/test_head_costs.py` compares each line with what is counted.
+The largest block of logits, in bytes: 4 N V (plain logits, the fp32 log-softmax that the backward needs), one tile of
+4,096 x 32,768 in the model's dtype (TRL), an fp32 tile of at most 2,048 x 4,096 (Liger), one tile and what the plan
+keeps (rlloss). At one time more is alive: of plain logits three such blocks in the backward, of Liger several tiles, of
+rlloss on a GPU with a 16-bit model half a tile for its gradient. `tests/test_head_costs.py` compares each line with
+what is counted; Liger's where it is installed.
 """
 
 import json
@@ -26,12 +28,12 @@ from rlloss.explain import explain_plan
 from rlloss.plans import PLANS, size_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TRL_TILE = (4096, 32768)  # rows, vocabulary entries
+TRL_TILE, LIGER_TILE = (4096, 32768), (2048, 4096)  # rows, vocabulary entries
 
 
 class Way(NamedTuple):
-    """One way to run the head. products: in logits of the tokens that count. logits_bytes: the largest block of logits
-    that is held. why_not: what forbids a plan of rlloss here, or None."""
+    """One way to run the head. products: in logits of the tokens that count. logits_bytes: the largest block of
+    logits, with a plan of rlloss also what it keeps. why_not: what forbids a plan of rlloss here, or None."""
 
     name: str
     products: float
@@ -91,12 +93,12 @@ class HeadCosts(NamedTuple):
             f"tokens, {self.tokens:,} count,",
             f"{self.live_share:.0%} of them get a gradient; tiles of a {'CPU' if self.device == 'cpu' else 'GPU'}",
             "",
-            f"{'':<30}{'products':>9}{'TFLOP':>10}{'logits held':>13}",
+            f"{'':<30}{'products':>9}{'TFLOP':>10}{'largest block':>15}",
         ]
         for way in self.ways:
             mark = "  <- taken" if way.name == f"rlloss {self.plan}" else "     (no)" if way.why_not else ""
             lines.append(
-                f"{way.name:<30}{way.products:>9.2f}{way.flop / 1e12:>10.4g}{size_text(way.logits_bytes):>13}{mark}"
+                f"{way.name:<30}{way.products:>9.2f}{way.flop / 1e12:>10.4g}{size_text(way.logits_bytes):>15}{mark}"
             )
         lines += ["", *(f"{way.name}: {way.why_not}." for way in self.ways if way.why_not)]
         if self.head_share is not None and self.step_share is not None:
@@ -156,7 +158,7 @@ def head_costs(
     ways = [
         way("plain logits", (2 + g) * N / n, 4 * N * V),
         way("TRL 1.16, fused head", (3 + g) * trl_rows / n, min(trl_rows, TRL_TILE[0]) * TRL_TILE[1] * _bytes(dtype)),
-        way("Liger 0.8.5, chunked loss", (3 + g) * N / n, 4 * tokens * V),
+        way("Liger 0.8.5, chunked loss", (3 + g) * N / n, 4 * min(tokens, LIGER_TILE[0]) * min(V, LIGER_TILE[1])),
     ]
     place = "meta" if device == "cuda" else "cpu"
     hidden, weight = (torch.empty((), dtype=DTYPES[dtype], device=place).expand(rows, D) for rows in (n, V))

@@ -22,7 +22,9 @@ class Counted(TorchDispatchMode):
     """flop: of every product of two matrices. largest: bytes of the largest tensor that holds logits, which here are
     larger than hidden states, weight and their gradients."""
 
-    flop, largest = 0, 0
+    def __init__(self, least=2 * V * D):
+        super().__init__()
+        self.flop, self.largest, self.least = 0, 0, least
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.partition(".")[0]
@@ -31,7 +33,7 @@ class Counted(TorchDispatchMode):
             self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x.numel() > 2 * V * D:
+            if isinstance(x, torch.Tensor) and x.numel() > self.least:
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
         return out
 
@@ -104,6 +106,19 @@ def test_ligers_loss(fill, rho, trained):
         loss(hidden, weight, target, mask.long(), torch.ones(B))[0].backward()
     way = costs(fill, rho, trained)[1]["Liger 0.8.5, chunked loss"]
     assert way.flop == counted.flop and way.logits_bytes == counted.largest
+
+
+@pytest.mark.parametrize("T, V", [(16, 4097), (16, 33_000), (2100, 5000)])
+def test_ligers_tile(T, V):
+    """Shapes that are larger than its tile in either direction."""
+    losses = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    hidden, weight = torch.randn(2, T, 1).requires_grad_(), torch.randn(V, 1).requires_grad_()
+    loss = losses.LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=False)
+    with Counted(least=max(V, 2 * T)) as counted:
+        loss(hidden, weight, torch.randint(0, V, (2, T)), torch.ones(2, T).long(), torch.ones(2))[0].backward()
+    found = head_costs({"vocab_size": V, "hidden_size": 1}, completions=2, tokens=T, dtype="fp32")
+    assert found.ways[2].logits_bytes == counted.largest
+    assert found.ways[2].flop == counted.flop
 
 
 def test_ligers_recorded_count():
