@@ -1,7 +1,6 @@
 """TRL's GRPOConfig with rlloss's options, and its options as a LossConfig."""
 
 import dataclasses
-import difflib
 import functools
 import logging
 from collections.abc import Callable
@@ -59,8 +58,7 @@ def _naming_unknown_options(cls: type) -> type:
         known = [field.name for field in dataclasses.fields(cls) if field.init]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-                raise TypeError(f"unknown option {name}{f', did you mean {near[0]}?' if near else ''}")
+                raise TypeError(checks.unknown_option(name, known))
         init(self, *args, **options)
 
     cls.__init__ = __init__

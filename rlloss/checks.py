@@ -1,5 +1,6 @@
 """Errors that name the argument, what was found and what was expected."""
 
+import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping
@@ -52,6 +53,12 @@ def one_of(name: str, found: object, allowed: Iterable[object]) -> None:
     allowed = list(allowed)
     if not isinstance(found, str) or found not in allowed:
         raise ValueError(f"{name}: found {found!r}, expected one of {', '.join(repr(a) for a in allowed)}")
+
+
+def unknown_option(name: object, known: Iterable[str], otherwise: str = "") -> str:
+    """A message that names the option that may have been meant; `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.75)
+    return f"unknown option {name}{f', did you mean {near[0]}?' if near else otherwise}"
 
 
 def flag(name: str, value: object) -> None:

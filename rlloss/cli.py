@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a tiny model on arithmetic by GRPO with real generation, plain and with remedies, and write "
         "a report that opens offline. Fetches nothing.",
     )
-    demo.add_argument("--quick", action="store_true", help="half the steps of all: under 40 seconds on a laptop's core")
+    demo.add_argument("--quick", action="store_true", help="half the steps of everything")
     demo.add_argument("--steps", type=_positive, help="optimizer steps per arm (default: 120, with --full 300)")
     demo.add_argument(
         "--full", action="store_true",
@@ -185,6 +185,9 @@ def _write_template(text: str, file: str | None = None) -> int:
     if file is None:
         print(text, end="")
         return 0
+    if file.startswith("-"):
+        print(f"rlloss train: error: --init: found {file!r}, expected a file, or nothing behind it", file=sys.stderr)
+        return 2
     try:
         with open(file, "x", encoding="utf-8") as opened:
             opened.write(text)

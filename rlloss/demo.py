@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import platform
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,8 @@ from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 from rlloss.report.run_report import write_run_report
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
+LOGS = ("run.json", "metrics.jsonl", "findings.jsonl")
+"""Beside tokens/, what a run appends to."""
 QUICK = {"steps": 60, "warm_start_steps": 120, "held_out_samples": 4}
 STEPS_PER_GENERATION, NUM_ITERATIONS = 4, 2
 UPDATES_PER_GENERATION = STEPS_PER_GENERATION * NUM_ITERATIONS
@@ -140,9 +141,11 @@ def run_demo(
 
 
 def fresh_run_folder(folder: Path) -> Path:
-    """The folder, without the logs of an earlier demo."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return report.make_folder(folder)
+    """The folder, without the logs of an earlier demo. What else is in it stays."""
+    report.make_folder(folder)
+    for log in (*LOGS, *(folder / "tokens").glob("process-*.jsonl")):
+        (folder / log).unlink(missing_ok=True)
+    return folder
 
 
 def train_arm(

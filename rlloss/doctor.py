@@ -174,7 +174,7 @@ def _trl() -> Check:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plugin = importlib.import_module("rlloss.integrations.trl_grpo")
-    except Exception as error:  # whatever an installed TRL or what it imports raises
+    except Exception as error:  # TRL and the libraries that it imports may raise anything
         text = f"cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
         return Check("TRL plugin", text[:300], CONSTRAINTS)
     low, below = plugin.TESTED_TRL
@@ -229,23 +229,23 @@ def _backends() -> list[str]:
     return [used] if used == "torch" else [used, "torch"]
 
 
-def _case(dtype: torch.dtype) -> dict[str, Tensor]:
+def _case() -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     x = {
-        "hidden": torch.randn(4, 8, 32, generator=g, dtype=torch.float64),
-        "weight": torch.randn(257, 32, generator=g, dtype=torch.float64) / 4,
+        "hidden": torch.randn(4, 8, 32, generator=g),
+        "weight": torch.randn(257, 32, generator=g) / 4,
         "target": torch.randint(0, 257, (4, 8), generator=g),
-        "advantage": torch.tensor([1.0, -0.5, 0.25, 0.0], dtype=torch.float64),
-        "old_logp": -5.5 + 0.3 * torch.randn(4, 8, generator=g, dtype=torch.float64),
+        "advantage": torch.tensor([1.0, -0.5, 0.25, 0.0]),
+        "old_logp": -5.5 + 0.3 * torch.randn(4, 8, generator=g),
         "mask": torch.rand(4, 8, generator=g) < 0.8,
     }
-    return {name: (v.to(dtype) if v.is_floating_point() else v).to(_place()) for name, v in x.items()}
+    return {name: v.to(_place()) for name, v in x.items()}
 
 
 def _by_formula(dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(loss, gradients of hidden and weight) of the formulas of `rlloss.reference`, by autograd."""
     # The inputs are those of fp32 in either case.
-    x = {name: v.to(dtype) if v.is_floating_point() else v for name, v in _case(torch.float32).items()}
+    x = {name: v.to(dtype) if v.is_floating_point() else v for name, v in _case().items()}
     hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
     logp, _, _ = reference.token_stats(hidden @ weight.T, x["target"])
     ratio = reference.ratio(logp, x["old_logp"], x["mask"])
@@ -255,7 +255,7 @@ def _by_formula(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _by_rlloss(name: str, linear: bool) -> tuple[Tensor, ...]:
-    x = _case(torch.float32)
+    x = _case()
     hidden, weight = x.pop("hidden").requires_grad_(), x.pop("weight").requires_grad_()
     with backends.backend(name):
         if linear:

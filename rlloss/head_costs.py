@@ -141,6 +141,7 @@ def head_costs(
         checks.whole(name, value, 1)
     checks.within("rho", rho, 0, 1)
     checks.within("fill", fill, 0, 1)
+    checks.require(fill > 0, "fill", fill, "a number in (0, 1]")
     checks.one_of("dtype", dtype, DTYPES)
     checks.flag("frozen_head", frozen_head)
     checks.one_of("device", device, ("cuda", "cpu"))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, TrlParser
 
+from rlloss import checks
 from rlloss.integrations.trl import GRPOConfig
 from rlloss.train_help import OPTIONS, USAGE
 
@@ -78,9 +78,7 @@ class _Parser(TrlParser):
 
 
 def make_parser() -> _Parser:
-    parser = _Parser(
-        GROUPS, prog="rlloss train", usage=USAGE, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = _Parser(GROUPS, prog="rlloss train", usage=USAGE, allow_abbrev=False)
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)  # TRL's default would be refused on this machine
     return parser
@@ -160,6 +158,4 @@ def _read_settings(file: str, known: Sequence[str], parser: argparse.ArgumentPar
 
 
 def _unknown(name: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, 1, cutoff=0.75)
-    instead = f"did you mean {close[0]}?" if close else "expected one of `rlloss train --help all`"
-    return f"unknown option {name}, {instead}"
+    return checks.unknown_option(name, known, ", expected one of `rlloss train --help all`")

@@ -129,7 +129,7 @@ def chunk_rows(device: torch.device, V: int, batch_invariant: bool) -> int:
 
 
 def tile_shape(rows: int, V: int, device: torch.device, batch_invariant: bool) -> tuple[int, int]:
-    """(rows, vocabulary entries) of a tile, whatever the plan: the bits of a logit may depend on them."""
+    """(rows, vocabulary entries) of a tile, the same for every plan: the bits of a logit may depend on them."""
     most = chunk_rows(device, V, batch_invariant)
     rows = most if batch_invariant else max(1, min(rows, most))
     if device.type == "cpu":
@@ -259,7 +259,7 @@ def keep_only(kept: Kept, live: Picked) -> None:
     if kept.rows is not None:
         if not len(kept.rows):
             return
-        # A live row that was not kept can only be one whose coefficient is NaN, as is its gradient, whatever is read.
+        # A live row that was not kept has a coefficient of NaN; its gradient is NaN from any logits.
         places = torch.searchsorted(kept.rows.index, live.index).clamp_(max=len(kept.rows) - 1)
         live = Picked(places, len(kept.rows))
     for i, block in enumerate(kept.blocks):

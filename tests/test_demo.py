@@ -301,3 +301,14 @@ def test_quick_is_a_smaller_demo(monkeypatch, capsys):
     assert seen == {"seed": 0, **demo.QUICK} and seen["steps"] < 120
     assert cli.main(["demo", "--quick", "--full"]) == 2
     assert "--quick: found --full or --steps beside it" in capsys.readouterr().err
+
+
+def test_a_demo_takes_away_its_own_logs_alone(tmp_path):
+    folder = tmp_path / "remedies"
+    (folder / "tokens").mkdir(parents=True)
+    mine = [folder / "thesis.tex", folder / "tokens" / "notes.jsonl"]
+    logs = [folder / name for name in demo.LOGS] + [folder / "tokens" / "process-00000.jsonl"]
+    for path in mine + logs:
+        path.write_text("x")
+    assert demo.fresh_run_folder(folder) == folder
+    assert all(path.exists() for path in mine) and not any(path.exists() for path in logs)

@@ -36,7 +36,7 @@ class Newcomer:
 
     def __init__(self, here):
         self.here, self.said = here, ""
-        python = here / "bin" / "python3"  # what a fresh shell has, whatever environment runs the tests
+        python = here / "bin" / "python3"  # as in a fresh shell, without the environment of the tests
         python.parent.mkdir()
         python.symlink_to(getattr(sys, "_base_executable", sys.executable))
         kept = ("HOME", "LANG", "TMPDIR", *(name for name in os.environ if name.startswith(("PIP_", "SSL_"))))

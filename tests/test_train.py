@@ -534,6 +534,8 @@ def test_a_run_from_the_template(project):
     assert again.returncode == 2 and "--init: found 'template.yaml': File exists" in again.stderr
     file = project / "template.yaml"
     file.write_text(filled_in(file.read_text()))
+    option = rlloss(project, "train", "--init", "--config")
+    assert option.returncode == 2 and not (project / "--config").exists()
     options = {name: value for name, value in OPTIONS.items() if name not in ("model", "dataset")}
     ran = rlloss(
         project, "train", "--config", "template.yaml", *flags(**options | {"max_steps": 1}, output_dir="filled")

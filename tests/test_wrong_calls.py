@@ -164,7 +164,7 @@ KINDS = {
     "model": these(None, 3, [], {}, {"vocab_size": 0, "hidden_size": 4}, {"vocab_size": 3}),
     "completions": whole(0, -1),
     "tokens": whole(0, -1),
-    "fill": number(-0.1, 1.1, math.nan),
+    "fill": number(0.0, -0.1, 1.1, math.nan),
     "dtype": these(None, 3, "int8", torch.float32, ""),
     "frozen_head": these(None, 0, 1, "yes"),
     "device": these(None, 3, "tpu", torch.device("cpu"), ""),

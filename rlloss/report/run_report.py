@@ -3,7 +3,7 @@
     write_run_report("out")  # reads out/tokens/*.jsonl and out/metrics.jsonl, writes out/report.html
 
 What the files hold is described where they are written, in `rlloss.integrations.token_log`. Every text comes from a
-model or a file and is shown as text, whatever it is.
+model or a file, and is shown as text and never read as HTML.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def write_run_report(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many of their parents as tell them apart."""
+    """The folders' own names; where two are the same, with their parents."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
