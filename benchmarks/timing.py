@@ -15,9 +15,9 @@ from rlloss.ops import choose_backend
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LEAST = 3  # samples of a contender, however short the time is
-# About a millisecond, in which the host gets ahead of the GPU, as it is in training: the GPU's work is timed, and not
-# the way to its first launch.
-HEAD_START_CYCLES = 2_000_000
+# About ten milliseconds, in which the host gets ahead of the GPU, as it is in training: the GPU's work is timed, and
+# not the host's way to its launches.
+HEAD_START_CYCLES = 20_000_000
 
 T = TypeVar("T")
 Start = Callable[[], Callable[[], object]]  # the forward, with gradient; it returns the backward

@@ -40,12 +40,14 @@ TABLE: dict[tuple[str, str, str, int], Choice] = {
     ("gradient", "", "fp32", LARGEST): Choice((2048, 8)),
     ("gradient", "gfx942", "bf16", LARGEST): Choice((2048, 4)),
     ("gradient", "gfx942", "fp16", LARGEST): Choice((2048, 4)),
+    ("gradient", "sm_90", "bf16", 151936): Choice((2048, 8), "NVIDIA H200, triton 3.6.0, 2026-11-26"),
     ("single_launch", "", "bf16", LARGEST): Choice((100,)),
     ("single_launch", "", "fp16", LARGEST): Choice((100,)),
     ("single_launch", "", "fp32", LARGEST): Choice((100,)),
     ("split", "", "bf16", LARGEST): Choice((2,)),
     ("split", "", "fp16", LARGEST): Choice((2,)),
     ("split", "", "fp32", LARGEST): Choice((2,)),
+    ("split", "sm_90", "bf16", 151936): Choice((4,), "NVIDIA H200, triton 3.6.0, 2026-11-26"),
     ("statistics", "", "bf16", LARGEST): Choice((2048, 8)),
     ("statistics", "", "fp16", LARGEST): Choice((2048, 8)),
     ("statistics", "", "fp32", LARGEST): Choice((2048, 8)),
@@ -53,6 +55,7 @@ TABLE: dict[tuple[str, str, str, int], Choice] = {
     ("statistics", "gfx942", "fp16", LARGEST): Choice((2048, 4)),
     ("statistics", "sm_100", "bf16", LARGEST): Choice((2048, 4)),
     ("statistics", "sm_100", "fp16", LARGEST): Choice((2048, 4)),
+    ("statistics", "sm_90", "bf16", 151936): Choice((4096, 4), "NVIDIA H200, triton 3.6.0, 2026-11-26"),
     ("tile", "", "fp32", LARGEST): Choice((4096, 67108864)),
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlloss import checks, radix
 from rlloss.backends import choose_backend, triton_quantile
+from rlloss.operators import operator
 from rlloss.selection import check_sequence_key, largest, token_key
 
 # Before 2.14 torch.quantile rounds the position, q (n - 1), to the values' dtype, and takes no more than 2^24 values;
@@ -34,24 +35,18 @@ def _is_eos(completion_ids: Tensor, eos_token_id: int) -> Tensor:
     return completion_ids == eos_token_id
 
 
-@torch.library.custom_op("rlloss::entropy_quantile", mutates_args=())
-def _entropy_quantile_op(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+@operator("entropy_quantile", fake=lambda entropy, mask, rho: entropy.new_empty(()))
+def _entropy_quantile(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION)
 
 
-@_entropy_quantile_op.register_fake
-def _(entropy, mask, rho):
-    return entropy.new_empty(())
-
-
-@torch.library.custom_op("rlloss::entropy_top_k", mutates_args=())
-def _entropy_top_k_op(entropy: Tensor, mask: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    return _launchers(entropy).entropy_top_k(*_rows(entropy, mask), rho)
-
-
-@_entropy_top_k_op.register_fake
-def _(entropy, mask, rho):
+def _fake_top_k(entropy, mask, rho):
     return entropy.new_empty(()), entropy.new_empty((), dtype=torch.int64)
+
+
+@operator("entropy_top_k", fake=_fake_top_k)
+def _entropy_top_k(entropy: Tensor, mask: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    return _launchers(entropy).entropy_top_k(*_rows(entropy, mask), rho)
 
 
 def _launchers(entropy: Tensor) -> Any:
@@ -88,7 +83,7 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
     entropy = _checked(entropy, mask, rho)
     checks.process_group("process_group", process_group)
     if process_group is None:
-        return _entropy_quantile_op(entropy, mask, rho)
+        return _entropy_quantile(entropy, mask, rho)
     total = functools.partial(torch.distributed.all_reduce, group=process_group)
     return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION, reduce=total)
 
@@ -103,7 +98,7 @@ def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k:
     """
     if not exact_k:
         return entropy_cutoff(entropy, mask, rho), None
-    return _entropy_top_k_op(_checked(entropy, mask, rho), mask, rho)
+    return _entropy_top_k(_checked(entropy, mask, rho), mask, rho)
 
 
 def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:

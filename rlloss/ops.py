@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlloss import checks, tiled
 from rlloss.backends import BACKENDS, backend, choose_backend, triton_backward, triton_forward
+from rlloss.operators import operator
 from rlloss.products import count_products
 
 __all__ = ["BACKENDS", "OUTPUTS", "TokenStats", "backend", "choose_backend", "count_products", "token_stats"]
@@ -57,8 +58,7 @@ def _run_backward(
     )
 
 
-@torch.library.custom_op("rlloss::token_stats", mutates_args=())
-def _token_stats_op(
+def _forward(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
@@ -87,8 +87,7 @@ def _token_stats_op(
     )
 
 
-@_token_stats_op.register_fake
-def _(
+def _fake(
     logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1
 ):
     dtype = _stats_dtype(logits)
@@ -97,8 +96,12 @@ def _(
     return *row, logits.new_empty((2, *target.shape), dtype=dtype), logits.new_empty((3, *extra_shape), dtype=dtype)
 
 
-@torch.library.custom_op("rlloss::token_stats_backward", mutates_args=())
-def _token_stats_backward_op(
+def _fake_gradient(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@operator("token_stats_backward", fake=_fake_gradient)
+def _gradient(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
@@ -126,11 +129,6 @@ def _token_stats_backward_op(
     )
 
 
-@_token_stats_backward_op.register_fake
-def _(logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, g_logp, g_entropy, g_lse):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
 def _setup_context(ctx, inputs, output):
     logits, target, mask, temperatures, *settings = inputs
     _, entropy, _, saved, extra = output
@@ -151,11 +149,11 @@ def _backward(ctx, g_logp, g_entropy, g_lse, *_):
     grad = None
     if any(g is not None for g in (g_logp, g_entropy, g_lse)):
         with backend(ctx.backend):
-            grad = _token_stats_backward_op(*_saved(ctx), g_logp, g_entropy, g_lse)
+            grad = _gradient(*_saved(ctx), g_logp, g_entropy, g_lse)
     return grad, *(None for _ in range(11))
 
 
-torch.library.register_autograd("rlloss::token_stats", _backward, setup_context=_setup_context)
+_token_stats = operator("token_stats", fake=_fake, setup_context=_setup_context, backward=_backward)(_forward)
 
 
 class _InplaceTokenStats(torch.autograd.Function):
@@ -163,8 +161,7 @@ class _InplaceTokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch.no_grad():
-            output = _token_stats_op(*inputs)
+        output = _forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -236,7 +233,7 @@ def token_stats(
             )  # fmt: skip
     per_token = isinstance(temperature, Tensor)
     inplace = inplace_grad and (torch.compiler.is_compiling() or checks.has_values(logits))
-    run: Any = _InplaceTokenStats.apply if inplace else _token_stats_op
+    run: Any = _InplaceTokenStats.apply if inplace else _token_stats
     logp, entropy, lse, _, extra = run(
         logits,
         target,

@@ -8,6 +8,7 @@ from torch import Tensor
 from rlloss import surrogates
 from rlloss.backends import choose_backend, triton_token_pass
 from rlloss.config import KL_ESTIMATORS, LossConfig
+from rlloss.operators import operator
 
 _CISPO = {surrogates.clip: False, surrogates.cispo: True}
 
@@ -17,8 +18,7 @@ def fits(surrogate: Any, logp: Tensor) -> bool:
     return surrogate in _CISPO and logp.numel() > 0 and choose_backend(logp) != "torch"
 
 
-@torch.library.custom_op("rlloss::clip_surrogate", mutates_args=())
-def _clip_surrogate_op(
+def _run(
     logp: Tensor,
     entropy: Tensor | None,
     advantage: Tensor,
@@ -68,8 +68,7 @@ def _clip_surrogate_op(
     )
 
 
-@_clip_surrogate_op.register_fake
-def _(logp, entropy, *settings):
+def _fake(logp, entropy, *settings):
     kept = logp.shape if settings[-1] != 0.0 else (0,)
     return (
         logp.new_empty(()),
@@ -79,19 +78,19 @@ def _(logp, entropy, *settings):
     )
 
 
-@torch.library.custom_op("rlloss::clip_surrogate_backward", mutates_args=())
-def _backward_op(
+def _fake_gradients(logp, summary, coef, kept, g_loss, entropy_coef):
+    return torch.empty_like(coef), coef.new_empty(kept.shape)
+
+
+@operator("clip_surrogate_backward", fake=_fake_gradients)
+def _gradients(
     logp: Tensor, summary: Tensor, coef: Tensor, kept: Tensor, g_loss: Tensor, entropy_coef: float
 ) -> tuple[Tensor, Tensor]:
     """logp is not read: as an input it makes a second derivative an error and not a silent 0."""
-    scale, kept_scale = summary[-2], summary[-1]
-    g_logp = torch.where(coef == 0.0, 0.0, coef * (g_loss * scale))
-    return g_logp, torch.where(kept, -entropy_coef * (g_loss * kept_scale), 0.0)
-
-
-@_backward_op.register_fake
-def _(logp, summary, coef, kept, g_loss, entropy_coef):
-    return torch.empty_like(coef), coef.new_empty(kept.shape)
+    g_logp = torch.where(coef == 0.0, 0.0, coef * (g_loss * summary[-2]))
+    if entropy_coef == 0.0:
+        return g_logp, coef.new_empty(kept.shape)
+    return g_logp, torch.where(kept, -entropy_coef * (g_loss * summary[-1]), 0.0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -106,11 +105,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g_loss, *_):
     g_logp = g_entropy = None
     if g_loss is not None:
-        g_logp, g_entropy = _backward_op(*ctx.saved_tensors, g_loss, ctx.entropy_coef)
+        g_logp, g_entropy = _gradients(*ctx.saved_tensors, g_loss, ctx.entropy_coef)
     return g_logp, g_entropy if ctx.entropy_coef != 0.0 else None, *(None for _ in range(ctx.inputs - 2))
 
 
-torch.library.register_autograd("rlloss::clip_surrogate", _backward, setup_context=_setup_context)
+_clip_surrogate = operator("clip_surrogate", fake=_fake, setup_context=_setup_context, backward=_backward)(_run)
 
 
 def kernel_bounds(surrogate: Any, config: LossConfig) -> tuple[bool, list[float]]:
@@ -143,7 +142,7 @@ def token_pass(
     cutoff, last = (None, None) if selection is None else selection
     as_tensor = isinstance(denominator, Tensor)
     bonus = config.entropy_coef if entropy is not None else 0.0
-    loss, summary, _, _ = _clip_surrogate_op(
+    loss, summary, _, _ = _clip_surrogate(
         logp,
         entropy if bonus != 0.0 or entropy is None else entropy.detach(),
         advantage,

@@ -30,7 +30,8 @@ def close(found, expected, dtype, what):
     expected = expected.to(found.dtype) if found.dtype != torch.float32 else expected
     narrow = found.dtype in (torch.bfloat16, torch.float16)
     rtol = torch.finfo(found.dtype).eps if narrow else 2e-5
-    atol = {torch.float16: 1e-6}.get(dtype, 2e-5 if what != "gradient" else 1e-7)
+    # 5e-7: a softcap's slope is a difference, and ex2.approx may err by 2^-22 of 1.
+    atol = {torch.float16: 1e-6}.get(dtype, {"gradient": 1e-7, "softcap": 5e-7}.get(what, 2e-5))
     torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
@@ -47,7 +48,7 @@ def test_statistics_and_gradient(N, V, dtype, softcap):
         close(x.detach(), e.detach(), torch.float32, name)
     (torch.stack(stats[:3]) * coefs).sum().backward()
     (torch.stack(expected) * coefs.double()).sum().backward()
-    close(leaf.grad, exact.grad, dtype, "gradient")
+    close(leaf.grad, exact.grad, dtype, "gradient" if softcap is None else "softcap")
     assert (leaf.grad[(coefs == 0).all(0)] == 0).all()
     assert torch.equal(stats.is_top1, logits.float().argmax(-1) == target) or softcap is not None
 
@@ -184,7 +185,7 @@ def waits(run):
     with warnings.catch_warnings(record=True) as found, sync_mode("warn"):
         warnings.simplefilter("always")
         run()
-    return sum("synchroniz" in str(w.message) for w in found)
+    return sum("called a synchronizing" in str(w.message) for w in found)
 
 
 @pytest.mark.parametrize("switches", [{}, {"single_launch": False}, {"inplace_grad": True}], ids=str)

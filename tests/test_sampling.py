@@ -127,7 +127,7 @@ def test_temperature_entropy_and_logits_are_those_of_the_oracle(backend, V, kind
 
 @pytest.mark.parametrize("rule", GREEDY, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_temperature_of_0_keeps_the_largest_logits(backend, dtype, rule):
+def test_a_temperature_of_0_keeps_the_largest_logits(monkeypatch, backend, dtype, rule):
     logits = make_logits("spread", 4, 3000, dtype)
     logits[1, [5, 2999]] = 30.0  # equal largest ones share
     logits[2, :2990] = -INF
@@ -137,6 +137,7 @@ def test_a_temperature_of_0_keeps_the_largest_logits(backend, dtype, rule):
     assert torch.equal(scaled.logits, torch.where(logits == best, logits, -INF))
     assert torch.equal(scaled.logits.argmax(-1), logits.argmax(-1))
     assert (scaled.logits > -INF).sum(-1).tolist() == [1, 2, 1, 1]
+    monkeypatch.setenv("RLLOSS_CHECK", "1")
     with pytest.raises(ValueError, match="temperature: found an entry that is 0"):
         token_stats(logits, logits.argmax(-1), temperature=scaled.temperature)
 
@@ -164,9 +165,16 @@ def test_in_place_with_and_without_a_mask(backend, dtype, rule):
         assert torch.equal(x, y)
     mask = torch.tensor([[True, False, True], [False, False, True]], device=DEVICE)
     partly = scale_logits(logits.clone(), rule, mask=mask, inplace=True)
-    assert torch.equal(partly.logits, torch.where(mask[..., None], fresh.logits, logits))
-    assert torch.equal(partly.temperature, torch.where(mask, fresh.temperature, 1.0))
-    assert torch.equal(partly.entropy, torch.where(mask, fresh.entropy, 0.0))
+    # torch on a GPU adds up a row in another order where there are fewer rows.
+    close = {"rtol": 0, "atol": 0} if backend != "torch" or DEVICE == "cpu" else {"rtol": 1e-2, "atol": 1e-5}
+    expected = (
+        torch.where(mask[..., None], fresh.logits, logits),
+        torch.where(mask, fresh.temperature, 1.0),
+        torch.where(mask, fresh.entropy, 0.0),
+    )
+    for x, y in zip(partly, expected, strict=True):
+        torch.testing.assert_close(x, y, **close)
+    assert torch.equal(partly.logits[~mask], logits[~mask])
     none = scale_logits(logits.clone(), rule, mask=mask & False, inplace=True)
     assert torch.equal(none.logits, logits) and (none.temperature == 1).all()
 
