@@ -11,7 +11,8 @@ TEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 TRITONS ?= 3.6.0 newest
 VERSIONS ?= lowest newest
-CORE_TESTS := $(foreach name,token_stats masks entropy_quantile losses linear trl_grpo,tests/test_$(name).py)
+CORE_TESTS := $(foreach name,logits/test_statistics tokens/test_masks tokens/test_entropy_quantile losses/test_losses \
+	lm_head/test_lm_head_statistics trl/test_trainer,tests/$(name).py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-peers test-triton test-versions bench bench-pytest lint clean
@@ -31,20 +32,20 @@ test-all: $(DEV) ## run all tests: also long sweeps, every compile target, more 
 	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS)
 
 test-peers: $(PEERS) ## run the tests against Liger's and verl's own functions
-	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/test_peers.py tests/test_diagnostics.py tests/test_reward_resolution.py
+	$(BIN)/python -m pytest -p no:benchmark $(TEST_ARGS) tests/losses/test_peers.py tests/entropy/test_diagnostics.py tests/rewards/test_resolution.py
 
 bench: $(PEERS) ## test, time everything against its peers, write tables and plots to benchmarks/results/
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 bench-pytest: $(PEERS) ## the same contenders one after the other under pytest-benchmark
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks/suites/*.py --benchmark-only $(BENCH_ARGS)
 
 # Each version into a folder of its own, which Python finds before the installed one.
 test-triton: $(DEV) ## compile every kernel under other versions of Triton: TRITONS="3.6.0 newest"
 	@for version in $(TRITONS); do \
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version \
 			triton$$([ $$version = newest ] || echo "==$$version") || exit 1; \
-		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python benchmarks/compile_report.py --check || exit 1; \
+		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m benchmarks.compiler.report --check || exit 1; \
 	done
 
 # An environment of its own for each: lowest by constraints-lowest.txt, newest without constraints.

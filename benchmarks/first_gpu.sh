@@ -28,7 +28,7 @@ sanitized() { # TOOL PYTEST-ARGUMENTS...
     local tool=$1
     shift
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes application-only \
-        --error-exitcode 9 "$python" -m pytest -q -p no:benchmark -p no:cacheprovider -p no:xdist tests/test_gpu.py "$@"
+        --error-exitcode 9 "$python" -m pytest -q -p no:benchmark -p no:cacheprovider -p no:xdist tests/kernels/test_gpu.py "$@"
 }
 counters() { # KERNEL OF-TUNE
     ncu --clock-control none --launch-skip 1 --launch-count 1 -k "regex:$1" --section SpeedOfLight --section LaunchStats \
@@ -36,9 +36,9 @@ counters() { # KERNEL OF-TUNE
         "$python" - "$2" <<'PROGRAM'
 import sys
 
-sys.path.insert(0, "benchmarks")
 import torch
-from tune import Key, generation, workload
+
+from benchmarks.tune import Key, generation, workload
 
 device = torch.device("cuda", 0)
 run = workload(Key(sys.argv[1], generation(device), "bf16", 151936), device, 8192)
@@ -54,9 +54,9 @@ case $what in
 check)
     limit=${CHECK_S:-240} workers=${WORKERS:-6}
     "$python" -m pytest --version >/dev/null || exit 1
-    step gpu "$limit" bash -c "tests -m gpu tests/test_gpu.py -n $workers" &
-    step kernels "$limit" bash -c "tests -n $workers tests/test_token_pass.py tests/test_token_stats.py \
-        tests/test_single_launch.py tests/test_entropy_quantile.py tests/test_launch.py tests/test_sampling.py" &
+    step gpu "$limit" bash -c "tests -m gpu tests/kernels/test_gpu.py -n $workers" &
+    step kernels "$limit" bash -c "tests -n $workers tests/losses/test_token_pass.py tests/logits/test_statistics.py \
+        tests/logits/test_gradient_in_forward.py tests/tokens/test_entropy_quantile.py tests/kernels/test_launch.py tests/entropy/test_temperature.py" &
     if command -v compute-sanitizer >/dev/null; then
         step memcheck "$limit" bash -c 'sanitized memcheck -k "(statistics and (3-7- or 300-1000 or 3-50257)) or cutoff \
             or temperature or from_logits or single_launch_is or from_hidden"' &
@@ -71,19 +71,19 @@ measure)
     limit=${MEASURE_S:-150}
     commit=()
     git rev-parse HEAD >/dev/null 2>&1 || commit=(--commit "${COMMIT:-unknown}")
-    smoke=(--tests tests/test_gpu.py::test_rows_that_are_split_have_the_same_bits "${commit[@]}" --quick)
-    tune=("$python" benchmarks/tune.py --dtypes bf16 --V 151936 --rows 8192 --minutes 0.4 --write --only)
+    smoke=(--tests tests/kernels/test_gpu.py::test_rows_that_are_split_have_the_same_bits "${commit[@]}" --quick)
+    tune=("$python" -m benchmarks.tune --dtypes bf16 --V 151936 --rows 8192 --minutes 0.4 --write --only)
     step shapes "$limit" "${tune[@]}" statistics gradient split
     step tiles "$limit" "${tune[@]}" single_launch tile
-    step logits "$limit" "$python" benchmarks/run.py "${smoke[@]}" --minutes 1 --out "$out" \
+    step logits "$limit" "$python" -m benchmarks.run "${smoke[@]}" --minutes 1 --out "$out" \
         --suites "token pass" logits loss
-    step hidden "$limit" "$python" benchmarks/run.py "${smoke[@]}" --minutes 1.5 --out "$out" --no-compile \
+    step hidden "$limit" "$python" -m benchmarks.run "${smoke[@]}" --minutes 1.5 --out "$out" --no-compile \
         --suites hidden
     if command -v ncu >/dev/null; then
         step forward 60 bash -c "counters token_stats_forward statistics"
         step backward 60 bash -c "counters token_stats_backward gradient"
     fi
-    cp kernels/tuned.py "$out/"
+    cp kernels/launch_table.py "$out/"
     ;;
 *)
     echo "first_gpu.sh: found '$what', expected check or measure" >&2

@@ -1,6 +1,6 @@
 """The one command: correctness tests, then the whole suite against its peers, then tables and plots.
 
-    python benchmarks/run.py [--quick] [--minutes 8] [--models ...] [--dtypes ...] [--rounds 30] [--tests PATH ...]
+    python -m benchmarks.run [--quick] [--minutes 8] [--models ...] [--dtypes ...] [--rounds 30] [--tests PATH ...]
 
 Writes logits.json, hidden.json, summary.md and plots to benchmarks/results/<device>/. If a test fails, nothing
 is measured. What does not fit the time is written down as not measured. The tests come on top of the minutes.
@@ -18,28 +18,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import suite
+from benchmarks.contenders.hidden import peers as linear_peers
+from benchmarks.contenders.logits import peers
+from benchmarks.contenders.loss import loss_peers
+from benchmarks.harness.conditions import commit, conditions
+from benchmarks.harness.shapes import FILLS, FIRST_FILL, FIRST_RHOS, MODELS, QUICK_MODELS, RHOS
+from benchmarks.harness.timing import CUDA, DEVICE, LEAST, Budget, refuse_interpreter
+from benchmarks.report import summary as report
+from benchmarks.suites.token_pass import CONTENDERS
+from rlloss.report import replace_file
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # as a program, in a checkout that is not installed
-
-import report  # noqa: E402
-import suite  # noqa: E402
-from bench_token_pass import CONTENDERS  # noqa: E402
-from conditions import commit, conditions  # noqa: E402
-from linear_peers import peers as linear_peers  # noqa: E402
-from loss_peers import loss_peers  # noqa: E402
-from peers import peers  # noqa: E402
-from shapes import FILLS, FIRST_FILL, FIRST_RHOS, MODELS, QUICK_MODELS, RHOS  # noqa: E402
-from timing import CUDA, DEVICE, LEAST, Budget, refuse_interpreter  # noqa: E402
-
-from rlloss.report import replace_file  # noqa: E402
-
 # The tests of what is timed.
 TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "bench_linear", "linear", "linear_autograd", "linear_loss", "losses", "loss_properties", "single_launch",
-        "token_pass", "token_stats",
-    )
+    "tests/benchmarks/test_hidden.py", "tests/lm_head", "tests/logits", "tests/losses/test_losses.py",
+    "tests/losses/test_loss_properties.py", "tests/losses/test_token_pass.py",
 ]  # fmt: skip
 MINUTES = {"cuda": 8.0, "cpu": 15.0}
 QUICK_MINUTES = 2.0

@@ -8,20 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import bench_grpo_loss
-import bench_linear
-import bench_token_pass
-import bench_token_stats
 import torch
-from limits import bare_products
-from linear_case import Case, Shape, forget_weight, make_case, solve
-from linear_peers import explained
-from linear_peers import peers as linear_peers
-from loss_peers import loss_peers
-from peers import peers
-from readings import OURS
-from shapes import COLUMNS, FIRST_FILL, FIRST_RHOS, MODELS, lengths
-from timing import CUDA, DEVICE, LEAST, Budget, Start, phases
+
+from benchmarks.contenders.hidden import explained
+from benchmarks.contenders.hidden import peers as linear_peers
+from benchmarks.contenders.hidden_case import Case, Shape, forget_weight, make_case, solve
+from benchmarks.contenders.limits import bare_products
+from benchmarks.contenders.logits import peers
+from benchmarks.contenders.loss import loss_peers
+from benchmarks.harness.readings import OURS
+from benchmarks.harness.shapes import COLUMNS, FIRST_FILL, FIRST_RHOS, MODELS, lengths
+from benchmarks.harness.timing import CUDA, DEVICE, LEAST, Budget, Start, phases
+from benchmarks.suites import hidden, logits, loss, token_pass
 
 # name: (its file, its share of the time against the others')
 SUITES = {"token pass": ("logits", 1), "logits": ("logits", 2), "loss": ("logits", 2), "hidden": ("hidden", 8)}
@@ -107,7 +105,7 @@ def measure_hidden(cell: Cell, options: Options, limit: float, longest_step: flo
     bare = {name: _fastest_bare(case, again) for name, again in BARE.items()}
     contenders = linear_peers(compiled=options.compiled)
     taken = f"{OURS} {explained('auto', case).plan}"
-    found = bench_linear.contest(
+    found = hidden.contest(
         case, {cell.rho: reference}, [p for p in contenders if p.name != taken], {n: s for n, (_, s) in bare.items()},
         options.rounds, limit - (time.monotonic() - begin), strict=False, longest_step=longest_step,
     )  # fmt: skip
@@ -121,22 +119,22 @@ def measure_hidden(cell: Cell, options: Options, limit: float, longest_step: flo
 
 def measure_logits(cell: Cell, options: Options, limit: float, longest_step: float) -> dict[str, Any]:
     (B, T), (_, V) = options.columns["logits"], cell.size
-    measure = bench_token_stats.Measure(cell.kind, cell.fill, cell.rho)
-    return bench_token_stats.compare(
+    measure = logits.Measure(cell.kind, cell.fill, cell.rho)
+    return logits.compare(
         B * T, V, getattr(torch, cell.dtype), measure, peers(compiled=options.compiled), options.rounds, limit,
         strict=False, longest_step=longest_step,
     )  # fmt: skip
 
 
 def measure_loss(cell: Cell, options: Options, limit: float, longest_step: float) -> dict[str, Any]:
-    return bench_grpo_loss.compare(
+    return loss.compare(
         (*options.columns["loss"], cell.size[1]), getattr(torch, cell.dtype), cell.rho, cell.fill,
         loss_peers(compiled=options.compiled), options.rounds, limit, strict=False, longest_step=longest_step,
     )  # fmt: skip
 
 
 def measure_token_pass(cell: Cell, options: Options, limit: float, longest_step: float) -> dict[str, Any]:
-    return bench_token_pass.compare(options.columns["token pass"], cell.rho, options.rounds, limit)
+    return token_pass.compare(options.columns["token pass"], cell.rho, options.rounds, limit)
 
 
 MEASURES: dict[str, Callable[[Cell, Options, float, float], dict[str, Any]]] = {
@@ -164,7 +162,7 @@ def _collect() -> None:
 def forget() -> None:
     """Frees the tensors that are kept from cell to cell."""
     forget_weight()
-    bench_token_stats.make_logits.cache_clear()
+    logits.make_logits.cache_clear()
     _collect()
 
 
@@ -215,7 +213,7 @@ def run(
             results[i] |= {"status": "measured"} | found
         except Exception as error:
             traceback.print_exc()
-            results[i]["status"] = bench_linear.errors.failure(error)
+            results[i]["status"] = hidden.errors.failure(error)
             forget()
         _collect()
         seconds = time.monotonic() - begin

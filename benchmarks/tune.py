@@ -1,8 +1,8 @@
-"""Search the launch shapes of the GPU at hand and write them into kernels/tuned.py. Users run no search.
+"""Search the launch shapes of the GPU at hand and write them into kernels/launch_table.py. Users run no search.
 
-    python benchmarks/tune.py [--minutes 6] [--dtypes bf16 fp32] [--V 151936 ...] [--only statistics ...] [--write]
+    python -m benchmarks.tune [--minutes 6] [--dtypes bf16 fp32] [--V 151936 ...] [--only statistics ...] [--write]
 
-For each choice of `rlloss.kernels.tuned` its candidates run in turns, after each of them has given what the table's own
+For each choice of `rlloss.kernels.launch_table` its candidates run in turns, after each has given what the table's own
 entry gives. A candidate takes the entry's place where it is faster by more than 2 % and by more than the spread of
 both; "statistics" comes before what depends on it. What was found is printed, and with --write changes the table.
 """
@@ -18,17 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.harness.conditions import conditions
+from benchmarks.harness.timing import in_turns, seconds
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, backends
+from rlloss.kernels import launch_table
+from rlloss.kernels.launch_table import DTYPE_NAMES, LARGEST, Choice, choice, generation, look_up
+from rlloss.report import replace_file
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # as a program, in a checkout that is not installed
-
-from conditions import conditions  # noqa: E402
-from timing import in_turns, seconds  # noqa: E402
-
-from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, ops  # noqa: E402
-from rlloss.kernels import tuned  # noqa: E402
-from rlloss.kernels.tuned import DTYPE_NAMES, LARGEST, Choice, choice, generation, look_up  # noqa: E402
-from rlloss.report import replace_file  # noqa: E402
-
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCKS = [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (2, 4, 8, 16)]
 CANDIDATES: dict[str, list[tuple[int, ...]]] = {
@@ -42,7 +39,7 @@ CANDIDATES: dict[str, list[tuple[int, ...]]] = {
 }
 KERNELS = tuple(CANDIDATES)
 FASTER = 0.98  # at most, of the time of the entry whose place a candidate takes
-FILE = ROOT / "kernels" / "tuned.py"
+FILE = ROOT / "kernels" / "launch_table.py"
 BEGIN = "TABLE: dict[tuple[str, str, str, int], Choice] = {\n"
 
 
@@ -56,15 +53,15 @@ class Key(NamedTuple):
 @contextlib.contextmanager
 def chosen(key: Key, value: tuple[int, ...]) -> Iterator[None]:
     """The table with this entry inside."""
-    before = tuned.TABLE.get(key)
-    tuned.TABLE[key] = Choice(value)
+    before = launch_table.TABLE.get(key)
+    launch_table.TABLE[key] = Choice(value)
     look_up.cache_clear()
     try:
         yield
     finally:
-        del tuned.TABLE[key]
+        del launch_table.TABLE[key]
         if before is not None:
-            tuned.TABLE[key] = before
+            launch_table.TABLE[key] = before
         look_up.cache_clear()
 
 
@@ -90,11 +87,11 @@ def workload(key: Key, device: torch.device, rows: int, D: int = 2048) -> Callab
         part.copy_(torch.randn(part.shape, generator=g, device=device).mul_(4))
     flat, place = logits[0], target[0]
     if key.kernel in ("statistics", "split"):
-        return lambda: ops.triton_forward.token_stats_forward(flat, place, None, 1.0, None, 1.0)
+        return lambda: backends.triton_forward.token_stats_forward(flat, place, None, 1.0, None, 1.0)
     if key.kernel == "gradient":
-        logp, entropy, _, saved, _ = ops.triton_forward.token_stats_forward(flat, place, None, 1.0, None, 1.0)
+        logp, entropy, _, saved, _ = backends.triton_forward.token_stats_forward(flat, place, None, 1.0, None, 1.0)
         coef = torch.ones_like(logp)
-        return lambda: ops.triton_backward.token_stats_backward(
+        return lambda: backends.triton_backward.token_stats_backward(
             flat, place, None, 1.0, None, 1.0, saved, entropy, coef, None, None
         )
     leaf, loss_fn = logits.requires_grad_(), GRPOLoss(LossConfig())
@@ -183,7 +180,7 @@ def _clock(key: Key, value: tuple[int, ...], run: Callable[[], Any], clock: Call
 
 
 def rewritten(source: str, table: dict[tuple[str, str, str, int], Choice]) -> str:
-    """The text of kernels/tuned.py with another table."""
+    """The text of kernels/launch_table.py with another table."""
     head, _, rest = source.partition(BEGIN)
     lines = []
     for (kernel, of, dtype, V), (value, found) in sorted(table.items()):
@@ -201,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--V", type=int, nargs="+", default=[32768, 151936])
-    parser.add_argument("--write", action="store_true", help="change kernels/tuned.py")
+    parser.add_argument("--write", action="store_true", help="change kernels/launch_table.py")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("found no GPU, expected one: what is tuned here is its launch shapes")
@@ -225,10 +222,10 @@ def main(arguments: list[str] | None = None) -> None:
             mark = " <- taken" if candidate == value else ""
             print(f"{key.kernel} {key.dtype} V {key.V} {candidate}: {1e3 * statistics.median(found):.4f} ms{mark}")
         # Later searches run with what was found; the program leaves the table in memory changed.
-        tuned.TABLE[key] = Choice(value, said)
+        launch_table.TABLE[key] = Choice(value, said)
         look_up.cache_clear()
     if options.write:
-        replace_file(FILE, rewritten(FILE.read_text(encoding="utf-8"), tuned.TABLE))
+        replace_file(FILE, rewritten(FILE.read_text(encoding="utf-8"), launch_table.TABLE))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ arguments, a flag being 1 or 0; `programs` is the size of the grid, and
 
 Bytes are counted per entry, not per memory transaction. Masked-off loads count as zero. Loads that the compiler removes
 (an unused value, the second of two equal loads) still count. Memory that torch fills before a launch does not.
-`tests/test_costs.py` evaluates the formulas and compares them with what Triton's interpreter loads, stores and
+`tests/kernels/test_costs.py` evaluates the formulas and compares them with what Triton's interpreter loads, stores and
 computes.
 """
 
@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rlloss.kernels.launch_table import choice
 from rlloss.kernels.online import LOG2_E
-from rlloss.kernels.tuned import choice
 
 CHUNK_BLOCKS = 8
 

@@ -31,54 +31,44 @@ More, by subject:
 Names are imported when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rlloss.lazy import attach
 
 if TYPE_CHECKING:
-    from rlloss.advantages import group_advantage as group_advantage
     from rlloss.config import LossConfig as LossConfig
-    from rlloss.diagnostics import diagnose as diagnose
-    from rlloss.explain import explain_plan as explain_plan
-    from rlloss.linear import linear_token_stats as linear_token_stats
-    from rlloss.losses import means as means
-    from rlloss.losses import policy_loss as policy_loss
-    from rlloss.masks import entropy_cutoff as entropy_cutoff
+    from rlloss.entropy.diagnostics import diagnose as diagnose
+    from rlloss.lm_head.explain import explain_plan as explain_plan
+    from rlloss.lm_head.matmul import count_products as count_products
+    from rlloss.lm_head.statistics import linear_token_stats as linear_token_stats
+    from rlloss.logits.statistics import token_stats as token_stats
+    from rlloss.losses.loss import means as means
+    from rlloss.losses.loss import policy_loss as policy_loss
+    from rlloss.losses.ratios import sampler_ratio as sampler_ratio
     from rlloss.modules import GRPOLoss as GRPOLoss
     from rlloss.modules import LinearGRPOLoss as LinearGRPOLoss
-    from rlloss.ops import token_stats as token_stats
-    from rlloss.products import count_products as count_products
-    from rlloss.ratios import sampler_ratio as sampler_ratio
+    from rlloss.rewards.advantages import group_advantage as group_advantage
+    from rlloss.tokens.masks import entropy_cutoff as entropy_cutoff
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "GRPOLoss": "modules",
-    "LinearGRPOLoss": "modules",
-    "LossConfig": "config",
-    "count_products": "products",
-    "diagnose": "diagnostics",
-    "entropy_cutoff": "masks",
-    "explain_plan": "explain",
-    "group_advantage": "advantages",
-    "linear_token_stats": "linear",
-    "means": "losses",
-    "policy_loss": "losses",
-    "sampler_ratio": "ratios",
-    "token_stats": "ops",
-}
-_SUBJECTS = ("entropy", "lm_head", "losses", "rewards", "tokens")
-__all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        found = getattr(importlib.import_module(f"rlloss.{_MODULES[name]}"), name)
-        globals()[name] = found
-        return found
-    if name in _SUBJECTS:
-        return importlib.import_module(f"rlloss.{name}")
-    raise AttributeError(f"module 'rlloss' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBJECTS})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "GRPOLoss": "rlloss.modules",
+        "LinearGRPOLoss": "rlloss.modules",
+        "LossConfig": "rlloss.config",
+        "count_products": "rlloss.lm_head.matmul",
+        "diagnose": "rlloss.entropy.diagnostics",
+        "entropy_cutoff": "rlloss.tokens.masks",
+        "explain_plan": "rlloss.lm_head.explain",
+        "group_advantage": "rlloss.rewards.advantages",
+        "linear_token_stats": "rlloss.lm_head.statistics",
+        "means": "rlloss.losses.loss",
+        "policy_loss": "rlloss.losses.loss",
+        "sampler_ratio": "rlloss.losses.ratios",
+        "token_stats": "rlloss.logits.statistics",
+    },
+    ("entropy", "lm_head", "losses", "rewards", "tokens"),
+)
+__all__ = ["__version__", *__all__]

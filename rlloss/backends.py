@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlloss import checks
-from rlloss.kernels.tuned import choice as choice
+from rlloss.kernels.launch_table import choice as choice
 
 triton_forward: Any
 triton_backward: Any
@@ -25,13 +25,13 @@ triton_linear: Any
 triton_temperature: Any
 triton_token_pass: Any
 try:
-    from rlloss.kernels import clip_surrogate as triton_token_pass
     from rlloss.kernels import entropy_quantile as triton_quantile
     from rlloss.kernels import entropy_temperature as triton_temperature
-    from rlloss.kernels import linear_token_stats as triton_linear
-    from rlloss.kernels import loss_gradient as triton_gradient
-    from rlloss.kernels import token_stats as triton_forward
+    from rlloss.kernels import gradient_in_forward as triton_gradient
+    from rlloss.kernels import logits_tile as triton_linear
+    from rlloss.kernels import token_pass as triton_token_pass
     from rlloss.kernels import token_stats_backward as triton_backward
+    from rlloss.kernels import token_stats_forward as triton_forward
 except ImportError:  # Triton is published for Linux only
     triton_forward = triton_backward = triton_gradient = triton_quantile = triton_token_pass = None
     triton_linear = triton_temperature = None

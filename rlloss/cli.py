@@ -133,13 +133,13 @@ def _demo(arguments: argparse.Namespace) -> int:
             return 2
     try:
         if arguments.full:
-            from rlloss.comparison import run_comparison
+            from rlloss.integrations.trl.demo.compare import run_comparison
 
             run_comparison(
                 arguments.output, steps=arguments.steps or 300, seeds=arguments.seeds or 3, arms=arguments.arms
             )
         else:
-            from rlloss.demo import QUICK, run_demo
+            from rlloss.integrations.trl.demo.run import QUICK, run_demo
 
             sizes: dict[str, Any] = QUICK if arguments.quick else {"steps": arguments.steps or 120}
             run_demo(arguments.output, seed=arguments.seed or 0, **sizes)
@@ -157,7 +157,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from rlloss.train_help import USAGE, one_screen, template
+    from rlloss.integrations.trl.train_help import USAGE, one_screen, template
 
     asked = next((argv[i : i + 2] for i, word in enumerate(argv) if word in ("-h", "--help", "--init")), [])
     if asked[:1] == ["--init"]:
@@ -167,8 +167,8 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     if _missing("train"):
         return 1
-    from rlloss.train import UserError, run
-    from rlloss.train_options import everything
+    from rlloss.integrations.trl.train import UserError, run
+    from rlloss.integrations.trl.train_options import everything
 
     if asked:
         print(everything())
@@ -201,7 +201,7 @@ def _write_template(text: str, file: str | None = None) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     import json
 
-    from rlloss.head_costs import head_costs
+    from rlloss.plan import head_costs
 
     try:
         found = head_costs(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlloss import GRPOLoss, LinearGRPOLoss, __version__, backends, reference
-from rlloss.products import has_bf16_units
+from rlloss.lm_head.matmul import has_bf16_units
 
 OTHERS = ("triton", "trl", "transformers", "datasets", "accelerate", "peft", "vllm", "liger-kernel")
 COLUMNS = 100
@@ -95,8 +95,8 @@ def _number(version: str) -> tuple[int, ...]:
 def _rlloss() -> Check:
     where = Path(__file__).parent
     missing = [
-        f"rlloss.{folder}" for folder, module in (("kernels", "tuned"), ("integrations", "trl_config"))
-        if not any((where / folder).glob(f"{module}.py"))
+        f"rlloss.{folder}" for folder, module in (("kernels", "launch_table"), ("integrations", "trl/config"))
+        if not (where / folder / f"{module}.py").exists()
     ]  # fmt: skip
     text = f"{__version__}, from {where}"
     if missing:
@@ -173,7 +173,7 @@ def _trl() -> Check:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plugin = importlib.import_module("rlloss.integrations.trl_grpo")
+            plugin = importlib.import_module("rlloss.integrations.trl.trainer")
     except Exception as error:  # TRL and the libraries that it imports may raise anything
         text = f"cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
         return Check("TRL plugin", text[:300], CONSTRAINTS)

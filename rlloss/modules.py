@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.config import LossConfig
-from rlloss.linear import check_capacity, check_options
-from rlloss.linear_loss import gradient_in_forward, prepare_loss
-from rlloss.losses import PolicyLoss, policy_loss
-from rlloss.ops import token_stats
-from rlloss.single_launch import single_launch_loss, why_two_launches, worthwhile
+from rlloss.lm_head.gradient_in_forward import gradient_in_forward, prepare_loss
+from rlloss.lm_head.statistics import check_capacity, check_options
+from rlloss.logits.gradient_in_forward import single_launch_loss, why_two_launches, worthwhile
+from rlloss.logits.statistics import token_stats
+from rlloss.losses.loss import PolicyLoss, policy_loss
 
 
 def _config(config: LossConfig | str | None, settings: dict[str, Any]) -> LossConfig:

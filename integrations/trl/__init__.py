@@ -5,6 +5,20 @@
 `patch_trl` is a context in which TRL's other trainers run on rlloss's lm_head.
 """
 
-from rlloss.integrations.trl_config import GRPOConfig as GRPOConfig
-from rlloss.integrations.trl_grpo import GRPOTrainer as GRPOTrainer
-from rlloss.integrations.trl_lm_head import patch_trl as patch_trl
+from typing import TYPE_CHECKING
+
+from rlloss.lazy import attach
+
+if TYPE_CHECKING:
+    from rlloss.integrations.trl.config import GRPOConfig as GRPOConfig
+    from rlloss.integrations.trl.lm_head import patch_trl as patch_trl
+    from rlloss.integrations.trl.trainer import GRPOTrainer as GRPOTrainer
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "GRPOConfig": "rlloss.integrations.trl.config",
+        "GRPOTrainer": "rlloss.integrations.trl.trainer",
+        "patch_trl": "rlloss.integrations.trl.lm_head",
+    },
+)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,5 +1,6 @@
-"""What a training run has written, read back: tokens/*.jsonl and metrics.jsonl, as `rlloss.integrations.token_log` has
-them. A run of millions of tokens is held in 7 bytes a token.
+"""What a training run has written, read back: tokens/*.jsonl and metrics.jsonl.
+
+`rlloss.integrations.transformers.token_log` describes them. A run of millions of tokens is held in 7 bytes a token.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     write_run_report("out")  # reads out/tokens/*.jsonl and out/metrics.jsonl, writes out/report.html
 
-What the files hold is described where they are written, in `rlloss.integrations.token_log`. Every text comes from a
-model or a file, and is shown as text and never read as HTML.
+What the files hold is described where they are written, in `rlloss.integrations.transformers.token_log`. Every text
+comes from a model or a file, and is shown as text and never read as HTML.
 """
 
 from __future__ import annotations

@@ -1,0 +1,248 @@
+"""Who is timed from hidden states to the gradient of the loss: rlloss's plans and everyone else.
+
+All do the same work on a `Case`: log-probabilities and entropies, the "dapo" loss of an on-policy batch with the tokens
+of highest entropy alone, the gradients of hidden and weight. What a peer does not do stands in its note.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders.hidden_case import Case, Result
+from benchmarks.contenders.limits import Flop
+from benchmarks.contenders.logits import absent
+from rlloss import LinearGRPOLoss, LossConfig, count_products, explain_plan
+from rlloss.lm_head.plans import PlanReport
+
+CLIP = (0.2, 0.28)
+ENTROPY_ROWS = 128  # of the naive peer's entropies at a time
+SM90 = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
+
+
+Function = Callable[[Tensor, Tensor, Case], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """function: (hidden, weight, case) -> (loss, mean entropy or None).
+
+    module: must be installed; gpu: it runs nowhere else. needs: a module of it that must be importable here.
+    ignores_rho: it keeps every token whatever rho is, and is checked and timed so. plan: of rlloss's plans.
+    """
+
+    name: str
+    note: str
+    function: Function
+    module: str = "torch"
+    gpu: bool = False
+    needs: str | None = None
+    ignores_rho: bool = False
+    plan: str | None = None
+
+    def absent(self) -> str | None:
+        """Why it cannot run here, or None."""
+        cuda = torch.cuda.is_available()
+        reason = absent(self.module, torch.device("cuda" if cuda else "cpu"), gpu=self.gpu)
+        if reason or self.needs is None:
+            return reason
+        try:
+            importlib.import_module(self.needs)
+        except ImportError as error:
+            return f"{self.needs} cannot be loaded: {error}"
+        return None
+
+    @property
+    def compiled(self) -> bool:
+        return self.function is _compiled
+
+    def case(self, case: Case) -> Case:
+        return replace(case, rho=1.0) if self.ignores_rho else case
+
+    def start(self, case: Case) -> Callable[[], Result]:
+        """The forward, with fresh leaves; it returns the backward."""
+        hidden, weight = (x.detach().requires_grad_() for x in (case.hidden, case.weight))
+        loss, entropy = self.function(hidden, weight, case)
+
+        def backward() -> Result:
+            loss.backward()
+            assert hidden.grad is not None and weight.grad is not None
+            return Result(loss.detach(), entropy, hidden.grad, weight.grad)
+
+        return backward
+
+    def step(self, case: Case) -> Result:
+        return self.start(case)()
+
+
+def _options(plan: str, case: Case) -> tuple[LossConfig, float | None]:
+    cutoff = case.cutoff if plan == "gradient_in_forward" and case.rho < 1.0 else None
+    return LossConfig(epsilon_low=CLIP[0], epsilon_high=CLIP[1], top_entropy_quantile=case.rho), cutoff
+
+
+def _rlloss(plan: str, hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    config, cutoff = _options(plan, case)
+    loss = LinearGRPOLoss(config, plan=plan)
+    found = loss(hidden, weight, case.target, case.advantage, mask=case.mask, cutoff=cutoff)
+    return found.loss, found.metrics["entropy"] / found.metrics["tokens"]
+
+
+def explained(plan: str, case: Case) -> PlanReport:
+    config, cutoff = _options(plan, case)
+    hidden, weight = (x.detach().requires_grad_() for x in (case.hidden, case.weight))
+    return explain_plan(
+        hidden, weight, mask=case.mask, advantage=case.advantage, config=config, cutoff=cutoff, plan=plan
+    )  # fmt: skip
+
+
+def loss_in_torch(
+    logp: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor,
+    advantage: Tensor,
+    rho: float,
+    old_logp: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same loss a token at a time: logp with gradient and entropy without, `[B, T]` -> (loss, mean entropy)."""
+    tokens, advantage = mask.sum(), advantage.unsqueeze(-1)
+    ratio = torch.exp(logp - (logp.detach() if old_logp is None else old_logp))
+    clipped = torch.clamp(ratio, 1 - CLIP[0], 1 + CLIP[1])
+    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
+    if rho < 1.0:
+        assert entropy is not None
+        cutoff = torch.quantile(entropy[mask].float(), 1 - rho)
+        per_token = per_token * (entropy >= cutoff)
+    return (per_token * mask).sum() / tokens, None if entropy is None else (entropy * mask).sum() / tokens
+
+
+def _loss(logp: Tensor, entropy: Tensor | None, case: Case) -> tuple[Tensor, Tensor | None]:
+    return loss_in_torch(logp, entropy, case.mask, case.advantage, case.rho)
+
+
+def _naive(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
+    log_p = torch.log_softmax(hidden @ weight.T, -1, dtype=torch.float32)
+    logp = log_p.gather(-1, case.target.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        rows = log_p.flatten(0, 1).split(ENTROPY_ROWS)
+        entropy = torch.cat([-(x.exp() * x).sum(-1) for x in rows]).view(logp.shape)
+    return _loss(logp, entropy, case)
+
+
+def _stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = torch.log_softmax(hidden @ weight.T, -1, dtype=torch.float32)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1), entropy
+
+
+@functools.cache
+def _compiled_stats() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_stats, dynamic=False)
+
+
+def _compiled(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
+    return _loss(*_compiled_stats()(hidden, weight, case.target), case)
+
+
+def _scattered(mask: Tensor, *rows: Tensor) -> list[Tensor]:
+    """`[n]` of the tokens that count, as `[B, T]` with 0 elsewhere."""
+    return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in rows]
+
+
+def trl_compacts(device: torch.device) -> bool:
+    """Whether TRL runs the rows that count alone: it does on a GPU."""
+    return importlib.import_module("trl.kernels.chunked_logprob")._use_triton(device)
+
+
+def _trl(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
+    # As its trainer's fused head calls it.
+    kernels = importlib.import_module("trl.kernels.chunked_logprob")
+    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    compact, mask = trl_compacts(hidden.device), case.mask
+    rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
+    target = case.target[mask] if compact else case.target.reshape(-1)
+    outputs = ("log_probs", "entropy")
+    found = kernels.ChunkedLogProbFunction.apply(rows, weight, None, target, 1.0, chunk, None, 1.0, outputs)
+    if compact:
+        logp, entropy = _scattered(mask, *found[:2])
+    else:
+        logp, entropy = (x.view(mask.shape).masked_fill(~mask, 0) for x in found[:2])
+    return _loss(logp, entropy.detach(), case)
+
+
+def _liger(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, None]:
+    losses = importlib.import_module("liger_kernel.chunked_loss.grpo_loss")
+    loss = losses.LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, compiled=hidden.is_cuda, epsilon_low=CLIP[0], epsilon_high=CLIP[1]
+    )
+    return loss(hidden, weight, case.target, case.mask.to(torch.int64), case.advantage)[0], None
+
+
+def _flsce(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
+    function = importlib.import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
+    mask = case.mask
+    # Temperature, ignored index, tiles of a cluster (which nothing reads), and the entropy too.
+    nll, entropy = function.apply(hidden[mask], weight, case.target[mask], 1.0, -100, 1, True)
+    logp, entropy = _scattered(mask, -nll, entropy.detach().float())
+    return _loss(logp, entropy, case)
+
+
+def _cce(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
+    cross_entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    target = case.target.masked_fill(~case.mask, -100)
+    nll = cross_entropy(hidden, weight, target, ignore_index=-100, reduction="none", impl="cce")
+    return _loss(-nll.float(), None, case)
+
+
+def _sm90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def peers(*, compiled: bool = False) -> list[Peer]:
+    """rlloss's plans first, then the others. compiled: whether torch.compile takes part."""
+    notes = {
+        "auto": "`LinearGRPOLoss`",
+        "recompute": "logits again for the rows with a gradient",
+        "keep": "logits of the rows that count kept",
+        "gradient_in_forward": "gradients made in the forward; below rho 1 with a cutoff that is given",
+    }
+    found = [
+        Peer("rlloss" if plan == "auto" else f"rlloss {plan}", note, functools.partial(_rlloss, plan), plan=plan)
+        for plan, note in notes.items()
+    ]
+    trl = "`ChunkedLogProbFunction` as TRL's GRPOTrainer calls it, and TRL's loss in torch; without a GPU on all rows"
+    naive = f"logits of all rows, `log_softmax` in fp32, entropies of {ENTROPY_ROWS} rows at a time without gradient"
+    compiled_note = "`torch.compile(dynamic=False)` of plain logits, log-probability and entropy, and naive's loss"
+    liger = "`LigerFusedLinearGRPOLoss`: no entropies and no selection by them, so that every row is live"
+    flsce = (
+        "`LigerFusedLinearScaledCrossEntropyFunction` of the rows that count, and TRL's loss in torch; its CuTe kernel "
+        "is for sm_90 in bf16, elsewhere it runs tiles of 512 rows in torch"
+    )
+    cce = "`linear_cross_entropy`, its default filter of small gradients on: no entropies and no selection by them"
+    # TRL's trainers need datasets, which TRL can be installed without.
+    found += [Peer("TRL", trl, _trl, module="trl", needs="trl.trainer.utils"), Peer("naive", naive, _naive)]
+    if compiled:
+        found.append(Peer("torch.compile", compiled_note, _compiled))
+    return found + [
+        Peer("Liger", liger, _liger, module="liger_kernel", ignores_rho=True),
+        Peer("Liger FLSCE", flsce, _flsce, module="liger_kernel", needs=SM90 if _sm90() else None),
+        Peer("cut-cross-entropy", cce, _cce, module="cut_cross_entropy", gpu=True, ignores_rho=True),
+    ]
+
+
+def products(peer: Peer, case: Case) -> tuple[Result, float | None]:
+    """The result of a step, and its matrix products in logits of all rows that count; None: a counter would have
+    torch.compile run eagerly."""
+    if peer.compiled:
+        return peer.step(case), None
+    if peer.plan is not None:
+        with count_products() as counted:
+            found = peer.step(case)
+        return found, counted.units
+    with Flop() as counted:
+        found = peer.step(case)
+    return found, counted.flop / case.unit

@@ -1,0 +1,196 @@
+"""Who is timed from logits to the gradient of the whole loss: rlloss's ways through it and everyone else.
+
+All do the same work on a `LossCase`: log-probabilities and entropies, the "dapo" loss of an on-policy batch with the
+tokens of highest entropy alone, the gradient of the logits. What a peer does not do stands in its note.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders.hidden import CLIP, loss_in_torch
+from benchmarks.contenders.logits import Forward, absent, compiled_eager, eager, trl_kernel, trl_torch
+from rlloss import GRPOLoss, LossConfig
+from rlloss.logits.statistics import choose_backend
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """logits `[B, T, V]`, contiguous; target int64 and mask bool `[B, T]`, advantage `[B]`.
+
+    rho: share of the tokens that count that the loss keeps. cutoff: an entropy that separates them from the others.
+    """
+
+    logits: Tensor
+    target: Tensor
+    mask: Tensor
+    advantage: Tensor
+    rho: float
+    cutoff: float | None = None
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """`[B, T + 1, V]`, Liger's layout: the last row of each sequence belongs to no token."""
+        B, T, V = self.logits.shape
+        padded = self.logits.new_zeros((B, T + 1, V))
+        padded[:, :-1] = self.logits
+        return padded
+
+    @functools.cached_property
+    def scratch(self) -> dict[str, Tensor]:
+        """Logits that a contender may write its gradient over, by its name."""
+        return {}
+
+
+class LossResult(NamedTuple):
+    """entropy: the mean over the tokens that count, or None. gradient `[B, T, V]`."""
+
+    loss: Tensor
+    entropy: Tensor | None
+    gradient: Tensor
+
+
+Function = Callable[[Tensor, LossCase], tuple[Tensor, Tensor | None]]
+
+
+class _Computed(torch.autograd.Function):
+    """Memory as the output of an operation, so that a gradient may be written over it; its gradient goes to `sink`."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, memory: Tensor, sink: list[Tensor]) -> Tensor:
+        ctx.sink = sink
+        return memory.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.sink.append(grads[0])
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class LossPeer:
+    """function: (logits, case) -> (loss, mean entropy or None).
+
+    padded: it takes Liger's layout. inplace: it writes the gradient over the logits, which are restored off the clock.
+    triton: it needs rlloss's kernels. ignores_rho: it keeps every token whatever rho is.
+    """
+
+    name: str
+    note: str
+    function: Function
+    module: str = "torch"
+    gpu: bool = False
+    cpu: bool = False
+    triton: bool = False
+    padded: bool = False
+    inplace: bool = False
+    ignores_rho: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("rlloss")
+
+    def absent(self, device: torch.device) -> str | None:
+        """Why it cannot run there, or None."""
+        if self.triton and choose_backend(torch.empty(1, device=device)) == "torch":
+            return "needs the Triton kernels"
+        return absent(self.module, device, gpu=self.gpu, cpu=self.cpu)
+
+    def case(self, case: LossCase) -> LossCase:
+        return replace(case, rho=1.0, cutoff=None) if self.ignores_rho and case.rho < 1.0 else case
+
+    def prepare(self, case: LossCase) -> None:
+        """What comes before each step, off the clock."""
+        if self.inplace:
+            logits = case.padded if self.padded else case.logits
+            case.scratch.setdefault(self.name, torch.empty_like(logits)).copy_(logits)
+
+    def start(self, case: LossCase) -> Callable[[], LossResult]:
+        """The forward; it returns the backward."""
+        sink: list[Tensor] = []
+        if self.inplace:
+            anchor = torch.zeros((), device=case.logits.device, requires_grad=True)
+            logits: Tensor = _Computed.apply(anchor, case.scratch[self.name], sink)  # type: ignore[assignment]
+        else:
+            logits = (case.padded if self.padded else case.logits).detach().requires_grad_()
+        loss, entropy = self.function(logits, case)
+
+        def backward() -> LossResult:
+            loss.backward()
+            gradient = sink[0] if self.inplace else logits.grad
+            assert gradient is not None
+            return LossResult(loss.detach(), entropy, gradient[:, :-1] if self.padded else gradient)
+
+        return backward
+
+    def step(self, case: LossCase) -> LossResult:
+        self.prepare(case)
+        return self.start(case)()
+
+
+def _rlloss(options: dict[str, Any], logits: Tensor, case: LossCase) -> tuple[Tensor, Tensor]:
+    config = LossConfig(epsilon_low=CLIP[0], epsilon_high=CLIP[1], top_entropy_quantile=case.rho)
+    cutoff = case.cutoff if options.get("single_launch") and case.rho < 1.0 else None
+    found = GRPOLoss(config, **options)(logits, case.target, case.advantage, mask=case.mask, cutoff=cutoff)
+    return found.loss, found.metrics["entropy"] / found.metrics["tokens"]
+
+
+def _formula(stats: Callable[[], Forward], logits: Tensor, case: LossCase) -> tuple[Tensor, Tensor | None]:
+    mask = case.mask
+    logp, entropy = stats()(logits.flatten(0, 1), case.target.flatten(), mask.flatten())
+    entropy = None if entropy is None else entropy.detach().view(mask.shape)
+    return loss_in_torch(logp.view(mask.shape), entropy, mask, case.advantage, case.rho)
+
+
+def _liger(inplace: bool, logits: Tensor, case: LossCase) -> tuple[Tensor, None]:
+    grpo_loss = importlib.import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    loss, _ = grpo_loss(
+        logits, None, None, case.target, case.advantage, case.mask.int(), temperature=1.0, beta=0.0, eps_low=CLIP[0],
+        eps_high=CLIP[1], inplace=inplace, loss_type="dapo", reduce=True,
+    )  # fmt: skip
+    return loss, None
+
+
+def loss_peers(*, compiled: bool) -> list[LossPeer]:
+    """rlloss first, then the others. compiled: whether torch.compile takes part."""
+
+    def ours(name: str, note: str, where: dict[str, Any], **options: bool) -> LossPeer:
+        return LossPeer(name, note, functools.partial(_rlloss, options), **where)
+
+    def formula(name: str, note: str, stats: Callable[[], Forward], **where) -> LossPeer:
+        return LossPeer(name, f"{note}, and TRL's loss in torch", functools.partial(_formula, stats), **where)
+
+    found = [
+        ours("rlloss", "`GRPOLoss`", {}),
+        ours("rlloss two launches", "`single_launch=False`", {"triton": True}, single_launch=False),
+        ours(
+            "rlloss single launch",
+            "`single_launch=True`: the gradient in the forward's launch; below rho 1 with a cutoff that is given",
+            {"triton": True},
+            single_launch=True,
+        ),
+        ours("rlloss in place", "`inplace_grad=True`", {"inplace": True}, inplace_grad=True),
+        formula("torch eager", "`log_softmax` in fp32, gather, entropy", lambda: eager),
+    ]
+    if compiled:
+        found.append(formula("torch.compile", "`torch.compile(dynamic=False)` of torch eager", compiled_eager))
+    liger = "`triton_grpo_loss`: no entropies and no selection by them, so that every row is live"
+    where: dict[str, Any] = {"module": "liger_kernel", "gpu": True, "padded": True, "ignores_rho": True}
+    return found + [
+        formula(
+            "TRL torch", "`selective_log_softmax_and_entropy` of trl.trainer.utils", lambda: trl_torch, module="trl",
+            cpu=True,
+        ),
+        formula(
+            "TRL kernel", "`selective_log_softmax_and_entropy` of trl.kernels", lambda: trl_kernel, module="trl",
+            gpu=True,
+        ),
+        LossPeer("Liger", liger, functools.partial(_liger, False), **where),
+        LossPeer("Liger in place", "the same with its default `inplace=True`", functools.partial(_liger, True),
+                 inplace=True, **where),
+    ]  # fmt: skip

@@ -1,0 +1,188 @@
+"""Whose update step is timed: real GRPOTrainers around one tiny Llama, and the batch that all of them get."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.timing import CUDA, DEVICE
+
+RHO = 0.2
+GENERATIONS = 4
+MODES = ("keep", "forward_only", "drop")
+
+
+class Size(NamedTuple):
+    """B completions of T columns after P of prompt; a Llama of D, V, `layers` and an MLP of F."""
+
+    B: int = 16
+    P: int = 16
+    T: int = 128
+    D: int = 512
+    V: int = 32768
+    layers: int = 4
+    F: int = 1376
+    heads: int = 8
+
+
+@functools.cache
+def _folder(size: Size) -> tempfile.TemporaryDirectory:
+    """The model's, from which every trainer loads the same weights. It goes with the process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.V, hidden_size=size.D, intermediate_size=size.F, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, max_position_embeddings=size.P + size.T, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # logits of standard deviation 4: entropies of a model that is neither sure nor lost
+        model.lm_head.weight.mul_(4 / (config.initializer_range * size.D**0.5))
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    return folder
+
+
+def _tokenizer(V: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>"] + [f"w{i}" for i in range(V - 2)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def build_trainer(trainer_class, config_class, size: Size, **options):
+    """In training, fp32, on-policy, "dapo", one micro-batch a step."""
+    from datasets import Dataset
+
+    folder = _folder(size).name
+    arguments = {
+        "output_dir": folder, "report_to": "none", "use_cpu": not CUDA, "bf16": False, "gradient_checkpointing": False,
+        "per_device_train_batch_size": size.B, "num_generations": GENERATIONS, "max_completion_length": size.T,
+        "disable_tqdm": True, "save_strategy": "no", "seed": 0, "top_entropy_quantile": RHO, "loss_type": "dapo",
+        "beta": 0.0, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    trainer = trainer_class(
+        model=folder,
+        reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
+        args=config_class(**{**arguments, **options}),
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}),
+        processing_class=_tokenizer(size.V),
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def make_batch(size: Size, fill: float = 0.55) -> dict[str, Any]:
+    """A micro-batch as `_prepare_inputs` returns it: lengths fill the share `fill`, every other group has no signal."""
+    B, P, T = size.B, size.P, size.T
+    g = torch.Generator().manual_seed(0)
+    share = torch.rand(B, generator=g) + 0.2
+    lengths = (share / share.sum() * fill * B * T).round().clamp(1, T).long()
+    mask = (torch.arange(T) < lengths.unsqueeze(-1)).long()
+    ids = torch.randint(2, size.V, (B, P + T), generator=g)
+    group = torch.arange(B) // GENERATIONS
+    advantages = torch.where(group % 2 == 0, torch.randn(B, generator=g), 0.0)
+    inputs = {
+        "prompt_ids": ids[:, :P],
+        "prompt_mask": (torch.arange(P) >= torch.randint(0, P, (B, 1), generator=g)).long(),
+        "completion_ids": ids[:, P:].where(mask.bool(), 0),
+        "completion_mask": mask,
+        "advantages": advantages,
+        "num_items_in_batch": mask.sum(),
+    }
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+def add_reference(trainer, inputs: dict) -> None:
+    """Log-probabilities of a reference model: the trainer's own, a tenth of a nat off."""
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        T = inputs["completion_ids"].shape[1]
+        logp, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, T)
+    noise = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1)).to(logp.device)
+    inputs["ref_per_token_logps"] = logp + 0.1 * noise
+
+
+@dataclass
+class Contender:
+    """A trainer and how it makes a step. mode: rlloss's zero_advantage. why_not: why there is no number."""
+
+    name: str
+    trainer: Any = None
+    mode: str | None = None
+    why_not: str | None = None
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def clear(self) -> None:
+        self.trainer.model.zero_grad(set_to_none=True)
+        self.trainer._metrics["train"].clear()
+
+    def step(self, inputs: dict) -> Tensor:
+        """The loss; gradients are added to the model's."""
+        if self.mode is not None:
+            self.trainer.args.zero_advantage = self.mode
+        with self.context():
+            loss = self.trainer._compute_loss(self.trainer.model, dict(inputs))
+            loss.backward()
+        return loss.detach()
+
+    def result(self, inputs: dict) -> "Result":
+        self.clear()
+        loss = self.step(inputs)
+        gradients = {name: p.grad for name, p in self.trainer.model.named_parameters()}
+        metrics = {name: values[-1] for name, values in self.trainer._metrics["train"].items()}
+        self.clear()
+        return Result(loss, gradients, metrics)
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    metrics: dict[str, float]
+
+
+def _patch() -> Callable[[], contextlib.AbstractContextManager] | None:
+    """`patch_trl`, in force from the call to the end of the block; None: there is none."""
+    name = "rlloss.integrations.trl.lm_head"
+    return importlib.import_module(name).patch_trl if importlib.util.find_spec(name) else None
+
+
+def contenders(size: Size, beta: float = 0.0) -> list[Contender]:
+    """TRL first, then its trainer under `patch_trl`, which is undone after each step, and rlloss's modes."""
+    trl: Any = importlib.import_module("trl")
+    trl_grpo: Any = importlib.import_module("rlloss.integrations.trl.trainer")
+    found = [Contender("TRL", build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta))]
+    patch = _patch()
+    under = Contender("TRL, patch_trl()")
+    if patch is None:
+        under.why_not = "there is no patch_trl"
+    else:
+        under.context = patch
+        with patch():
+            under.trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
+    ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size, beta=beta)
+    has_modes = hasattr(ours.args, "zero_advantage")
+    for mode in MODES if has_modes else (None,):
+        contender = Contender(f"rlloss {mode}" if mode else "rlloss", ours, mode)
+        if mode is not None:
+            ours.args.zero_advantage = mode
+            try:
+                ours._make_loss_config()
+            except ValueError as error:
+                contender.why_not = f"refused: {error}"
+        found.append(contender)
+    return [found[0], under, *found[1:]]

@@ -1,0 +1,263 @@
+"""The report of a run, made of its JSON alone: tables, targets, where a peer is faster, plots.
+
+python -m benchmarks.report.summary benchmarks/results/<device>
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.conditions import sentence
+from benchmarks.harness.readings import OURS, Result, is_ours, median, quartiles, share_of_copy
+from benchmarks.harness.targets import DEVICES, judge, verdict
+from benchmarks.report import plots
+from rlloss.report import replace_file
+
+FILES = ("logits", "hidden")
+TITLES = {
+    "hidden": "From hidden states to the gradients of hidden and weight",
+    "logits": "From logits: log-probability, entropy and the gradient of the logits",
+    "loss": "From logits: the whole loss",
+    "token pass": "The token pass, from log-probabilities",
+}
+LEAST_MEMORY = 0.01  # of a peak; less is no difference
+WITHIN = ", within the spread"
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"logits", "hidden": what `run.py` wrote}, of those that are there."""
+    paths = {name: folder / f"{name}.json" for name in FILES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def memory(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def _time(entry: dict[str, Any]) -> str:
+    """`median [quartiles] (forward + backward)` in ms."""
+    both, spread = median(entry), quartiles(entry)
+    if both is None:
+        return entry.get("status", "not measured")
+    text = milliseconds(both)
+    if spread:
+        text += f" [{milliseconds(spread[0])}, {milliseconds(spread[1])}]"
+    parts = [median(entry, what) for what in ("forward", "backward")]
+    if parts[0] is not None and parts[1] is not None:
+        text += f" ({milliseconds(parts[0])} + {milliseconds(parts[1])})"
+    return text
+
+
+def _row(name: str, cells: list[str]) -> str:
+    """What is the same everywhere stands there once."""
+    if len(set(cells)) == 1 and len(cells) > 1 and not cells[0][:1].isdigit():
+        cells = [cells[0], *("" for _ in cells[1:])]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _header(first: str, columns: Iterable[str]) -> list[str]:
+    columns = list(columns)
+    return [f"| {first} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+
+
+def _label(result: Result) -> str:
+    return "forward without gradient" if result["kind"] == "forward" else f"rho {result['rho']:g}"
+
+
+def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
+    """By suite, model, dtype and fill, in order; in a group the forward first, then by rho."""
+    found: dict[tuple, list[Result]] = {}
+    for result in results:
+        found.setdefault((result["suite"], result["model"], result["dtype"], result["fill"]), []).append(result)
+    models = list(dict.fromkeys(name for result in results for name in (result["model"] or "").split(", ")))
+    order = sorted(
+        found,
+        key=lambda key: (list(TITLES).index(key[0]), key[2], models.index((key[1] or "").split(", ")[0]), -key[3]),
+    )
+    return {key: sorted(found[key], key=lambda r: (r["kind"] != "forward", r["rho"])) for key in order}
+
+
+def _table(key: tuple, group: list[Result]) -> list[str]:
+    """Of one model, dtype and fill: a contender a row, a rho a column, then peak memory."""
+    suite, model, dtype, fill = key
+    measured = [r for r in group if r["status"] == "measured"]
+    first = measured[0]
+    limit = "bare" if suite == "hidden" else "copy"
+    notes = [f"{first['B']} x {first['T']} columns"]
+    if "counted" in first:
+        notes.append(f"{first['counted']} of them count")
+    if limit == "copy":
+        rates = [r["copy"]["bytes"] / seconds / 1e9 for r in measured if (seconds := median(r["copy"]))]
+        notes.append(f"logits copied at {min(rates):.3g} to {max(rates):.3g} GB/s")
+    of_memory = [r for r in group if r["kind"] == "step"]
+    names = list(dict.fromkeys(name for r in measured for name in (*r["peers"], *r.get("bare", {}))))
+    size = f"D {first['D']}, V {first['V']}" if suite == "hidden" else f"V {first['V']}"
+    lines = ["", f"**{model} ({size}), {dtype}, fill {fill:g}** ({', '.join(notes)})", ""]
+    lines += _header("ms", [*map(_label, group), *(f"memory, {_label(r)}" for r in of_memory), "largest error"])
+    for name in names:
+        times, peaks = [], []
+        for result in group:
+            entry = (result.get("peers", {}) | result.get("bare", {})).get(name, {})
+            share = share_of_copy(result, name) if limit == "copy" else None
+            times.append(_time(entry) + (f" · {share:.0%}" if share is not None else ""))
+            if result["kind"] == "step":
+                peaks.append(memory(entry["peak_bytes"]) if median(entry) and "peak_bytes" in entry else "")
+        same = len(set(times)) == 1 and not times[0][:1].isdigit()
+        cells = [times[0], *("" for _ in times[1:])] if same else times
+        lines.append(f"| {name} | " + " | ".join([*cells, *peaks, _worst(measured, name)]) + " |")
+    plans = {_label(r): r["peers"][OURS].get("plan_name") for r in measured if OURS in r["peers"]}
+    if suite == "hidden" and any(plans.values()):
+        lines += ["", "Plan of rlloss: " + ", ".join(f"{plan} at {rho}" for rho, plan in plans.items() if plan) + "."]
+    return lines
+
+
+def _worst(results: list[Result], name: str) -> str:
+    """The largest of a contender's errors against fp64."""
+    found = [e for r in results for e in r["peers"].get(name, {}).get("errors", {}).values()]
+    return f"{max(found):.0e}" if found else ""
+
+
+def _token_pass(group: list[Result]) -> list[str]:
+    lines = ["", f"**{group[0]['B']} x {group[0]['T']} tokens, {group[0]['dtype']}** (µs)", ""]
+    lines += _header("", [f"{what}, {_label(r)}" for r in group for what in ("forward", "backward")])
+    for name in dict.fromkeys(name for r in group for name in r.get("peers", {})):
+        values = [median(r.get("peers", {}).get(name, {}), what) for r in group for what in ("forward", "backward")]
+        lines.append(_row(name, ["not measured" if v is None else milliseconds(1e3 * v) for v in values]))
+    return lines
+
+
+def _targets(results: list[Result], device: str) -> list[str]:
+    judged = judge(results, device)
+    # Of logits one result stands for all models of the same vocabulary.
+    columns = list(dict.fromkeys((name, j["dtype"]) for j in judged if j["model"] for name in j["model"].split(", ")))
+    lines = ["", "## Targets", ""]
+    if not any(name in device for name in DEVICES):
+        lines += [f"They are for an {' or '.join(DEVICES)}, and are not judged on this device.", ""]
+    lines += _header("at fill 1", ["target", *(f"{model}, {dtype}" for model, dtype in columns)])
+    for what, bound in dict.fromkeys((j["what"], j["bound"]) for j in judged):
+        own = [j for j in judged if j["what"] == what]
+        of = {(name, j["dtype"]): verdict(j) for j in own for name in (j["model"] or "").split(", ")}
+        lone = next((verdict(j) for j in own if j["model"] is None), None)
+        cells = [lone] + [""] * (len(columns) - 1) if lone else [of.get(c, "not measured") for c in columns]
+        lines.append(f"| {what} | {bound} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def losses(results: list[Result]) -> list[str]:
+    """Where the median time of a peer, of forward and backward or of a forward without gradient, is below rlloss's, or
+    its peak memory by more than 1 %."""
+    found = []
+    for result in (r for r in results if r["status"] == "measured"):
+        ours = result["peers"].get(OURS, {})
+        own, spread = median(ours), quartiles(ours)
+        if own is None:
+            continue
+        model = f"{result['model']}, " if result["model"] else ""
+        where = f"{result['suite']}, {model}{result['dtype']}, {_label(result)}, fill {result['fill']:g}"
+        for name, entry in result["peers"].items():
+            theirs, of = median(entry), quartiles(entry)
+            if is_ours(name) or theirs is None:
+                continue
+            if theirs < own:
+                close = WITHIN if spread and of and of[1] >= spread[0] else ""
+                found.append(
+                    f"{where}: {name} takes {milliseconds(theirs)} ms, rlloss {milliseconds(own)} "
+                    f"({own / theirs:.2f} times as long{close})"
+                )
+            held, own_held = (e.get("peak_bytes", 0) for e in (entry, ours))
+            if held < (1 - LEAST_MEMORY) * own_held:
+                found.append(f"{where}: {name} holds {memory(held)}, rlloss {memory(own_held)}")
+    return found
+
+
+def _missing(results: list[Result]) -> list[str]:
+    """Cells without a number, those of one reason, suite, model and dtype together."""
+    found: dict[tuple, list[str]] = {}
+    for result in (r for r in results if r["status"] != "measured"):
+        key = (result["status"], result["suite"], result["model"], result["dtype"])
+        found.setdefault(key, []).append(f"{_label(result)} at fill {result['fill']:g}")
+    return [
+        f"- {suite}{f', {model}' if model else ''}, {dtype}: {'; '.join(cells)}: {status}"
+        for (status, suite, model, dtype), cells in found.items()
+    ]
+
+
+def _circumstances(where: dict[str, Any]) -> str:
+    note = f" **{where['note']}**" if where.get("note") else ""
+    return f"{sentence(where)} Tests before: {where['tests']['summary']} (`{where['tests']['command']}`).{note}"
+
+
+def summary(reports: dict[str, dict[str, Any]], drawn: list[tuple[str, str]]) -> str:
+    """drawn: file name and caption of each plot."""
+    results = [result for report in reports.values() for result in report["results"]]
+    where = next(iter(reports.values()))["conditions"]
+    lines = [f"# Benchmarks on {where['device']}", ""]
+    lines += list(dict.fromkeys(_circumstances(report["conditions"]) for report in reports.values()))
+    lines += [
+        "",
+        "Each contender was first checked against fp64; one that is wrong has no number. They take turns. Cells are "
+        "the median [lower, upper quartile] of their samples in milliseconds, then (forward with gradient + backward). "
+        "rho: the share of the tokens that count that get a gradient; fill: the share of the columns that count. "
+        "Memory: the peak above the inputs, gradients included. Errors: of the loss, entropies, log-probabilities and "
+        "gradients, relative but for those of single tokens. All samples are in the JSON files next to this one.",
+    ]
+    lines += _targets(results, where["device"])
+    lines += ["", "## Where a peer is faster, or takes less memory by more than 1 %", ""]
+    lines += [f"- {line}" for line in losses(results)] or ["Nowhere, of what was measured."]
+    lines += [line for name, caption in drawn for line in ("", f"![{name}]({name})", "", f"*{caption}*")]
+    groups = _groups(results)
+    explanations = {
+        "hidden": "Entropies included. The bare products of 1 + 3r units are the matrix products of `recompute`, those "
+        "of 1 + 2r units those of the other plans, with a fresh gradient of the weight and nothing between them.",
+        "logits": "For a given gradient of the log-probabilities. After the dot: the bytes that have to be moved per "
+        "second, as a share of what a copy of the logits reached in the same turns.",
+        "loss": "`dapo` of an on-policy batch with the tokens of highest entropy. After the dot: as above.",
+        "token pass": "Loss and its gradient from log-probabilities, without a vocabulary.",
+    }
+    for suite, title in TITLES.items():
+        of_suite = {key: group for key, group in groups.items() if key[0] == suite}
+        if not of_suite:
+            continue
+        lines += ["", f"## {title}", "", explanations[suite]]
+        for key, group in of_suite.items():
+            if any(r["status"] == "measured" for r in group):
+                lines += _token_pass(group) if suite == "token pass" else _table(key, group)
+        notes = next(iter(r["notes"] for r in reports.values() if suite in r["notes"]))[suite]
+        lines += ["", *(f"- {name}: {note}." for name, note in notes.items())]
+    missing = _missing(results)
+    lines += ["", "## Not measured", "", *(missing or ["Nothing of what was asked for."])]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path) -> Path:
+    """summary.md and the plots next to the JSON files of a run.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    reports = load(folder)
+    if not reports:
+        raise FileNotFoundError(f"{folder}: found none of {', '.join(f'{name}.json' for name in FILES)}")
+    where = next(iter(reports.values()))["conditions"]
+    drawn = plots.draw([result for report in reports.values() for result in report["results"]], where, folder)
+    path = folder / "summary.md"
+    replace_file(path, summary(reports, drawn))
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Make summary.md and the plots of a run from its JSON files.")
+    parser.add_argument("folder", type=Path, help="benchmarks/results/<device>")
+    print(write(parser.parse_args(arguments).folder))
+
+
+if __name__ == "__main__":
+    main()

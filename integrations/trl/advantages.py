@@ -1,0 +1,243 @@
+"""What happens in a trainer of TRL between rewards and advantages: options of GRPOConfig, and gauges of the rewards."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlloss import checks
+from rlloss.integrations.trl.dynamic_sampling import DynamicSampling
+from rlloss.integrations.trl.zero_advantage import counted_tokens
+from rlloss.rewards.advantages import Condition, group_advantage
+from rlloss.rewards.overlong import SoftOverlongPenalty
+from rlloss.rewards.resolution import reward_resolution
+
+
+def add_soft_overlong(trainer: Any) -> None:
+    """The option `soft_overlong_cache`: one more reward function, with weight 1."""
+    cache = getattr(trainer.args, "soft_overlong_cache", None)
+    if cache is None:
+        return
+    penalty = SoftOverlongPenalty(trainer.args.max_completion_length, cache)
+    name = penalty.__name__
+    checks.require(
+        name not in trainer.reward_func_names, "soft_overlong_cache", cache,
+        f"None with a reward function that is called {name!r} already",
+    )  # fmt: skip
+    trainer.reward_funcs = [*trainer.reward_funcs, penalty]  # the list is the user's
+    trainer.reward_func_names = [*trainer.reward_func_names, name]
+    trainer.reward_processing_classes = [*trainer.reward_processing_classes, None]
+    trainer.reward_weights = torch.cat([trainer.reward_weights, trainer.reward_weights.new_ones(1)])
+
+
+def conditions_by_index(conditions: dict | None, names: list[str]) -> list[Condition] | None:
+    """{"length": ["correct", 1.0]} -> [(0, 1, 1.0)] for the names ["length", "correct"].
+
+    Raises:
+        ValueError: a name is no reward function's, or that of several; a value has another form; a reward is
+            conditioned on itself; there is one reward function alone.
+    """
+    if conditions is None:
+        return None
+    option = "reward_conditions"
+    checks.require(len(names) > 1, option, conditions, f"None with one reward function, {', '.join(names)}")
+    checks.require(bool(conditions), option, conditions, "at least one condition, or None")
+    triples = []
+    for name, value in conditions.items():
+        is_pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)
+        is_pair = is_pair and isinstance(value[1], int | float) and not isinstance(value[1], bool)
+        checks.require(
+            is_pair and value[1] == value[1], option, {name: value}, '{"reward": ["other reward", threshold]}'
+        )
+        other, threshold = value
+        for of in (name, other):
+            checks.one_of(option, of, names)
+            checks.require(names.count(of) == 1, option, of, f"the name of one reward function; they are {names}")
+        checks.require(name != other, option, {name: value}, "a condition on another reward")
+        triples.append((names.index(name), names.index(other), float(threshold)))
+    return triples
+
+
+def rewards_of(name: str, rewards: Any, N: int) -> list:
+    """What the reward function `name` returned, as a list with a number or None for each completion.
+
+    Raises:
+        TypeError: it is something else. (TRL counts the entries.)
+    """
+    expected = f"a list with a number, or None, for each of the {N} completions"
+    try:
+        found = None if isinstance(rewards, str | bytes | dict) else list(rewards)
+    except TypeError:  # not iterable, or a 0-d tensor
+        found = None
+    if found is None:
+        raise TypeError(f"reward function {name!r}: found {rewards!r}, expected {expected}")
+    for reward in found:
+        try:
+            is_number = reward is None or not isinstance(reward, str | bytes) and float(reward) is not None
+        except (TypeError, ValueError, RuntimeError):
+            is_number = False
+        if not is_number:
+            raise TypeError(f"reward function {name!r}: found {reward!r} for a completion, expected {expected}")
+    return found
+
+
+def named(function: Any, name: str) -> Any:
+    """The reward function, whose result is checked under its name; a model stays as it is."""
+    if isinstance(function, nn.Module):
+        return function
+
+    def called(*, completions: list, **kwargs):
+        return rewards_of(name, function(completions=completions, **kwargs), len(completions))
+
+    async def awaited(*, completions: list, **kwargs):
+        return rewards_of(name, await function(completions=completions, **kwargs), len(completions))
+
+    inner = function.func if isinstance(function, functools.partial) else function
+    is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__)
+    return awaited if is_async else called
+
+
+class RewardsToAdvantages:
+    """The options of a trainer of TRL at work that concern the advantages of a generation batch.
+
+    Logs in training and in evaluation, where there are several rewards, `reward_resolution/...`: the numbers of
+    `rlloss.rewards.reward_resolution` for the rewards after their conditions, of the first draw.
+    """
+
+    def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
+        self.trainer = trainer
+        add_soft_overlong(trainer)
+        conditions = getattr(trainer.args, "reward_conditions", None)
+        self.conditions = conditions_by_index(conditions, trainer.reward_func_names)
+        self.dynamic_sampling = DynamicSampling(trainer, multimodal)
+        self.dynamic_sampling.check()
+        self.rewards: Tensor | None = None
+        """[N, K], of all processes, of the generation batch made last; None: not known."""
+
+    @property
+    def token_weighted(self) -> bool:
+        return getattr(self.trainer.args, "gdpo_token_weighted", False)
+
+    def complete(self, inputs: list[dict], generate: Callable[[list[dict]], dict]) -> dict:
+        """A generation batch of TRL, `generate(inputs)`, with the advantages that the options ask for.
+
+        Without options it is TRL's as it comes.
+        """
+        trainer = self.trainer
+        mode = "train" if trainer.model.training else "eval"
+        G = trainer.num_generations if mode == "train" else trainer.num_generations_eval
+        own = self.conditions is not None or self.token_weighted
+        samples = mode == "train" and self.dynamic_sampling.rounds > 0
+
+        def draw(inputs: list[dict]) -> tuple[dict, Tensor | None]:
+            with self._kept_rewards() as kept:
+                output = generate(inputs)
+            one = len(kept) == 1
+            expected = "one per generation batch with options that read its rewards"
+            checks.require(one or not (own or samples), "_calculate_rewards", f"{len(kept)} calls of it", expected)
+            return output, kept[0] if one else None
+
+        self.rewards = None
+        output, rewards = draw(inputs)
+        if rewards is None:  # a subclass has rewards of its own making, and no option asks for them
+            return output
+        self._log_resolution(rewards, G, mode)
+        if own:
+            self._log_advantages(self._advantages(rewards, G, self._token_counts(output)))
+        if samples:
+            output, rewards = self.dynamic_sampling.replace(
+                inputs, output, rewards, lambda rewards: self._dead_groups(rewards, G), draw
+            )
+        if own or samples:
+            B, process = output["advantages"].shape[0], trainer.accelerator.process_index
+            advantages = self._advantages(rewards, G, self._token_counts(output))
+            output["advantages"] = advantages[process * B : (process + 1) * B]
+        self.rewards = rewards
+        return output
+
+    def _log_advantages(self, advantages: Tensor) -> None:
+        """In the place of those that TRL has put into its table of completions."""
+        logged = self.trainer._logs["advantages"]
+        for i, advantage in enumerate(advantages.tolist()[::-1][: len(logged)], start=1):
+            logged[-i] = advantage
+
+    def checked(self, calculate: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+        """TRL's rewards [N, K]. An error names the reward function that it is of, and so does a warning of infinity."""
+        trainer, functions, names = self.trainer, self.trainer.reward_funcs, self.trainer.reward_func_names
+        trainer.reward_funcs = [named(*pair) for pair in zip(functions, names, strict=True)]
+        try:
+            rewards = calculate(*args, **kwargs)
+        finally:
+            trainer.reward_funcs = functions
+        for name, infinite in zip(names, rewards.isinf().any(0).tolist(), strict=True):
+            if infinite:
+                trainer._warn_once(
+                    f"The reward function {name!r} returned an infinite reward. The advantages of its group are then "
+                    "NaN, which TRL makes 0: the group teaches nothing. Return finite numbers, or None for a "
+                    "completion without a score."
+                )
+        return rewards
+
+    @contextlib.contextmanager
+    def _kept_rewards(self):
+        """What `_calculate_rewards` returns, a subclass's too."""
+        trainer, kept = self.trainer, []
+        calculate, own = trainer._calculate_rewards, vars(trainer).get("_calculate_rewards")
+
+        def keep(*args, **kwargs):
+            kept.append(calculate(*args, **kwargs))
+            return kept[-1]
+
+        trainer._calculate_rewards = keep
+        try:
+            yield kept
+        finally:
+            del trainer._calculate_rewards
+            if own is not None:
+                trainer._calculate_rewards = own
+
+    def _method(self) -> tuple[str, str]:
+        """Of `group_advantage`: (method, scale)."""
+        if self.trainer.multi_objective_aggregation == "normalize_then_sum":
+            return "gdpo", "group"
+        return "grpo", self.trainer.scale_rewards
+
+    def _advantages(self, rewards: Tensor, G: int, token_counts: Tensor | None = None) -> Tensor:
+        """`[N]` from the rewards `[N, K]` of all processes."""
+        method, scale = self._method()
+        return group_advantage(
+            rewards, num_generations=G, method=method, scale=scale, weights=self.trainer.reward_weights,
+            conditions=self.conditions, token_counts=token_counts,
+        )  # fmt: skip
+
+    def _token_counts(self, output: dict) -> Tensor | None:
+        """`[N]` int64, of all processes; None where completions weigh alike."""
+        if not self.token_weighted:
+            return None
+        return self.trainer.accelerator.gather(counted_tokens(output).sum(1))
+
+    def _dead_groups(self, rewards: Tensor, G: int) -> list[bool]:
+        """Without token counts, whose mean moves every advantage off 0."""
+        return (self._advantages(rewards, G) == 0).unflatten(0, (-1, G)).all(1).tolist()
+
+    def _log_resolution(self, rewards: Tensor, G: int, mode: str) -> None:
+        trainer, K = self.trainer, rewards.shape[1]
+        rewards = rewards.cpu()
+        if K == 1 or rewards.isinf().any():  # which TRL lets pass
+            return
+        method, scale = self._method()
+        if scale != "group":
+            method = "dr_grpo"  # a std of the batch scales all alike
+        names = list(trainer.reward_func_names)
+        if len(set(names)) < K:
+            names = [f"{k}:{name}" for k, name in enumerate(names)]
+        weights = trainer.reward_weights.cpu()
+        gauges = reward_resolution(
+            rewards, num_generations=G, weights=weights, method=method, names=names, conditions=self.conditions
+        )
+        for name, value in gauges.items():
+            trainer._metrics[mode][f"reward_resolution/{name}"].append(value)

@@ -1,0 +1,1 @@
+"""`rlloss demo`: a small model, trained plain and with remedies."""

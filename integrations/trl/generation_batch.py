@@ -1,0 +1,313 @@
+"""What a generation batch brings to its micro-batches: temperatures of sampling, and selections made once for all.
+
+Entries that are added to TRL's micro-batches: `temperatures` [B, T], by which each token was sampled; `rollout_logp`
+and `rollout_entropy` [B, T], of the pass without gradient; `entropy_cutoff` (0-d), `kept_tokens` and `selected_tokens`
+[B, T] bool, which the loss takes as `cutoff`, `kept` and `selected`; `kept_and_all` [2], how many tokens the selection
+kept, of how many.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import LogitsProcessorList
+except ImportError as error:
+    raise ImportError(
+        'rlloss.integrations.trl.generation_batch needs transformers: pip install "rlloss[trl]"'
+    ) from error
+
+from rlloss import checks
+from rlloss.config import READ_BY, LossConfig
+from rlloss.entropy.temperature import temperature_rule
+from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
+from rlloss.integrations.trl.lm_head import token_temperatures
+from rlloss.integrations.trl.lm_head import why_not as why_no_patch
+from rlloss.integrations.trl.zero_advantage import PartedModel, counted_tokens
+from rlloss.tokens.covariance import covariance_selection
+from rlloss.tokens.exact_k import sequence_key
+from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
+
+ENTROPY_SCOPES = ("microbatch", "window", "generation")
+
+
+class ScaledModel:
+    """Called in the place of a model: its lm_head divides by a temperature of each token, `token_temperature`
+    `[B, L]`, that of what stands in a column and not of what it predicts."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def __call__(self, *, token_temperature: Tensor, labels: Tensor, **inputs):
+        # The head's rows: those with a label, which stands one column further than what predicts it.
+        with token_temperatures(token_temperature[:, 1:][labels[:, 1:] != -100]):
+            return self._model(labels=labels, **inputs)
+
+
+class _Feed:
+    """Gives each call its next rows of `temperatures` [N, T], as columns of prompt and completion."""
+
+    def __init__(self, model, temperatures: Tensor):
+        self._model, self._temperatures, self._next = model, temperatures, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def __call__(self, *, input_ids: Tensor, **inputs):
+        B, L = input_ids.shape
+        rows = self._temperatures[self._next : self._next + B]
+        self._next += B
+        padded = nn.functional.pad(rows, (L - rows.shape[1], 0), value=1.0)
+        return self._model(input_ids=input_ids, token_temperature=padded, **inputs)
+
+
+class Rollout:
+    """The options of a trainer of TRL at work that concern a whole generation batch."""
+
+    def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
+        self.trainer, self.multimodal = trainer, multimodal
+        settings = getattr(trainer.args, "dynamic_temperature", None)
+        self.rule = None if settings is None else temperature_rule(settings)
+        self._recorded: Tensor | None = None  # temperatures of the generation that is not complete yet
+        self._generating = False
+        self._pass: tuple[Tensor, Tensor] | None = None  # logp and entropy of the first pass without gradient
+        self._now: Tensor | None = None
+        self._window: list[dict] = []
+
+    @property
+    def _by_engine(self) -> bool:
+        return self.trainer.use_vllm
+
+    @property
+    def entropy_scope(self) -> str:
+        return getattr(self.trainer.args, "entropy_scope", "microbatch")
+
+    def check(self, config: LossConfig | None, trls_own: str | None) -> None:
+        """Raise where an option would be ignored. trls_own: why the loss is TRL's own, or None."""
+        trainer, args, scope = self.trainer, self.trainer.args, self.entropy_scope
+        checks.one_of("entropy_scope", scope, ENTROPY_SCOPES)
+        if trls_own is not None:
+            where = f"with {trls_own}, where the loss is TRL's own"
+            checks.require(self.rule is None, "dynamic_temperature", getattr(args, "dynamic_temperature", None),
+                           f"None {where}")  # fmt: skip
+            checks.require(scope == "microbatch", "entropy_scope", repr(scope), f"'microbatch' {where}")
+            return
+        assert config is not None
+        checks.require(
+            scope == "microbatch" or config.top_entropy_quantile < 1.0, "entropy_scope", repr(scope),
+            "'microbatch' with top_entropy_quantile=1.0, where it has no effect",
+        )  # fmt: skip
+        steps, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
+        checks.require(
+            scope != "window" or steps % accumulation == 0, "entropy_scope", "'window'",
+            f"'microbatch' or 'generation' with gradient_accumulation_steps={accumulation}, steps_per_generation="
+            f"{steps}: a window would reach into a generation that does not exist yet",
+        )  # fmt: skip
+        if self.rule is None:
+            return
+        plan = getattr(args, "lm_head_plan", "auto")
+        name, found = "dynamic_temperature", args.dynamic_temperature
+        checks.require(args.temperature == 1.0, "temperature", args.temperature,
+                       "1.0 with dynamic_temperature, which is the temperature itself")  # fmt: skip
+        checks.require(plan != "trl", name, found, "None with lm_head_plan='trl', whose head has one temperature")
+        why = trainer._why_trls_call() or why_no_patch()
+        checks.require(why is None, name, found, f"None with {why}")
+        checks.require(self.rule.lowest > 0.0, name, found,
+                       "temperatures above 0: a greedy token has no log-probability to train on")  # fmt: skip
+        tools = getattr(trainer, "tools", None) or getattr(trainer, "environments", None)
+        checks.require(not tools, name, found, "None with tools: what they write is not sampled")
+        checks.require(getattr(trainer, "rollout_func", None) is None, name, found,
+                       "None with a rollout_func, which samples by itself")  # fmt: skip
+        checks.require(not getattr(args, "use_transformers_continuous_batching", False), name, found,
+                       "None with use_transformers_continuous_batching, which records no temperatures")  # fmt: skip
+
+    @contextlib.contextmanager
+    def sampling(self):
+        """transformers' `generate` samples by the rule, and the temperatures are kept."""
+        if self.rule is None or self._by_engine:
+            yield
+            return
+        processor = EntropyTemperatureProcessor(self.rule, record=True)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        generate, own = model.generate, vars(model).get("generate")
+
+        def with_rule(*args, logits_processor=None, **kwargs):
+            return generate(
+                *args, logits_processor=LogitsProcessorList([*(logits_processor or []), processor]), **kwargs
+            )
+
+        model.generate = with_rule
+        try:
+            yield
+        finally:
+            del model.generate
+            if own is not None:
+                model.generate = own
+        self._recorded = processor.temperatures()
+
+    @contextlib.contextmanager
+    def generation(self):
+        """A generation batch in the making: `temperatures_now` are its own, and the first pass is kept."""
+        self._recorded = self._pass = None
+        self._generating = True
+        try:
+            yield
+        finally:
+            self._generating = False
+            self._recorded = self._pass = None
+
+    @contextlib.contextmanager
+    def training(self, inputs: dict):
+        """A micro-batch in the loss: `temperatures_now` are its own."""
+        self._now = inputs.get("temperatures")
+        try:
+            yield
+        finally:
+            self._now = None
+
+    def fed(self, model, ids: Tensor, attention_mask: Tensor, T: int):
+        """The model, or what is to be called in its place so that its head takes the temperatures of this batch."""
+        if self.rule is None:
+            return model
+        temperatures = self._now
+        if self._generating:
+            temperatures = self._of_generation(ids, attention_mask, T)
+        if temperatures is None:
+            return model
+        scaled = isinstance(model, ScaledModel | PartedModel)  # a PartedModel has one inside
+        return _Feed(model if scaled else ScaledModel(model), temperatures)
+
+    def _of_generation(self, ids: Tensor, attention_mask: Tensor, T: int) -> Tensor | None:
+        """[B, T]: as recorded in sampling, or, where an engine sampled, by the rule from the model's own entropies."""
+        assert self.rule is not None
+        if self._recorded is None:
+            if not self._by_engine:
+                return None
+            self._generating = False  # the pass that finds them is one at temperature 1
+            try:
+                _, entropy = self._without_gradient(ids, attention_mask, T)
+            finally:
+                self._generating = True
+            vocabulary = self.trainer.accelerator.unwrap_model(self.trainer.model).config.get_text_config().vocab_size
+            self._recorded = self.rule.temperature(entropy, vocabulary)
+        steps = self._recorded.shape[1]
+        if steps < T:  # columns that padding to a multiple added
+            self._recorded = nn.functional.pad(self._recorded, (0, T - steps), value=1.0)
+        return self._recorded[:, :T].to(ids.device)
+
+    def remember(self, result: tuple) -> None:
+        """The first pass without gradient of a generation batch: TRL's own, of the policy before the reference."""
+        if self._generating and self._pass is None and result[1] is not None:
+            self._pass = result[0].detach(), result[1].detach()
+
+    @property
+    def wants_entropy(self) -> bool:
+        return self._generating and self.entropy_scope == "generation"
+
+    def complete(self, output: dict, config: LossConfig | None) -> dict:
+        """Add to TRL's generation batch what the selections and the loss will need of it."""
+        T = output["completion_ids"].shape[1]
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        if self.rule is not None and (temperatures := self._of_generation(ids, attention_mask, T)) is not None:
+            output["temperatures"] = temperatures
+            self._log_temperatures(temperatures, counted_tokens(output))
+        by_entropy = self.entropy_scope == "generation"
+        by_covariance = config is not None and _picks_once(config)
+        if by_entropy or by_covariance:
+            logp, entropy = output.get("old_per_token_logps"), None
+            if logp is not None and self._pass is not None:
+                logp, entropy = self._pass
+            if logp is None or (by_entropy and entropy is None):
+                more = {name: output[name] for name in self.multimodal if name in output}
+                logp, entropy = self._without_gradient(ids, attention_mask, T, **more)
+            output |= {"rollout_logp": logp} if by_covariance else {}
+            output |= {"rollout_entropy": entropy} if by_entropy else {}
+        return output
+
+    def _log_temperatures(self, temperatures: Tensor, mask: Tensor) -> None:
+        trainer = self.trainer
+        t = torch.where(mask, temperatures, 0.0).double()
+        n, total, squares = trainer.accelerator.reduce(torch.stack([mask.sum(), t.sum(), t.square().sum()])).tolist()
+        log, mean = trainer._metrics["train" if trainer.model.training else "eval"], total / max(n, 1.0)
+        log["sampling/temperature/mean"].append(mean)
+        log["sampling/temperature/std"].append(max(squares / max(n, 1.0) - mean**2, 0.0) ** 0.5)
+
+    def _without_gradient(self, ids: Tensor, attention_mask: Tensor, T: int, **more) -> tuple[Tensor, Tensor]:
+        args, training = self.trainer.args, self.trainer.model.training
+        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        with torch.no_grad():
+            return self.trainer._get_per_token_logps_and_entropies(
+                self.trainer.model, ids, attention_mask, T, size, compute_entropy=True, **more
+            )[:2]
+
+    def select(self, batches: list[dict], config: LossConfig, draw: int) -> None:
+        """Make the selections of a whole generation batch, and give each of its micro-batches its part."""
+        masks = [counted_tokens(inputs) for inputs in batches]
+        mask = torch.cat(masks)
+        if self.entropy_scope == "generation":
+            self._keep(batches, masks, torch.cat([inputs["rollout_entropy"] for inputs in batches]), config)
+        if _picks_once(config):
+            selected = covariance_selection(
+                torch.cat([inputs["rollout_logp"] for inputs in batches]),
+                torch.cat([inputs["advantages"] for inputs in batches]),
+                mask, loss_type=config.loss_type, config=config.covariance, draw=draw,
+                sequence_key=torch.cat([content_key(inputs) for inputs in batches]), process_group=self._group(),
+            )  # fmt: skip
+            for inputs, part in zip(batches, selected.split([len(m) for m in masks]), strict=True):
+                inputs["selected_tokens"] = part
+
+    def open_window(self, inputs: dict, config: LossConfig) -> None:
+        """Before the first micro-batch of an accumulation window: one cutoff for them all, by the policy as it is."""
+        trainer = self.trainer
+        if self.entropy_scope != "window" or any(inputs is known for known in self._window):
+            return
+        args, buffered = trainer.args, trainer._buffered_inputs
+        self._window = [inputs]
+        if trainer.model.training and buffered is not None:
+            place = trainer._step % args.steps_per_generation
+            self._window = buffered[place : place + args.gradient_accumulation_steps]
+        entropies = []
+        for member in self._window:
+            T = member["completion_ids"].shape[1]
+            more = {name: member[name] for name in self.multimodal if name in member}
+            ids, attention = (
+                torch.cat([member[f"prompt_{of}"], member[f"completion_{of}"]], dim=1) for of in ("ids", "mask")
+            )
+            with self.training(member):
+                entropies.append(self._without_gradient(ids, attention, T, **more)[1])
+        self._keep(self._window, [counted_tokens(member) for member in self._window], torch.cat(entropies), config)
+
+    def close_window(self) -> None:
+        """After its last micro-batch."""
+        self._window = []
+
+    def _keep(self, batches: list[dict], masks: list[Tensor], entropy: Tensor, config: LossConfig) -> None:
+        mask, rho, group = torch.cat(masks), config.top_entropy_quantile, self._group()
+        cutoff = None if config.exact_k else entropy_cutoff(entropy, mask, rho, process_group=group)
+        if cutoff is None:
+            key = torch.cat([content_key(inputs) for inputs in batches])
+            kept = top_entropy_mask(entropy, mask, rho, exact_k=True, sequence_key=key, process_group=group)
+        else:
+            kept = top_entropy_mask(entropy, mask, rho, cutoff=cutoff)
+        counts = self.trainer.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
+        for inputs, part in zip(batches, kept.split([len(m) for m in masks]), strict=True):
+            inputs["kept_and_all"] = counts
+            inputs |= {"kept_tokens": part} if cutoff is None else {"entropy_cutoff": cutoff}
+
+    def _group(self):
+        return torch.distributed.group.WORLD if self.trainer.accelerator.num_processes > 1 else None
+
+
+def content_key(inputs: dict) -> Tensor:
+    """`[B]`, a hash of the token ids: it depends neither on the order of rows nor on the process that holds them."""
+    return sequence_key(*((inputs[f"{of}_ids"], inputs[f"{of}_mask"].bool()) for of in ("prompt", "completion")))
+
+
+def _picks_once(config: LossConfig) -> bool:
+    return "covariance" in READ_BY[config.loss_type] and config.covariance.scope == "generation"

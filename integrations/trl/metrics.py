@@ -1,0 +1,207 @@
+"""What the trainer logs of its loss: TRL's metrics under TRL's names, and the gauges of collapse."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlloss.entropy.bonus import adapted
+from rlloss.entropy.diagnostics import EntropyFit, gauges, pack, unpack
+from rlloss.losses.loss import LOSSES, means
+from rlloss.losses.surrogates import cispo, clip, kl_cov, sapo, vespo
+
+# What a surrogate counts: TRL's name -> that of rlloss's mean.
+MEANS: dict[Callable[..., object], dict[str, str]] = {
+    clip: {
+        "clip_ratio/low_mean": "clip_low",
+        "clip_ratio/high_mean": "clip_high",
+        "clip_ratio/region_mean": "clip_region",
+    },
+    cispo: {"cispo_clip_ratio": "clip_high"},
+    sapo: {},
+    vespo: {"vespo/phi_seq_mean": "weight"},
+    kl_cov: {},
+}
+# What is not added up over ranks: rlloss's name -> TRL's, and how the ranks' numbers become one.
+OVER_RANKS = {
+    "clip_low_min": ("clip_ratio/low_min", min),
+    "clip_high_max": ("clip_ratio/high_max", max),
+    "policy_loss": ("policy_loss", statistics.fmean),
+}
+
+
+# Gauges of an optimizer step that are logged, as far as they are not in TRL's metrics: logged name -> the gauge's.
+# Trackers group metrics by what is before the first "/".
+GAUGES = {
+    "entropy/p50": "entropy/p50",
+    "entropy/p80": "entropy/p80",
+    "entropy/p95": "entropy/p95",
+    "entropy/below_0.01_share": "entropy/below_0.01_share",
+    "rlloss/on_policy_share": "on_policy_share",
+    "rlloss/abs_log_ratio": "abs_log_ratio",
+    "rlloss/approx_kl": "approx_kl",
+    "cov/logp_advantage": "cov/logp_advantage",
+    "cov/logp_prob_advantage": "cov/logp_prob_advantage",
+}
+# What is logged beside TRL's metrics, in the order of a log -> whether gauges="basic" has it. A name that ends on "/"
+# stands for all that begin with it and are not named before.
+OURS = {
+    "rlloss/live_share": True,
+    "rlloss/zero_advantage_share": True,
+    "rlloss/on_policy_share": True,
+    "rlloss/abs_log_ratio": False,
+    "rlloss/approx_kl": False,
+    "rlloss/products": True,
+    "rlloss/products_plain": True,
+    "rlloss/logits_mib_avoided": True,
+    "rlloss/nonfinite_share": True,
+    "entropy/p50": True,
+    "entropy/p80": True,
+    "entropy/p95": True,
+    "entropy/below_0.01_share": False,
+    "entropy/cutoff": True,
+    "entropy/kept_share": True,
+    "cov/logp_advantage": True,
+    "cov/logp_advantage/": False,
+    "cov/logp_prob_advantage": False,
+    "cov/selected_share": True,
+    "cov/entropy_change_slope": False,
+    "cov/entropy_change_correlation": False,
+    "sampling/temperature/": True,
+    "dynamic_sampling/": True,
+    "reward_resolution/zero_variance/": True,  # the monitor reads it
+    "reward_resolution/": False,
+}
+_PLACES = {name: place for place, name in enumerate(OURS)}
+
+
+def ours(name: str) -> str | None:
+    """The key of OURS that a logged name belongs to; None: it is not rlloss's."""
+    if name in OURS:
+        return name
+    return next((key for key in OURS if key.endswith("/") and name.startswith(key)), None)
+
+
+class LogOrder:
+    """Brings the metrics of every log into one order: TRL's as they came first, then ours as in OURS."""
+
+    def __init__(self):
+        self._theirs: dict[str, int] = {}
+
+    def bring(self, metrics: dict[str, list[float]], gauges: str) -> None:
+        """In place, without those of ours that `gauges` leaves out and those that have no value."""
+        kept: list[tuple[tuple[int, int], str, list[float]]] = []
+        for i, (name, values) in enumerate(metrics.items()):
+            key = ours(name)
+            if key is None:
+                kept.append(((0, self._theirs.setdefault(name, len(self._theirs))), name, values))
+            elif (gauges == "all" or OURS[key]) and not all(map(math.isnan, values)):
+                kept.append(((1 + _PLACES[key], i), name, values))
+        metrics.clear()
+        metrics.update((name, values) for _, name, values in sorted(kept))
+
+
+class LossMetrics:
+    """Sums of micro-batches, reduced over processes, as what a trainer of TRL logs."""
+
+    def __init__(self, trainer: Any, tokens: Callable[[float, float], None] | None = None):
+        """tokens: told, of each micro-batch in training, the tokens with a gradient and those that count."""
+        self.trainer, self._tokens = trainer, tokens
+        self.fit = EntropyFit()
+        self._of_step: Tensor | None = None  # gauge sums of the optimizer step so far, of all processes
+
+    def log(self, mode: str, metrics: dict[str, Tensor], gauge_sums: dict[str, Tensor]) -> None:
+        """Of this micro-batch: one reduction of sums, at most one gather of the rest."""
+        trainer = self.trainer
+        log, surrogate = trainer._metrics[mode], LOSSES[trainer.loss_type].surrogate
+        sums = {name: value for name, value in metrics.items() if name not in OVER_RANKS}
+        sums |= self._entropy_window(mode, metrics)
+        vector = torch.cat([torch.stack(list(sums.values())).double(), pack(gauge_sums)])
+        vector = trainer.accelerator.reduce(vector, reduction="sum")
+        reduced = dict(zip(sums, vector[: len(sums)].float(), strict=True))
+        averages = means(reduced) | {"zero_advantage_share": reduced["dead"] / reduced["completions"].clamp(min=1)}
+        if "window_kept" in reduced:
+            averages["window_entropy"] = reduced["window_entropy"] / reduced["window_kept"].clamp(min=1)
+        averages |= {"live": reduced["live"], "counted": reduced["counted"]}
+        averages = dict(zip(averages, torch.stack(list(averages.values())).tolist(), strict=True))
+        if self._tokens is not None and mode == "train":
+            self._tokens(averages["live"], averages["counted"])
+
+        log["rlloss/zero_advantage_share"].append(averages["zero_advantage_share"])
+        names = {"entropy": "entropy", "rlloss/live_share": "live_share", **MEANS[surrogate]}
+        if trainer.beta != 0.0:
+            names["kl"] = "kl"
+        if trainer.top_entropy_quantile < 1.0:
+            names["entropy/kept_share"] = "kept_share"
+        if "entropy_cutoff" in averages:
+            names["entropy/cutoff"] = "entropy_cutoff"
+        if "selected_share" in averages:
+            names["cov/selected_share"] = "selected_share"
+        for name, mean in names.items():
+            log[name].append(averages[mean])
+
+        logged = [name for name in OVER_RANKS if name in metrics and (surrogate is clip or name == "policy_loss")]
+        if logged:
+            gathered = trainer.accelerator.gather(torch.stack([metrics[name] for name in logged]).unsqueeze(0))
+            for name, of_ranks in zip(logged, gathered.T.tolist(), strict=True):
+                trls_name, one_of = OVER_RANKS[name]
+                known = [value for value in of_ranks if not math.isnan(value)]  # NaN: no sequence of that rank counts
+                log[trls_name].append(one_of(known) if known else math.nan)
+
+        if "window_entropy" in averages:
+            self._adapt_entropy_coef(averages["window_entropy"])
+        if trainer._has_entropy_bonus() and mode == "train" and trainer.accelerator.sync_gradients:
+            log["entropy_coef"].append(trainer.entropy_coef)
+        self._log_gauges(mode, log, vector[len(sums) :], gauge_sums)
+
+    def _log_gauges(self, mode: str, log: dict[str, list], reduced: Tensor, like: dict[str, Tensor]) -> None:
+        """In training once an optimizer step, of all its micro-batches."""
+        if mode == "train":
+            if self._of_step is not None and len(self._of_step) == len(reduced):
+                reduced = self._of_step + reduced
+            ends = self.trainer.accelerator.sync_gradients
+            self._of_step = None if ends else reduced
+            if not ends:
+                return
+        found = gauges(unpack(reduced, like))
+        values = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        bins = {name: name for name in values if name.startswith("cov/logp_advantage/")}
+        for name, gauge in (GAUGES | bins).items():
+            if not math.isnan(values[gauge]):  # of no token
+                log[name].append(values[gauge])
+        if values["nonfinite_share"] > 0.0:
+            log["rlloss/nonfinite_share"].append(values["nonfinite_share"])
+        if mode != "train":
+            return
+        self.fit.update(values["entropy/mean"], values["cov/logp_advantage"])
+        if self.fit.count > 1:
+            log["cov/entropy_change_slope"].append(self.fit.slope)
+            log["cov/entropy_change_correlation"].append(self.fit.correlation)
+
+    def _entropy_window(self, mode: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over this rank's window that end with this micro-batch, if it ends one; {} otherwise.
+
+        The attributes are TRL's, which writes and reads them with its checkpoints.
+        """
+        trainer = self.trainer
+        if mode != "train" or not (trainer._has_entropy_bonus() and trainer.use_adaptive_entropy):
+            return {}
+        on_kept = getattr(trainer.args, "entropy_bonus_tokens", "kept") == "kept"
+        names = ("entropy_kept", "kept") if on_kept else ("entropy", "tokens")
+        stats = torch.stack([metrics[name] for name in names])
+        if trainer._entropy_window_stats is not None:
+            stats = trainer._entropy_window_stats + stats
+        ends = trainer.accelerator.sync_gradients
+        trainer._entropy_window_stats = None if ends else stats
+        return dict(zip(("window_entropy", "window_kept"), stats, strict=True)) if ends else {}
+
+    def _adapt_entropy_coef(self, world_entropy: float) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        trainer._last_world_entropy = world_entropy
+        trainer.entropy_coef = adapted(
+            trainer.entropy_coef, world_entropy, args.entropy_target, args.entropy_coef_delta, args.entropy_coef_min,
+            args.entropy_coef_max,
+        )  # fmt: skip

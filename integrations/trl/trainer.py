@@ -1,0 +1,462 @@
+"""GRPO with TRL: change one import.
+
+    from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
+
+TRL generates, scores and runs its fused lm_head; the loss after it is rlloss's, for every loss type of TRL and "gspo".
+Same options, same metrics.
+"""
+
+import contextlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    from packaging.version import Version
+
+    import trl
+except ImportError as error:
+    raise ImportError('rlloss.integrations.trl.trainer needs TRL: pip install "rlloss[trl]"') from error
+
+from rlloss import checks
+from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig
+from rlloss.entropy.bonus import bonus_now
+from rlloss.entropy.diagnostics import diagnose
+from rlloss.integrations.transformers.collapse_monitor import CollapseMonitor, Finding
+from rlloss.integrations.transformers.token_log import MetricsLog, TokenLog
+from rlloss.integrations.trl.advantages import RewardsToAdvantages
+from rlloss.integrations.trl.config import (
+    NOT_READ_BY_COVARIANCE,
+    NOT_TRLS,
+    OPTIONS,
+    TrlLossConfig,
+    set_before_loading,
+    trls_settings,
+)
+from rlloss.integrations.trl.config import GRPOConfig as GRPOConfig
+from rlloss.integrations.trl.generation_batch import Rollout, ScaledModel, content_key
+from rlloss.integrations.trl.lm_head import patch_trl
+from rlloss.integrations.trl.lm_head import why_not as why_no_patch
+from rlloss.integrations.trl.metrics import LogOrder, LossMetrics
+from rlloss.integrations.trl.model_card import about_run, complete_card, dataset_of
+from rlloss.integrations.trl.run_summary import RunSummary
+from rlloss.integrations.trl.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
+from rlloss.losses.loss import LOSSES, default_denominator, means, policy_loss
+from rlloss.losses.surrogates import cispo, sapo, vespo
+from rlloss.losses.token_states import token_states
+from rlloss.rewards.resolution import group_accuracy
+from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
+
+TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
+# What `_get_per_token_logps_and_entropies` takes for models that see more than text.
+MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+# Among the losses that are divided by a count of tokens, those that take this micro-batch's own.
+OWN_TOKEN_COUNT = ("bnpo",)
+logger = logging.getLogger(__name__)
+
+_missing = [
+    name
+    for name in ("_compute_loss", "_get_per_token_logps_and_entropies")
+    if not hasattr(getattr(trl, "GRPOTrainer", None), name)
+]
+if _missing:
+    raise ImportError(
+        f"TRL {trl.__version__} does not fit rlloss: its GRPOTrainer has no {' and no '.join(_missing)}; expected "
+        f"TRL >= {TESTED_TRL[0]}, < {TESTED_TRL[1]}"
+    )
+IN_TESTED_RANGE = TESTED_TRL[0] <= Version(Version(trl.__version__).base_version) < TESTED_TRL[1]
+if not IN_TESTED_RANGE:
+    warnings.warn(
+        f"rlloss is tested with TRL >= {TESTED_TRL[0]}, < {TESTED_TRL[1]}; found {trl.__version__}", stacklevel=2
+    )
+
+
+# Functions that TRL's loss calls. None: not there, or replaced before this import.
+TRLS = {
+    name: function if getattr(function, "__module__", None) == trl.GRPOTrainer.__module__ else None
+    for name in (
+        "get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights", "get_sapo_token_loss",
+        "_get_per_token_logps_and_entropies",
+    )
+    for function in [getattr(trl.GRPOTrainer, name, None)]
+}  # fmt: skip
+
+
+def _function(owner: object, name: str) -> Any:
+    """What `owner` calls by this name, a method as its function; None: nothing."""
+    found = getattr(owner, name, None)
+    return getattr(found, "__func__", found)
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
+
+    Logs TRL's metrics under their names, and `rlloss/live_share` (tokens with a nonzero gradient),
+    `rlloss/zero_advantage_share` (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and
+    `entropy/cutoff`; the gauges of `rlloss.entropy` once an optimizer step, and with several rewards those of
+    `rlloss.rewards.reward_resolution` once a generation, as far as the option `gauges` asks for them; and what the
+    lm_head ran, see `rlloss.integrations.trl.run_summary`.
+    """
+
+    dataset_name: str | None = None
+    """Of the training set, for the model card: a Hub id or a file. None: what its cache says."""
+
+    def __init__(self, *args, **kwargs):
+        self._said: set[str] = set()
+        self._check_before_loading(kwargs.get("args", args[2] if len(args) > 2 else None))
+        super().__init__(*args, **kwargs)
+        checks.require(
+            any(p.requires_grad for p in self.model.parameters()), "model",
+            f"{type(self.model).__name__} ({self.model.config._name_or_path!r}), none of whose parameters requires a "
+            "gradient", "one to train: load an adapter with is_trainable=True, or give a peft_config",
+        )  # fmt: skip
+        self._zero_advantage = ZeroAdvantage(self, MULTIMODAL)
+        self._rollout = Rollout(self, MULTIMODAL)
+        self._rewards_to_advantages = RewardsToAdvantages(self, MULTIMODAL)
+        self._summary = RunSummary(self)
+        self.add_callback(self._summary)
+        self._loss_metrics, self._log_order = LossMetrics(self, self._summary.tokens), LogOrder()
+        self._token_log = self._make_token_log()
+        watches = getattr(self.args, "collapse_monitor", True)
+        if watches and not any(isinstance(c, CollapseMonitor) for c in self.callback_handler.callbacks):
+            self.add_callback(CollapseMonitor())
+        if (theirs := self._why_trls_own()) is not None:
+            logger.info("The loss with %s is TRL's own.", theirs)
+        self._make_loss_config()  # a setting that does not fit raises now and not in the first step
+
+    def _check_before_loading(self, args: Any) -> None:
+        """Settings that do not fit raise now and not after the weights have been loaded."""
+        if args is None:
+            return
+        set_before_loading(self, args)
+        self._zero_advantage, self._rollout = ZeroAdvantage(self, MULTIMODAL), Rollout(self, MULTIMODAL)
+        with contextlib.suppress(AttributeError):  # what looks at the model is checked when there is one
+            self._make_loss_config()
+
+    def _warn_once(self, message: str) -> None:
+        if not hasattr(self, "accelerator"):
+            return  # said again when there is one
+        if message not in self._said:
+            self._said.add(message)
+            if self.accelerator.is_main_process:
+                logger.warning("%s", message)
+
+    def _make_token_log(self) -> TokenLog | None:
+        if getattr(self.args, "token_log_steps", 0) == 0:
+            return None
+        checks.require(
+            self._why_trls_own() is None, "token_log_steps", self.args.token_log_steps,
+            f"0 with {self._why_trls_own()}, where the loss is TRL's own",
+        )  # fmt: skip
+        folder = str(self.args.output_dir)
+        if self.accelerator.is_main_process:
+            self.add_callback(MetricsLog(folder, lambda: about_run(self), self._findings))
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor
+        log = TokenLog(folder, tokenizer, self.accelerator.process_index)
+        self.add_callback(log)
+        return log
+
+    def _findings(self) -> list[Finding]:
+        """Of the monitors among the callbacks."""
+        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, CollapseMonitor)]
+        return [finding for monitor in monitors for finding in monitor.findings]
+
+    def _why_trls_own(self) -> str | None:
+        """Why the loss is TRL's own: an unknown loss type, a replaced hook, or a setting that rlloss alone refuses."""
+        if IN_TESTED_RANGE and not self._overrides("_compute_loss"):  # what else has more says itself what is unknown
+            checks.one_of("loss_type", self.loss_type, LOSSES)
+        if self.loss_type not in LOSSES:
+            return f"loss_type={self.loss_type!r}"
+        surrogate = LOSSES[self.loss_type].surrogate
+        called = {
+            "get_high_entropy_mask": self.top_entropy_quantile < 1.0,
+            "get_off_policy_mask": self.off_policy_mask_threshold is not None,
+            "get_gamma_weights": surrogate is vespo,
+            "get_sapo_token_loss": surrogate is sapo,
+        }
+        for name, is_called in called.items():
+            if is_called and _function(self, name) is not TRLS[name]:
+                return f"{name} overridden"
+        checks.one_of("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
+        if self.loss_type in NOT_TRLS:
+            return None
+        try:
+            TrlLossConfig(**trls_settings(self))
+        except ValueError as refused:
+            no_length = "max_completion_length" in READ_BY[self.loss_type] and self.max_completion_length is None
+            if no_length or self.top_entropy_quantile < 0.0:  # TRL fails in the first step
+                raise
+            self._warn_once(f"{refused}. TRL runs with it all the same, by its own loss.")
+            return f"a setting that rlloss refuses ({refused})"
+        return None
+
+    def _overrides(self, name: str) -> bool:
+        return name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name)
+
+    def _make_loss_config(self) -> LossConfig | None:
+        """The trainer's options as a LossConfig; None where the loss is TRL's own."""
+        entropy_denominator = getattr(self.args, "entropy_denominator", "all")
+        theirs = self._why_trls_own()
+        self._zero_advantage.check(theirs)
+        exact_k = getattr(self.args, "exact_k", False)
+        bonus_tokens = getattr(self.args, "entropy_bonus_tokens", "kept")
+        max_log_ratio = getattr(self.args, "max_log_ratio", None)
+        if theirs is not None:
+            for name, found, expected in (
+                ("entropy_denominator", entropy_denominator, "all"),
+                ("exact_k", exact_k, False),
+                ("max_log_ratio", max_log_ratio, None),
+                ("entropy_bonus_tokens", bonus_tokens, "kept"),
+            ):
+                checks.require(
+                    found == expected, name, repr(found), f"{expected!r} with {theirs}, where the loss is TRL's own"
+                )
+            self._rollout.check(None, theirs)
+            return None
+        read = READ_BY[self.loss_type]
+        for name, default in NOT_READ_BY_COVARIANCE.items():
+            if "covariance" in read and name not in read:
+                checks.require(
+                    OPTIONS[name](self) == default, name, OPTIONS[name](self),
+                    f"none: leave it out, loss_type={self.loss_type!r} does not read it",
+                )  # fmt: skip
+        checks.require(
+            bonus_tokens == "kept" or self._has_entropy_bonus(), "entropy_bonus_tokens", repr(bonus_tokens),
+            "'kept' without an entropy bonus (entropy_coef or use_adaptive_entropy), where it has no effect",
+        )  # fmt: skip
+        settings = trls_settings(self)
+        config = TrlLossConfig(
+            **settings,
+            entropy_denominator=entropy_denominator,
+            exact_k=exact_k,
+            max_log_ratio=max_log_ratio,
+            entropy_bonus_tokens=bonus_tokens if settings["entropy_coef"] != 0.0 else "kept",
+        )
+        if LOSSES[self.loss_type].surrogate is cispo and config.epsilon_high < 1.0:
+            self._warn_once(
+                f"loss_type={self.loss_type!r} caps the importance ratio at epsilon_high={config.epsilon_high} (TRL "
+                "takes it from epsilon where it is not given), so nearly every token has that weight. The cap is "
+                "meant to be above 1: ScaleRL (2510.13786) takes epsilon_high=5.0."
+            )
+        self._rollout.check(config, None)
+        return config
+
+    def _compute_loss(self, model, inputs):
+        config = self._make_loss_config()  # callbacks may change the trainer's settings between steps
+        if config is None:
+            return super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        whole = inputs
+        self._summary.loss_begins(whole["completion_ids"])
+        if config.top_entropy_quantile < 1.0:
+            self._rollout.open_window(whole, config)
+        if "temperatures" in whole:
+            model = ScaledModel(model)
+        model, inputs = self._zero_advantage.apart(model, whole)
+        mask = counted_tokens(inputs)
+        with self._rollout.training(inputs):
+            logp, entropy, aux_loss = self._token_stats(model, inputs)
+
+        cutoff, kept = self._selection(config, inputs, entropy, mask)
+        denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff, kept)
+        if denominator is None and inputs is not whole:
+            denominator = default_denominator(counted_tokens(whole), LOSSES[self.loss_type], config)
+        given: dict[str, Any] = dict(
+            config=config,
+            old_logp=inputs.get("old_per_token_logps"),
+            ref_logp=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
+            sampler_ratio=self._sampler_ratio(inputs),
+            sampler_logp=None if config.off_policy_threshold is None else inputs.get("sampling_per_token_logps"),
+            entropy=entropy,
+            cutoff=cutoff,
+            denominator=denominator,
+            kept=kept,
+            selected=inputs.get("selected_tokens"),
+        )
+        loss, metrics = policy_loss(logp, inputs["advantages"], mask, **given)
+        self._write_tokens(logp, inputs, mask, given)
+        if self._has_entropy_bonus():  # TRL logs the loss without it, and divided where its own divisor counts windows
+            of = "entropy_kept" if config.entropy_bonus_tokens == "kept" else "entropy"
+            without = loss.detach() + config.entropy_coef * means(metrics)[of]
+            metrics["policy_loss"] = without if denominator is None else without / accumulation
+        loss = loss / accumulation
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        dead = dead_completions(whole).float()
+        metrics |= {"dead": dead.sum(), "completions": torch.ones_like(dead).sum()}
+        metrics["counted"] = mask.sum().float() if inputs is whole else counted_tokens(whole).sum().float()
+        self._loss_metrics.log(mode, metrics, self._gauges(logp, entropy, mask, inputs))
+        if self.accelerator.sync_gradients:
+            self._rollout.close_window()
+        return loss
+
+    def training_step(self, *args, **kwargs):
+        with self._summary.micro_batch():
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._summary.log(self._metrics["train"])
+        self._log_order.bring(self._metrics[mode], getattr(self.args, "gauges", "basic"))
+        super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        dataset = dataset_name or self.dataset_name or dataset_of(self.train_dataset)
+        on_hub = dataset is not None and not Path(dataset).exists()
+        model_name = model_name or Path(self.hub_model_id or str(self.args.output_dir)).name
+        super().create_model_card(model_name, dataset if on_hub else None, tags)
+        if self.is_world_process_zero():
+            complete_card(self, dataset)
+
+    def _gauges(self, logp, entropy, mask, inputs):
+        old_logp = inputs.get("old_per_token_logps")
+        return diagnose(
+            logp, inputs["advantages"], mask, entropy=entropy, old_logp=logp if old_logp is None else old_logp,
+            group=inputs.get("group_accuracy"), compute_dtype=self._compute_dtype(),
+        )  # fmt: skip
+
+    def _compute_dtype(self) -> torch.dtype:
+        of_model: Any = self.model.dtype
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision)) or of_model
+
+    def _write_tokens(self, logp, inputs, mask, given):
+        steps = getattr(self.args, "token_log_steps", 0)
+        if self._token_log is None or not self.model.training or self.state.global_step % steps:
+            return
+        states = token_states(logp, inputs["advantages"], mask, **given)
+        rewards = dict(zip(self.reward_func_names, inputs["rewards"].T, strict=True)) if "rewards" in inputs else None
+        self._token_log.write(
+            self.state.global_step, inputs["prompt_ids"], inputs["completion_ids"], mask, given["entropy"].detach(),
+            states, inputs["advantages"], rewards, prompt_mask=inputs["prompt_mask"].bool(),
+        )  # fmt: skip
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        config, buffered = self._make_loss_config(), self._buffered_inputs
+        if config is None:
+            return inputs
+        if not self.model.training:
+            self._rollout.select([inputs], config, self._step)
+        elif buffered is not None and buffered is not before:
+            self._rollout.select(buffered, config, self._step)
+            self._zero_advantage.look_ahead(buffered)
+        return inputs
+
+    def _calculate_rewards(self, *args, **kwargs):
+        return self._rewards_to_advantages.checked(super()._calculate_rewards, *args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        output = self._rewards_to_advantages.complete(inputs, self._generate_once)
+        rewards, B = self._rewards_to_advantages.rewards, len(output["advantages"])
+        if rewards is not None:
+            G: Any = self.num_generations if self.model.training else self.num_generations_eval
+            own = slice(self.accelerator.process_index * B, (self.accelerator.process_index + 1) * B)
+            output |= {"rewards": rewards[own], "group_accuracy": group_accuracy(rewards, num_generations=G)[own]}
+        return output
+
+    def _generate_once(self, inputs):
+        """One generation batch, with what its micro-batches need; dynamic sampling makes several."""
+        with self._rollout.generation():
+            output = super()._generate_and_score_completions(inputs)
+            return self._rollout.complete(output, self._make_loss_config())
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with self._rollout.sampling():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _why_trls_call(self) -> str | None:
+        """Why the model has to be called by TRL or a subclass itself."""
+        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+            return f"TRL {trl.__version__}, whose model returns logits"
+        for name in ("_get_per_token_logps_and_entropies", "_token_stats"):
+            if self._overrides(name):
+                return f"{name} overridden"
+        name = "_get_per_token_logps_and_entropies"
+        return f"{name} overridden" if _function(trl.GRPOTrainer, name) is not TRLS[name] else None
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""
+        if self._rollout.wants_entropy:
+            kwargs["compute_entropy"] = True
+        model = self._rollout.fed(model, input_ids, attention_mask, logits_to_keep)
+        plan = getattr(self.args, "lm_head_plan", "auto")
+        patch = contextlib.nullcontext()
+        if plan != "trl" and why_no_patch() is None:
+            patch = patch_trl(plan=plan, memory_budget=getattr(self.args, "lm_head_memory_budget", None))
+            patch.head.on_call = self._summary.saw
+        with patch:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        self._rollout.remember(result)
+        return result
+
+    def _token_stats(self, model, inputs):
+        """(logp, entropy, aux loss or None) of the completions."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        return self._get_per_token_logps_and_entropies(
+            model,
+            ids,
+            attention_mask,
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs[name] for name in MULTIMODAL if name in inputs},
+        )
+
+    def _sampler_ratio(self, inputs):
+        """TRL's vLLM correction; None: 1."""
+        if LOSSES[self.loss_type].level == "product":  # part of the ratio itself, wherever TRL has made one
+            return inputs.get("importance_sampling_ratio")
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        return inputs["importance_sampling_ratio"] if corrects else None
+
+    def _selection(self, config, inputs, entropy, mask):
+        """(cutoff or None, kept tokens or None) of top_entropy_quantile: made beforehand, or this micro-batch's own."""
+        cutoff, kept, rho = inputs.get("entropy_cutoff"), inputs.get("kept_tokens"), config.top_entropy_quantile
+        if rho == 1.0 or cutoff is not None or kept is not None:
+            return cutoff, kept
+        group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        if config.exact_k:
+            key = content_key(inputs)
+            return None, top_entropy_mask(entropy, mask, rho, exact_k=True, sequence_key=key, process_group=group)
+        return entropy_cutoff(entropy, mask, rho, process_group=group), None
+
+    def _denominator(self, config, inputs, mode, entropy, mask, cutoff, kept):
+        """For a mean over tokens this process's share of those of an average micro-batch; None: this call's own."""
+        if LOSSES[self.loss_type].divided_by != "tokens" or self.loss_type in OWN_TOKEN_COUNT:
+            return None
+        denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":  # it counts the generation batch, which is steps_per_generation micro-batches
+            denominator = denominator / self.args.steps_per_generation
+        if config.entropy_denominator == "kept":
+            counts = inputs.get("kept_and_all")
+            if counts is None:
+                if kept is None:
+                    kept = top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff)
+                counts = self.accelerator.reduce(torch.stack([kept.sum(), mask.sum()]), reduction="sum")
+            kept, tokens = counts
+            denominator = denominator * kept.clamp(min=1) / tokens.clamp(min=1)
+        return denominator
+
+    def _has_entropy_bonus(self) -> bool:
+        return getattr(self, "_entropy_bonus_enabled", False)
+
+    def _entropy_coef_now(self) -> float:
+        """Of the bonus in this accumulation window. Adaptive: none while the last window's entropy is above target."""
+        if not self._has_entropy_bonus():
+            return 0.0
+        if not self.use_adaptive_entropy:
+            return self.entropy_coef
+        return bonus_now(self.entropy_coef, self._last_world_entropy, self.args.entropy_target)

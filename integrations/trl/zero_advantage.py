@@ -1,0 +1,398 @@
+"""Completions that teach nothing: which they are, and how they run without gradient or not at all.
+
+A completion is dead if its advantage is exactly 0 wherever a token counts, or if none counts: its gradient is 0.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlloss import checks
+from rlloss.integrations.trl.batch_dependence import BatchDependence
+
+CHOICES = ("forward_only", "drop", "keep")
+READ = ("advantages", "completion_mask", "tool_mask")  # what `look` reads
+
+logger = logging.getLogger(__name__)
+
+
+def counted_tokens(inputs: dict) -> Tensor:
+    """`[B, T]` bool: the tokens of a micro-batch that are neither padding nor written by a tool."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if inputs.get("tool_mask") is not None else mask
+
+
+def dead_completions(inputs: dict) -> Tensor:
+    """`[B]` bool. A NaN advantage is live: it shows itself."""
+    zero = inputs["advantages"] == 0.0
+    return ((zero.unsqueeze(1) if zero.dim() == 1 else zero) | ~counted_tokens(inputs)).all(-1)
+
+
+class Rows(NamedTuple):
+    """Of a micro-batch, on the host. dead: per completion. reach: its number of columns up to its last token."""
+
+    dead: list[bool]
+    reach: list[int]
+
+    def of(self, rows: list[int]) -> "Rows":
+        return Rows([self.dead[i] for i in rows], [self.reach[i] for i in rows])
+
+
+def look(batches: list[dict]) -> list[Rows]:
+    """One transfer to the host for all of them."""
+    if not batches:
+        return []
+    tables = []
+    for inputs in batches:
+        mask = inputs["completion_mask"].bool()
+        column = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        reach = nn.functional.pad(torch.where(mask, column, 0), (1, 0)).amax(-1)
+        tables.append(torch.stack([dead_completions(inputs).long(), reach]))
+    dead, reach = torch.cat(tables, dim=1).tolist()
+    rows, start = [], 0
+    for table in tables:
+        end = start + table.shape[1]
+        rows.append(Rows([bool(x) for x in dead[start:end]], reach[start:end]))
+        start = end
+    return rows
+
+
+class Parts(NamedTuple):
+    """Rows run with gradient, and those run before them without; a row in both counts with gradient."""
+
+    live: list[int]
+    dead: list[int]
+
+
+def split(rows: Rows, agreed: bool | None = None) -> Parts:
+    """Which rows run how.
+
+    agreed: whether any process has a dead row, so that all make both calls; None: the process is alone. There is
+    always a row with gradient: a loss has to be differentiable, and its backward has to reach every parameter.
+    """
+    B = len(rows.dead)
+    if agreed is False:
+        return Parts(list(range(B)), [])
+    live = [i for i in range(B) if not rows.dead[i]]
+    dead = [i for i in range(B) if rows.dead[i]]
+    shortest = min(range(B), key=lambda i: (rows.reach[i] == 0, rows.reach[i]))
+    if not live:
+        live = [shortest]
+        dead.remove(shortest)
+    return Parts(live, dead or [shortest]) if agreed else Parts(live, dead)
+
+
+class Memory:
+    """What is known of a generation batch's micro-batches before their turn: their rows, and what processes agreed."""
+
+    def __init__(self):
+        self._known: list[tuple[Tensor, list[tuple], Rows, bool | None]] = []
+
+    def remember(self, batches: list[dict], agree: Callable[[list[bool]], list[bool]] | None) -> None:
+        """agree: any over the processes, elementwise; None: the process is alone."""
+        rows = look(batches)
+        agreed = [None] * len(rows) if agree is None else agree([any(r.dead) for r in rows])
+        self._known = [
+            (inputs["completion_ids"], _state(inputs), *known)
+            for inputs, *known in zip(batches, rows, agreed, strict=True)
+        ]
+
+    def recall(self, inputs: dict, agree: Callable[[list[bool]], list[bool]] | None) -> tuple[Rows, bool | None]:
+        """The rows as they are now; what was agreed stays, since the other processes hold on to it as well."""
+        known = next((known for known in self._known if known[0] is inputs["completion_ids"]), None)
+        _, state, rows, agreed = known or (None, None, None, None)
+        if rows is None or not _same(state, _state(inputs)):
+            rows = look([inputs])[0]
+        if agreed is None and agree is not None:
+            agreed = agree([any(rows.dead)])[0]
+        return rows, agreed
+
+
+def _state(inputs: dict) -> list[tuple]:
+    """What changes when someone replaces or overwrites what `look` has read."""
+    tensors = [inputs.get(name) for name in READ]
+    return [(x, 0 if x is None or x.is_inference() else x._version) for x in tensors]
+
+
+def _same(state: list[tuple] | None, now: list[tuple]) -> bool:
+    return state is not None and all(a is b and m == n for (a, m), (b, n) in zip(state, now, strict=True))
+
+
+def has_rows(x: object, B: int) -> bool:
+    return (isinstance(x, Tensor) and x.dim() >= 1 and x.shape[0] == B) or (isinstance(x, list) and len(x) == B)
+
+
+def take(inputs: dict, rows: list[int]) -> dict:
+    """These rows of every entry that has one per completion."""
+    B, result = inputs["completion_ids"].shape[0], dict(inputs)
+    for name, x in inputs.items():
+        if has_rows(x, B):
+            result[name] = x[rows] if isinstance(x, Tensor) else [x[i] for i in rows]
+    return result
+
+
+def spread(batches: list[dict], size: int) -> None:
+    """Deal the completions of each `size` consecutive micro-batches out anew, in place, the live ones evenly."""
+    rows = look(batches)
+    for start in range(0, len(batches), size):
+        group = batches[start : start + size]
+        dead = [is_dead for r in rows[start : start + size] for is_dead in r.dead]
+        B = group[0]["completion_ids"].shape[0]
+        live = [i for i, is_dead in enumerate(dead) if not is_dead]
+        others = iter([i for i, is_dead in enumerate(dead) if is_dead])
+        dealt = [live[k :: len(group)] for k in range(len(group))]
+        dealt = [mine + [next(others) for _ in range(B - len(mine))] for mine in dealt]
+        for name in group[0]:
+            values = [inputs[name] for inputs in group]
+            if not all(has_rows(x, B) for x in values):
+                continue
+            whole = torch.cat(values) if isinstance(values[0], Tensor) else [x for value in values for x in value]
+            for inputs, mine in zip(group, dealt, strict=True):
+                inputs[name] = whole[mine] if isinstance(whole, Tensor) else [whole[i] for i in mine]
+
+
+def spread_size(steps_per_generation: int, accumulation: int) -> int:
+    """The most micro-batches that always share an optimizer step, wherever in a generation batch the step begins."""
+    return math.gcd(steps_per_generation, accumulation)
+
+
+class PartedModel:
+    """Called in the place of a model that returns log-probabilities: the rows of `parts`, merged to one output.
+
+    model: called with keywords, tensors `[B, L]` of prompt and completion; gives `log_probs` and other tensors
+    `[B, L - 1]` by name. inputs: the micro-batch. parts: None: one call, as it comes. reach: None: no column is cut
+    off; otherwise each call ends at its longest completion, on a multiple of `multiple`. Left padding stays, since
+    positions count it. What a tool wrote gets no label, so that no head scores it.
+
+    Returns what the model returns where it was called once and whole; otherwise a namespace of its `[B, L - 1]`
+    tensors, 0 where a column was cut off.
+    """
+
+    def __init__(self, model, inputs: dict, parts: Parts | None, reach: list[int] | None, multiple: int = 1):
+        self._model, self._parts, self._reach, self._multiple = model, parts, reach, multiple
+        self._T, self._tool_mask = inputs["completion_ids"].shape[1], inputs.get("tool_mask")
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs):
+        B, L = inputs["input_ids"].shape
+        if self._tool_mask is not None and "labels" in inputs and self._T > 0:
+            labels = inputs["labels"].clone()
+            labels[:, -self._T :].masked_fill_(self._tool_mask == 0, -100)
+            inputs["labels"] = labels
+        if self._parts is None:
+            return self._model(**inputs)
+        if len(self._parts.live) == B and not self._parts.dead and self._length(self._parts.live, L) == L:
+            return self._model(**inputs)
+        apart = None
+        if self._parts.dead:
+            with torch.no_grad():
+                apart = self._run(inputs, self._parts.dead, L)
+            # Weights that autocast cast without gradient are not to be taken up by the call with gradient.
+            torch.clear_autocast_cache()
+        merged = {}
+        for name, x in self._run(inputs, self._parts.live, L).items():
+            if len(self._parts.live) < B:
+                live = torch.tensor(self._parts.live, device=x.device)
+                whole = x.new_zeros(B, x.shape[1])
+                if apart is not None:
+                    whole = whole.index_copy(0, torch.tensor(self._parts.dead, device=x.device), apart[name])
+                x = whole.index_copy(0, live, x)
+            merged[name] = x
+        return SimpleNamespace(**merged)
+
+    def _length(self, rows: list[int], L: int) -> int:
+        if self._reach is None:
+            return L
+        length = L - self._T + max(self._reach[i] for i in rows)
+        return min(L, max(-(-length // self._multiple), 1) * self._multiple)
+
+    def _run(self, inputs: dict, rows: list[int], L: int) -> dict[str, Tensor]:
+        """The model's per-token outputs of these rows, as long as of the whole."""
+        ids = inputs["input_ids"]
+        B, length = ids.shape[0], self._length(rows, L)
+        index = torch.tensor(rows, device=ids.device)
+        part = {}
+        for name, x in inputs.items():
+            if isinstance(x, Tensor) and x.dim() >= 1 and x.shape[0] == B:
+                x = x if len(rows) == B else x[index]
+                x = x[:, :length] if x.dim() >= 2 and x.shape[1] == L else x
+            part[name] = x
+        outputs = self._model(**part)
+        return {
+            name: nn.functional.pad(x, (0, L - length))
+            for name, x in outputs.items()
+            if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] == len(rows)
+        }
+
+
+class ZeroAdvantage:
+    """The option of a trainer of TRL at work: which completions of a micro-batch run, and how.
+
+    multimodal: the entries of a micro-batch that are more than text.
+    """
+
+    def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
+        self.trainer, self.multimodal = trainer, multimodal
+        self.memory, self.said = Memory(), set()
+        self.dependence: BatchDependence | None = None
+        self.without_backward = 0
+        """Completions so far of this process that ran without backward, or did not run."""
+
+    @property
+    def choice(self) -> str:
+        return getattr(self.trainer.args, "zero_advantage", "forward_only")
+
+    @property
+    def spreads(self) -> bool:
+        return getattr(self.trainer.args, "spread_live_rows", False)
+
+    def check(self, trls_own: str | None) -> None:
+        """Raise where an option would be ignored or would change the loss. trls_own: why that is TRL's, or None."""
+        trainer, choice, spreads = self.trainer, self.choice, self.spreads
+        checks.one_of("zero_advantage", choice, CHOICES)
+        if trls_own is not None:
+            where = f"with {trls_own}, where the loss is TRL's own"
+            checks.require(choice != "drop", "zero_advantage", repr(choice), f"'forward_only' or 'keep' {where}")
+            checks.require(not spreads, "spread_live_rows", spreads, f"False {where}")
+            return
+        quantile = (
+            f"top_entropy_quantile={trainer.top_entropy_quantile}" if trainer.top_entropy_quantile < 1.0 else None
+        )
+        if getattr(trainer.args, "entropy_scope", "microbatch") != "microbatch":
+            quantile = None  # the cutoff is known before the micro-batch
+        looks = quantile or self._why_picks_here()
+        checks.require(
+            choice != "drop" or looks is None, "zero_advantage", repr(choice),
+            f"'forward_only' or 'keep' with {looks}, whose selection looks at every completion",
+        )  # fmt: skip
+        if not spreads:
+            return
+        checks.require(choice != "keep", "spread_live_rows", True, "False with zero_advantage='keep': it has no effect")
+        steps, accumulation = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
+        checks.require(
+            spread_size(steps, accumulation) > 1, "spread_live_rows", True,
+            f"False with gradient_accumulation_steps={accumulation}, steps_per_generation={steps}, where no two "
+            "micro-batches always share an optimizer step",
+        )  # fmt: skip
+        own_count = "loss_type='bnpo'" if trainer.loss_type == "bnpo" else None
+        mean = own_count or looks or self._why_mean_of_call()
+        checks.require(
+            mean is None, "spread_live_rows", True,
+            f"False with {mean}: the loss depends on which completions share a micro-batch",
+        )  # fmt: skip
+
+    def says(self, trls_own: str | None) -> str:
+        """What becomes of completions whose advantage is 0, and why. trls_own: why the loss is TRL's, or None."""
+        why = f"zero_advantage={self.choice!r}" if self.choice == "keep" else trls_own or self.why_one_call()
+        of_them = "completions whose advantage is 0"
+        if why is not None:
+            return f"{of_them} run as the others do ({why})"
+        return f"{of_them} {'run forward only' if self.choice == 'forward_only' else 'do not run'}"
+
+    def look_ahead(self, batches: list[dict]) -> None:
+        """At a new generation batch: spread its live rows and learn what every micro-batch has, in one go."""
+        if self.choice == "keep":
+            return
+        if self.spreads and self.why_one_call() is None:
+            if any(map(self._sees, batches)):
+                self._say("spread_live_rows: completions with images stay where they are")
+            else:
+                args = self.trainer.args
+                spread(batches, spread_size(args.steps_per_generation, args.gradient_accumulation_steps))
+        self.memory.remember(batches, self._agreement(batches))
+
+    def apart(self, model, inputs: dict):
+        """The model to call and the completions to call it with; decided each step: callbacks may change settings."""
+        trainer, choice, sees = self.trainer, self.choice, self._sees(inputs)
+        trls_call, together = trainer._why_trls_call(), self._why_compiled() or self._why_together()
+        why = trls_call or together or self._why_all_live()
+        splits = choice != "keep" and trainer.model.training and torch.is_grad_enabled()
+        if splits and (why is not None or sees):
+            self._say(f"zero_advantage={choice!r}: one call per micro-batch with {why or 'images'}")
+        splits = splits and why is None
+        if trls_call is not None:
+            return model, inputs
+        trims = choice != "keep" and together is None and not sees
+        if not splits and not trims:
+            return PartedModel(model, inputs, None, None), inputs
+
+        B = len(inputs["completion_ids"])
+        rows, agreed = self.memory.recall(inputs, self._agreement([inputs]) if splits else None)
+        parts = split(rows, False if sees or not splits else None if choice == "drop" else agreed)
+        if choice == "drop" and len(parts.live) < len(rows.dead):
+            inputs, rows = take(inputs, parts.live), rows.of(parts.live)
+            parts = split(rows, False)
+        self.without_backward += B - len(parts.live)
+        cuts = trims and not self._of_model().on_length
+        multiple = getattr(trainer.args, "pad_to_multiple_of", None) or 1
+        return PartedModel(model, inputs, parts, rows.reach if cuts else None, multiple), inputs
+
+    def _agreement(self, batches: list[dict]):
+        """How processes agree which micro-batches they all run in two calls; None: each runs its own in one."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1 or self.choice != "forward_only":
+            return None
+
+        def agree(has_dead: list[bool]) -> list[bool]:
+            own = [[dead, self._sees(inputs)] for dead, inputs in zip(has_dead, batches, strict=True)]
+            found = torch.tensor(own, dtype=torch.float32, device=batches[0]["completion_ids"].device)
+            return [dead > 0 and seeing == 0 for dead, seeing in accelerator.reduce(found, reduction="sum").tolist()]
+
+        return agree
+
+    def _sees(self, inputs: dict) -> bool:
+        return any(inputs.get(name) is not None for name in self.multimodal)
+
+    def _of_model(self) -> BatchDependence:
+        if self.dependence is None or self.dependence.model is not self.trainer.model:
+            self.dependence = BatchDependence(self.trainer.model)
+        return self.dependence
+
+    def why_one_call(self) -> str | None:
+        trls_call = self.trainer._why_trls_call()
+        return trls_call or self._why_compiled() or self._why_together() or self._why_all_live()
+
+    def _why_compiled(self) -> str | None:
+        """What makes another graph of a call with another number of rows or columns."""
+        by_accelerate = self.trainer.accelerator.state.dynamo_plugin.backend != "NO"
+        return "torch.compile" if by_accelerate or self._of_model().compiled else None
+
+    def _why_together(self) -> str | None:
+        """What makes a completion's log-probabilities depend on what shares its call."""
+        if self.trainer.aux_loss_enabled:
+            return "an auxiliary loss"
+        if getattr(self.trainer.args, "neftune_noise_alpha", None):
+            return f"neftune_noise_alpha={self.trainer.args.neftune_noise_alpha}"
+        return self._of_model().why()
+
+    def _why_all_live(self) -> str | None:
+        """What gives every completion a gradient."""
+        if self.trainer.beta != 0.0:
+            return f"beta={self.trainer.beta}"
+        if self.trainer.loss_type == "kl_cov":
+            return "loss_type='kl_cov'"
+        return "an entropy bonus" if self.trainer._has_entropy_bonus() else None
+
+    def _why_picks_here(self) -> str | None:
+        """A loss that picks tokens among those of one micro-batch."""
+        settings = getattr(self.trainer.args, "covariance", None) or {}
+        picks = self.trainer.loss_type in ("clip_cov", "kl_cov") and settings.get("scope") != "generation"
+        return f"loss_type={self.trainer.loss_type!r}" if picks else None
+
+    def _why_mean_of_call(self) -> str | None:
+        """A term of the loss that is a mean over one micro-batch."""
+        if self.trainer._has_entropy_bonus():
+            return "an entropy bonus"
+        return "an auxiliary loss" if self.trainer.aux_loss_enabled else None
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.info("%s", reason)

@@ -1,0 +1,1 @@
+"""rlloss with vLLM: sampling."""

@@ -1,0 +1,266 @@
+"""Tiles of logits, [rows, a block of the vocabulary], as they come from a matrix product: fold one into the running
+statistics of its rows, or turn it into its gradient. These kernels know no RL and no matrix product.
+
+A row's running statistics are m, s, w, q as in `rlloss.kernels.online`, the sum of u, the largest u before the target
+and the target's own u: state [7, N], fp32. `empty_state` is what they are before the first tile.
+
+Costs, in the terms of `rlloss.kernels.rows`, of a tile of n rows and V entries, fp32, where H of the targets lie in it
+and g are the bytes of an entry of the gradient (in place for fp32). All of the state is loaded:
+
+fold_tile_kernel:
+    read = 4 * V * n + (t + 4 * PER_ROW + 24) * n + 4 * H
+    again = 4 * H
+    written = 4 * n * (2 + ENTROPY + SQUARES + MEAN + TOP1) + 4 * H
+    tiles = (V + BLOCK_V - 1) // BLOCK_V
+    R = BLOCK_V // 4
+    exponentials = n * (tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * (R + 2)) + HAS_SOFTCAP * H
+
+gradient_tile_kernel:
+    of_row = t + 4 * PER_ROW + 8 + 4 * (LOGP_GRAD + 2 * ENTROPY_GRAD + LSE_GRAD)
+    read = 4 * V * n + chunks * of_row * n
+    again = (chunks - 1) * of_row * n
+    written = g * V * n
+    tiles = (V + BLOCK_V - 1) // BLOCK_V
+    exponentials = n * tiles * BLOCK_V * (1 + 2 * HAS_SOFTCAP)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.online import merge, softcapped
+from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, scales
+from rlloss.kernels.token_stats_backward import write_gradient
+from rlloss.kernels.token_stats_forward import chunk_stats
+
+
+@triton.jit(do_not_specialize=["N", "V", "stride_row", "first", "chunks"])
+def fold_tile_kernel(
+    tile_ptr,
+    target_ptr,
+    temperature_ptr,
+    running_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    V: "i32",  # type: ignore  # noqa: F821
+    stride_row: "i64",  # type: ignore  # noqa: F821
+    first: "i64",  # type: ignore  # noqa: F821
+    chunks: "i32",  # type: ignore  # noqa: F821
+    temperature: "fp32",  # type: ignore  # noqa: F821
+    softcap: "fp32",  # type: ignore  # noqa: F821
+    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    PER_ROW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):
+    """Grid (R,). V is the width of the tile, `first` its first vocabulary entry, N the distance of state's rows."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * stride_row
+    if ALIGNED:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+    target = tl.load(target_ptr + row).to(tl.int64) - first
+    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore
+    m = tl.load(running_ptr + row)
+    s = tl.load(running_ptr + N + row)
+    w = tl.load(running_ptr + 2 * N + row)
+    q = tl.load(running_ptr + 3 * N + row)
+    total = tl.load(running_ptr + 4 * N + row)
+    before = tl.load(running_ptr + 5 * N + row)
+    for chunk in range(chunks):
+        m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
+            row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, 1, target, k, softcap, logit_scale,
+            HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
+        )  # fmt: skip
+        m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
+        total += total_c
+        before = tl.maximum(before, before_c)
+    tl.store(running_ptr + row, m)
+    tl.store(running_ptr + N + row, s)
+    if ENTROPY:
+        tl.store(running_ptr + 2 * N + row, w)
+    if SQUARES:
+        tl.store(running_ptr + 3 * N + row, q)
+    if MEAN:
+        tl.store(running_ptr + 4 * N + row, total)
+    if TOP1:
+        tl.store(running_ptr + 5 * N + row, before)
+    if (target >= 0) & (target < V):
+        logit = tl.load(row_ptr + target).to(tl.float32)
+        tl.store(running_ptr + 6 * N + row, softcapped(logit, softcap, logit_scale, HAS_SOFTCAP))
+
+
+@triton.jit(do_not_specialize=["V", "stride_row", "out_row", "first", "chunks"])
+def gradient_tile_kernel(
+    tile_ptr,
+    target_ptr,
+    temperature_ptr,
+    m_ptr,
+    log_s_ptr,
+    entropy_ptr,
+    g_logp_ptr,
+    g_entropy_ptr,
+    g_lse_ptr,
+    out_ptr,
+    V: "i32",  # type: ignore  # noqa: F821
+    stride_row: "i64",  # type: ignore  # noqa: F821
+    out_row: "i64",  # type: ignore  # noqa: F821
+    first: "i64",  # type: ignore  # noqa: F821
+    chunks: "i32",  # type: ignore  # noqa: F821
+    temperature: "fp32",  # type: ignore  # noqa: F821
+    softcap: "fp32",  # type: ignore  # noqa: F821
+    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    PER_ROW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LOGP_GRAD: tl.constexpr,
+    ENTROPY_GRAD: tl.constexpr,
+    LSE_GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):
+    """Grid (R * chunks,). out may be the tile itself."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // chunks
+    start = (pid - row * chunks).to(tl.int32) * CHUNK_V
+    row_ptr = tile_ptr + row * stride_row
+    out = out_ptr + row * out_row
+    if ALIGNED:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+        out = tl.multiple_of(out, 16)
+    g_logp = 0.0
+    g_entropy = 0.0
+    common = 0.0
+    if LSE_GRAD:
+        common = tl.load(g_lse_ptr + row)
+    if LOGP_GRAD:
+        g_logp = tl.load(g_logp_ptr + row)
+        common = common - g_logp
+    if ENTROPY_GRAD:
+        g_entropy = tl.load(g_entropy_ptr + row)
+        common = common - g_entropy * tl.load(entropy_ptr + row)
+    target = tl.load(target_ptr + row).to(tl.int64) - first
+    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore
+    write_gradient(
+        row_ptr, out, start, tl.minimum(V, start + CHUNK_V), V, 1, 1, target, g_logp, common, g_entropy,
+        tl.load(m_ptr + row), tl.load(log_s_ptr + row), scale, k, softcap, logit_scale, HAS_SOFTCAP, ENTROPY_GRAD,
+        BLOCK_V,
+    )  # fmt: skip
+
+
+def fold_tile(
+    tile: torch.Tensor,
+    start: int,
+    target: torch.Tensor,
+    state: torch.Tensor,
+    temperature: torch.Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    *,
+    entropy: bool,
+    squares: bool,
+    mean: bool,
+    top1: bool,
+    overwrite: bool = False,
+) -> None:
+    """Fold tile [R, C], contiguous fp32, the raw logits of vocabulary entries start .. start + C - 1, into `state`.
+
+    target and temperature (or a number) contiguous [R]; state [7, R], contiguous along its rows. The tile is left as it
+    is (`overwrite` allows what only the torch version makes use of).
+    """
+    rows = Rows(tile)
+    if rows.N == 0:
+        return
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", tile, rows.V)
+    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned()
+    with device_of(tile):
+        fold_tile_kernel[(rows.N,)](
+            tile,
+            target,
+            temperature if per_row else state,
+            state,
+            state.stride(0),
+            rows.V,
+            rows.stride_inner,
+            start,
+            chunks,
+            1.0 if per_row else float(temperature),
+            0.0 if softcap is None else float(softcap),
+            float(logit_scale),
+            PER_ROW=per_row,
+            HAS_SOFTCAP=softcap is not None,
+            ENTROPY=entropy,
+            SQUARES=squares,
+            MEAN=mean,
+            TOP1=top1,
+            ALIGNED=aligned,
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+            **registers(tile, num_warps, simple=aligned and softcap is None and not (squares or mean or top1)),
+        )
+
+
+def gradient_tile(
+    tile: torch.Tensor,
+    start: int,
+    target: torch.Tensor,
+    m: torch.Tensor,
+    log_s: torch.Tensor,
+    entropy: torch.Tensor | None,
+    g_logp: torch.Tensor | None,
+    g_entropy: torch.Tensor | None,
+    g_lse: torch.Tensor | None,
+    temperature: torch.Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the raw logits in `tile` (as for `fold_tile`), in `dtype`: the tile's memory if that is fp32.
+
+    All rows are computed. m, log_s (log2 of the sum), entropy (needed for g_entropy) and g_* are contiguous fp32 [R];
+    a g_* that is None is 0. A target outside the vocabulary has no entry of its own.
+    """
+    rows = Rows(tile)
+    out = tile if dtype == tile.dtype else torch.empty(tile.shape, dtype=dtype, device=tile.device)
+    if rows.N == 0:
+        return out
+    out_rows = Rows(out)
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
+    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out_rows.aligned()
+    with device_of(tile):
+        gradient_tile_kernel[(rows.N * chunks,)](
+            tile,
+            target,
+            temperature if per_row else m,
+            m,
+            log_s,
+            m if entropy is None else entropy,
+            m if g_logp is None else g_logp,
+            m if g_entropy is None else g_entropy,
+            m if g_lse is None else g_lse,
+            out,
+            rows.V,
+            rows.stride_inner,
+            out_rows.stride_inner,
+            start,
+            chunks,
+            1.0 if per_row else float(temperature),
+            0.0 if softcap is None else float(softcap),
+            float(logit_scale),
+            PER_ROW=per_row,
+            HAS_SOFTCAP=softcap is not None,
+            LOGP_GRAD=g_logp is not None,
+            ENTROPY_GRAD=g_entropy is not None,
+            LSE_GRAD=g_lse is not None,
+            ALIGNED=aligned,
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+            **registers(tile, num_warps, simple=aligned and softcap is None),
+        )
+    return out

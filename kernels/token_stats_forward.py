@@ -1,0 +1,370 @@
+"""Logits rows -> log-probability, entropy and lse of each. These kernels know no RL.
+
+Each logit is read from memory once (plus the one logit of the target). A row is a fixed sequence of chunks, each
+reduced on its own and merged in order, whether one program walks the whole row or, when rows are few, one program
+takes one chunk: a row's bits do not depend on the rows around it (on 16-byte alignment they may, through the layout).
+
+Costs, in the terms of `rlloss.kernels.rows`: b V bytes a row that counts, the target's own logit again, and what a row
+has besides. A tile has R running results:
+
+token_stats_forward_kernel:
+    visits = chunks if SPLIT else 1
+    read = b * V * n + visits * (HAS_MASK * N + (t + 4 * PER_ROW) * n) + b * n * (1 - SPLIT)
+    again = (visits - 1) * (HAS_MASK * N + (t + 4 * PER_ROW) * n) + b * n * (1 - SPLIT)
+    written = 24 * chunks * n if SPLIT else 4 * n * (4 + ENTROPY + MEAN + SQUARES + TOP1)
+    tiles = (V + BLOCK_V - 1) // BLOCK_V
+    R = BLOCK_V * b // 16
+    of_row = tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * R
+    exponentials = n * (of_row if SPLIT else of_row + 2 * chunks + HAS_SOFTCAP)
+
+token_stats_merge_kernel:
+    read = HAS_MASK * N + (24 * chunks + b + t + 4 * PER_ROW) * n
+    written = 4 * n * (4 + ENTROPY + MEAN + SQUARES + TOP1)
+    exponentials = n * (2 * chunks + HAS_SOFTCAP)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlloss.kernels.launch_table import choice
+from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
+from rlloss.kernels.rows import (
+    Rows,
+    as_rows,
+    device_of,
+    launch_shape,
+    processors,
+    registers,
+    row_offset,
+    scales,
+    tile_offsets,
+)
+
+
+@triton.jit
+def chunk_stats(
+    row_ptr,
+    start,
+    stop,
+    V,
+    stride_v,
+    target,
+    k,
+    softcap,
+    logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Statistics of entries [start, min(stop, V)): (m, s, w, q, sum u, largest u before the target)."""
+    LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    R: tl.constexpr = BLOCK_V // LANES
+    m = tl.full((R,), -float("inf"), tl.float32)
+    s = tl.zeros((R,), tl.float32)
+    w = tl.zeros((R,), tl.float32)
+    q = tl.zeros((R,), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    rest = tl.zeros((R,), tl.float32)  # of its own: one sum in loop and tail stops a pass of Triton 3.7
+    before = tl.full((R,), -float("inf"), tl.float32)
+    lanes = tile_offsets(R, LANES, ALIGNED)
+
+    # Full blocks carry no mask: a mask whose bound is not known to be a multiple of 16 would cost the 16-byte loads.
+    full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
+    for first in range(start, full, BLOCK_V):
+        offsets = first + lanes
+        logits = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
+        u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+        m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
+        if MEAN:
+            total += tl.sum(u, axis=1)
+        if TOP1:
+            before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
+    if stop > full:
+        offsets = tl.maximum(start, full) + lanes
+        inside = offsets < V
+        logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0)
+        logits, inside = as_rows(logits, ALIGNED).to(tl.float32), as_rows(inside, ALIGNED)
+        u = tl.where(inside, softcapped(logits, softcap, logit_scale, HAS_SOFTCAP), -float("inf"))
+        m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
+        if MEAN:
+            rest = tl.sum(tl.where(inside, u, 0.0), axis=1)
+        if TOP1:
+            before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
+    m_row, s_row, w_row, q_row = collapse(m, s, w, q, k, ENTROPY, SQUARES)
+    return m_row, s_row, w_row, q_row, tl.sum(total + rest, axis=0), tl.max(before, axis=0)
+
+
+@triton.jit
+def _finish(
+    row,
+    N,
+    row_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    saved_ptr,
+    extra_ptr,
+    m,
+    s,
+    w,
+    q,
+    total,
+    before,
+    V,
+    stride_v,
+    target,
+    scale,
+    k,
+    softcap,
+    logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+):
+    # A target outside the vocabulary reads the row's first entry, and its logp becomes NaN.
+    inside = (target >= 0) & (target < V)
+    logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
+    u_target = softcapped(logit, softcap, logit_scale, HAS_SOFTCAP)
+    log_s = tl.log2(s)
+    logp = (u_target - m) * scale - log_s * LN_2
+    tl.store(logp_ptr + row, tl.where(inside, logp, float("nan")))
+    if ENTROPY:
+        tl.store(entropy_ptr + row, (log_s - w / s) * LN_2)
+    tl.store(lse_ptr + row, m * scale + log_s * LN_2)
+    tl.store(saved_ptr + row, m)
+    tl.store(saved_ptr + N + row, log_s)
+    if MEAN:
+        tl.store(extra_ptr + row, total * scale / V)
+    if SQUARES:
+        tl.store(extra_ptr + N + row, (tl.log2(q) - 2.0 * log_s) * LN_2)
+    if TOP1:
+        # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
+        first = inside & (u_target >= m) & (before < u_target) & (s == s)
+        tl.store(extra_ptr + 2 * N + row, tl.where(first, 1.0, 0.0))
+
+
+@triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
+def token_stats_forward_kernel(
+    logits_ptr,
+    target_ptr,
+    mask_ptr,
+    temperature_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    saved_ptr,
+    extra_ptr,
+    partial_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    V: "i32",  # type: ignore  # noqa: F821
+    rows_inner: "i64",  # type: ignore  # noqa: F821
+    stride_outer: "i64",  # type: ignore  # noqa: F821
+    stride_inner: "i64",  # type: ignore  # noqa: F821
+    stride_v,
+    chunks: "i32",  # type: ignore  # noqa: F821
+    temperature: "fp32",  # type: ignore  # noqa: F821
+    softcap: "fp32",  # type: ignore  # noqa: F821
+    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    HAS_MASK: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+):
+    """Grid (N,), or (N * chunks,) with SPLIT, where partial [6, N * chunks] is left for `token_stats_merge_kernel`."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid
+    if SPLIT:
+        row = pid // chunks
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    offset = row_offset(row, rows_inner, stride_outer, stride_inner)
+    row_ptr = logits_ptr + offset
+    if ALIGNED:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+    target = tl.load(target_ptr + row)
+    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+
+    if SPLIT:
+        chunk = (pid - row * chunks).to(tl.int32)
+        m, s, w, q, total, before = chunk_stats(
+            row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
+            logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
+        )  # fmt: skip
+        slots = N * chunks
+        tl.store(partial_ptr + pid, m)
+        tl.store(partial_ptr + slots + pid, s)
+        tl.store(partial_ptr + 2 * slots + pid, w)
+        tl.store(partial_ptr + 3 * slots + pid, q)
+        tl.store(partial_ptr + 4 * slots + pid, total)
+        tl.store(partial_ptr + 5 * slots + pid, before)
+    else:
+        m = -float("inf")
+        s = 0.0
+        w = 0.0
+        q = 0.0
+        total = 0.0
+        before = -float("inf")
+        for chunk in range(chunks):
+            m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
+                row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
+                logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
+            )  # fmt: skip
+            m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
+            total += total_c
+            before = tl.maximum(before, before_c)
+        _finish(
+            row, N, row_ptr, logp_ptr, entropy_ptr, lse_ptr, saved_ptr, extra_ptr, m, s, w, q, total, before, V,
+            stride_v, target, scale, k, softcap, logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
+def token_stats_merge_kernel(
+    logits_ptr,
+    target_ptr,
+    mask_ptr,
+    temperature_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    saved_ptr,
+    extra_ptr,
+    partial_ptr,
+    N: "i64",  # type: ignore  # noqa: F821
+    V: "i32",  # type: ignore  # noqa: F821
+    rows_inner: "i64",  # type: ignore  # noqa: F821
+    stride_outer: "i64",  # type: ignore  # noqa: F821
+    stride_inner: "i64",  # type: ignore  # noqa: F821
+    stride_v,
+    chunks: "i32",  # type: ignore  # noqa: F821
+    temperature: "fp32",  # type: ignore  # noqa: F821
+    softcap: "fp32",  # type: ignore  # noqa: F821
+    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    HAS_MASK: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+):
+    """Grid (N,): merge the chunks of each row in the order in which one program would have met them."""
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
+    target = tl.load(target_ptr + row)
+    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+    m = -float("inf")
+    s = 0.0
+    w = 0.0
+    q = 0.0
+    total = 0.0
+    before = -float("inf")
+    slots = N * chunks
+    for chunk in range(chunks):
+        slot_ptr = partial_ptr + row * chunks + chunk
+        m, s, w, q = merge(
+            m, s, w, q, tl.load(slot_ptr), tl.load(slot_ptr + slots), tl.load(slot_ptr + 2 * slots),
+            tl.load(slot_ptr + 3 * slots), k, ENTROPY, SQUARES,
+        )  # fmt: skip
+        total += tl.load(slot_ptr + 4 * slots)
+        before = tl.maximum(before, tl.load(slot_ptr + 5 * slots))
+    _finish(
+        row, N, row_ptr, logp_ptr, entropy_ptr, lse_ptr, saved_ptr, extra_ptr, m, s, w, q, total, before, V,
+        stride_v, target, scale, k, softcap, logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1,
+    )  # fmt: skip
+
+
+def token_stats_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: torch.Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    *,
+    entropy: bool = True,
+    squares: bool = False,
+    mean: bool = False,
+    top1: bool = False,
+    split: bool | None = None,
+    block_v: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits [..., V], target / mask / temperature contiguous with N entries -> (logp, entropy, lse, saved, extra).
+
+    All fp32: logp, entropy and lse [N]; saved [2, N] is (m, log2 s) for the backward; extra [3, N] is (mean logit,
+    log sum p^2, is_top1). 0 where masked or not asked for. `split` gives each chunk of a row a program of its own;
+    None: when there are fewer rows than would fill the device.
+    """
+    rows = Rows(logits)
+    logp, entropy_out, lse = (torch.zeros(rows.N, dtype=torch.float32, device=logits.device) for _ in range(3))
+    saved = torch.zeros((2, rows.N), dtype=torch.float32, device=logits.device)
+    extra = torch.zeros((3, rows.N if squares or mean or top1 else 0), dtype=torch.float32, device=logits.device)
+    outputs = (logp, entropy_out, lse, saved, extra)
+    if rows.N == 0:
+        return outputs
+    BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
+    if split is None:
+        (few,) = choice("split", logits.device, logits.dtype, rows.V)
+        split = chunks > 1 and logits.is_cuda and rows.N < few * processors(logits.device)
+    partial = torch.empty((6, rows.N * chunks if split else 0), dtype=torch.float32, device=logits.device)
+    per_row = isinstance(temperature, torch.Tensor)
+    arguments = (
+        rows.tensor,
+        target,
+        target if mask is None else mask,
+        temperature if per_row else logp,
+        *outputs,
+        partial,
+        rows.N,
+        rows.V,
+        rows.inner,
+        rows.stride_outer,
+        rows.stride_inner,
+        rows.stride_v,
+        chunks,
+        1.0 if per_row else float(temperature),
+        0.0 if softcap is None else float(softcap),
+        float(logit_scale),
+    )
+    flags = {
+        "HAS_MASK": mask is not None,
+        "PER_ROW": per_row,
+        "HAS_SOFTCAP": softcap is not None,
+        "ENTROPY": entropy,
+        "SQUARES": squares,
+        "MEAN": mean,
+        "TOP1": top1,
+    }
+    aligned = rows.aligned()
+    with device_of(logits):
+        token_stats_forward_kernel[(rows.N * chunks if split else rows.N,)](
+            *arguments,
+            **flags,
+            SPLIT=split,
+            ALIGNED=aligned,
+            BLOCK_V=BLOCK_V,
+            CHUNK_V=CHUNK_V,
+            num_warps=num_warps,
+            **registers(logits, num_warps, simple=aligned and softcap is None and not (squares or mean or top1)),
+        )
+        if split:
+            token_stats_merge_kernel[(rows.N,)](*arguments, **flags, num_warps=1)
+    return outputs

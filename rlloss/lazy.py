@@ -1,0 +1,21 @@
+"""Names of a package that are imported when they are first used."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def attach(
+    package: str, modules: dict[str, str], folders: tuple[str, ...] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """(`__getattr__`, `__dir__`, `__all__`) of a package (PEP 562). modules: {name: the module that has it}. folders:
+    packages inside it."""
+
+    def get(name: str) -> Any:
+        if name in folders:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(modules[name]), name)
+
+    return get, lambda: sorted({*vars(importlib.import_module(package)), *modules, *folders}), list(modules)

@@ -1,0 +1,325 @@
+"""linear_token_stats for autograd: as a function that may hold logits, and as a registered operator."""
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss.backends import backend, choose_backend
+from rlloss.lm_head import vocab_loop
+from rlloss.lm_head.matmul import count_unit
+from rlloss.lm_head.row_subset import Capacity, Picked, Survey, fitting
+from rlloss.lm_head.vocab_loop import Coefs, Head, Kept, Stats, Transform, Wanted
+
+# Entered wherever the weight is read: an engine that shards it gathers it there.
+Gather = Callable[[], contextlib.AbstractContextManager]
+
+
+class Rows(NamedTuple):
+    """What a row is besides its hidden state: target [...], temperature like it or a number, and the numbers. capacity:
+    how many rows there is room for."""
+
+    target: Tensor
+    temperature: Tensor | float
+    softcap: float | None
+    logit_scale: float
+    capacity: Capacity | None = None
+
+    def transform(self, rows: Picked | None) -> Transform:
+        t = self.temperature
+        if isinstance(t, Tensor):
+            t = flat(t, rows, fill=1.0).contiguous()
+        return Transform(t, self.softcap, self.logit_scale)
+
+
+def flat(x: Tensor, rows: Picked | None, fill: float = 0.0) -> Tensor:
+    """x [...] as [N], or the given rows of it."""
+    x = x.reshape(-1)
+    return x if rows is None else rows.take(x, fill)
+
+
+def spread(values: Tensor, rows: Picked | None, shape: torch.Size) -> Tensor:
+    """Values [..., n] of some rows in their places among zeros."""
+    return (values if rows is None else rows.put(values)).view((*values.shape[:-1], *shape))
+
+
+def plain(device: torch.device) -> contextlib.AbstractContextManager:
+    """Dtypes are chosen here, and not by autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the operands of the products: autocast's, which leaves fp64 and "meta" alone, else the wider of the two."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return dtype
+
+
+def operands(hidden: Tensor, head: Head, rows: Picked | None) -> Tensor:
+    """Rows of hidden [..., D] as the products take them: [n, D]."""
+    x = hidden.reshape(-1, hidden.shape[-1])
+    return head.operand(x if rows is None else rows.take(x)).contiguous()
+
+
+def counted_rows(target: Tensor, mask: Tensor | None, capacity: Capacity | None) -> Picked | None:
+    """The rows that count; None: all. One host sync on a GPU, none with a capacity."""
+    if mask is not None and capacity is not None:
+        return fitting(mask.reshape(-1), min(capacity.rows, target.numel()), "rows that count")
+    return Survey(target.numel(), mask, None, 1).rows()
+
+
+def _live_rows(coefs: Coefs, n: int, counted: Picked | None, capacity: Capacity | None) -> tuple[Picked, Coefs]:
+    """The rows with a gradient, and their coefficients: NaN where there was no room for all. One host sync on a GPU,
+    none with a capacity."""
+    flags = coefs.live()
+    if capacity is None:
+        live = Picked(flags.nonzero().squeeze(-1), n)
+        return live, coefs if len(live) == n else _taken(coefs, live)
+    live = fitting(flags, min(capacity.live, n), "rows with a gradient")
+    assert live.beyond is not None
+    exceeded = live.beyond.any()
+    if counted is not None and counted.beyond is not None:
+        exceeded = exceeded | counted.beyond.any()
+    return live, Coefs(*(None if g is None else g.masked_fill_(exceeded, torch.nan) for g in _taken(coefs, live)))
+
+
+def _taken(coefs: Coefs, rows: Picked) -> Coefs:
+    return Coefs(*(None if g is None else rows.take(g) for g in coefs))
+
+
+def _stats_of(stats: Stats, live: Picked) -> Stats:
+    """For unused slots: the row maximum is +inf, so every probability is exactly 0."""
+    m, log_s = stats.saved
+    saved = torch.stack((live.take(m, fill=torch.inf), live.take(log_s)))
+    return Stats(stats.logp, live.take(stats.entropy), stats.lse, saved, stats.extra)
+
+
+def gradients(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    counted: Picked | None,
+    stats: Stats,
+    coefs: Coefs,
+    kept: Kept | None,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden [..., D], weight and bias. stats and coefs [n] of the rows counted. One host sync, or none
+    with a capacity."""
+    n = len(stats.logp)
+    live, coefs = _live_rows(coefs, n, counted, rows.capacity)
+    if len(live) == 0:
+        zeros = (torch.zeros_like(x) if x is not None and need else None
+                 for x, need in zip((hidden, head.weight, head.bias), needed, strict=True))  # fmt: skip
+        return tuple(zeros)  # type: ignore
+    places: Picked | None = live if counted is None else counted.of(live)
+    if rows.capacity is not None or len(live) < n:
+        stats = _stats_of(stats, live)
+        if kept is not None:
+            vocab_loop.keep_only(kept, live)
+    if rows.capacity is None and len(live) == rows.target.numel():
+        places = None
+    target = flat(rows.target, places).contiguous()
+    coefs = vocab_loop.poisoned(coefs, target, head.V)
+    found = vocab_loop.backward(
+        operands(hidden, head, places), head, target, rows.transform(places), stats, coefs, needed,
+        kept=None if kept is None else kept.blocks,
+    )  # fmt: skip
+    return spread_hidden(hidden, found.hidden, places), found.weight, found.bias
+
+
+def spread_hidden(hidden: Tensor, gradient: Tensor | None, places: Picked | None) -> Tensor | None:
+    """The gradient of hidden [..., D] from that of some rows."""
+    if gradient is None:
+        return None
+    if places is None:
+        return gradient.to(hidden.dtype).view(hidden.shape)
+    N, D = places.total, hidden.shape[-1]
+    nowhere = 0 if places.beyond is None else 1
+    out = torch.zeros((N + nowhere, D), dtype=hidden.dtype, device=hidden.device)
+    return out.index_copy_(0, places.index, gradient.to(hidden.dtype))[:N].view(hidden.shape)
+
+
+def _forward(hidden, head, rows, counted, keep, wanted, edges=None):
+    """(logp, entropy, lse, extra, like target, saved and entropy of the rows counted, kept logits)."""
+    target = flat(rows.target, counted).contiguous()
+    count_unit(len(target), *head.weight.shape)
+    stats, kept = vocab_loop.forward(
+        operands(hidden, head, counted), head, target, rows.transform(counted), wanted, keep, edges=edges
+    )  # fmt: skip
+    shape = rows.target.shape
+    extra = spread(stats.extra, counted, shape) if wanted.squares or wanted.mean or wanted.top1 else stats.extra
+    logp, entropy, lse = (spread(x, counted, shape) for x in (stats.logp, stats.entropy, stats.lse))
+    return logp, entropy, lse, extra, stats, kept
+
+
+def _backward(hidden, head, rows, counted, saved, entropy, grads, kept, needed):
+    coefs = Coefs(*(None if g is None else flat(g, counted).to(saved.dtype) for g in grads))
+    stats = Stats(saved[0], saved[0] if entropy is None else entropy, saved[0], saved, saved[:0])
+    return gradients(hidden, head, rows, counted, stats, coefs, kept, needed)
+
+
+class LinearTokenStats(torch.autograd.Function):
+    """apply(hidden, weight, bias, rows, counted, (keep, edges), wanted, entropy_grad, settings, gather)
+    -> (logp, entropy, lse, extra), like target. Eager."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, settings, gather):
+        ctx.set_materialize_grads(False)
+        with plain(hidden.device), gather():
+            head = Head(weight, bias, *settings)
+            logp, entropy, lse, extra, stats, ctx.kept = _forward(hidden, head, rows, counted, keep[0], wanted, keep[1])
+        ctx.save_for_backward(
+            hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
+            stats.saved, stats.entropy if entropy_grad else None,
+        )  # fmt: skip
+        ctx.rest, ctx.backend = (rows, counted, settings, gather), choose_backend(hidden)
+        ctx.mark_non_differentiable(extra, *(() if entropy_grad else (entropy,)))
+        return logp, entropy, lse, extra
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_entropy, g_lse, _):
+        grads = (g_logp, g_entropy, g_lse)
+        if all(g is None for g in grads):
+            return (None,) * 10
+        hidden, weight, bias, _, _, saved, entropy = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # a second backward finds none and computes the logits again
+        rows, counted, settings, gather = ctx.rest
+        with plain(hidden.device), gather(), backend(ctx.backend):
+            head = Head(weight, bias, *settings)
+            found = _backward(hidden, head, rows, counted, saved, entropy, grads, kept, ctx.needs_input_grad[:3])
+        return *found, *(None,) * 7
+
+
+@torch.library.custom_op("rlloss::linear_token_stats", mutates_args=())
+def linear_token_stats_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    batch_invariant: bool,
+    entropy: bool,
+    entropy_grad: bool,
+    squares: bool,
+    mean: bool,
+    top1: bool,
+    capacity: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with plain(hidden.device):
+        rows = _rows(target, temperatures, temperature, softcap, logit_scale, capacity)
+        head, counted = Head(weight, bias, dtype, batch_invariant), counted_rows(target, mask, rows.capacity)
+        wanted = Wanted(entropy, squares, mean, top1)
+        logp, entropy_out, lse, extra, stats, _ = _forward(hidden, head, rows, counted, False, wanted)
+        return logp, entropy_out, lse, spread(stats.saved, counted, target.shape), extra.view(3, *_extra_shape(
+            target, wanted))  # fmt: skip
+
+
+def _rows(target, temperatures, temperature, softcap, logit_scale, capacity) -> Rows:
+    room = None if capacity is None else Capacity(*capacity)
+    return Rows(target, temperature if temperatures is None else temperatures, softcap, logit_scale, room)
+
+
+def _extra_shape(target: Tensor, wanted: Wanted) -> tuple[int, ...]:
+    return tuple(target.shape) if wanted.squares or wanted.mean or wanted.top1 else (0,)
+
+
+@linear_token_stats_op.register_fake
+def _(
+    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, batch_invariant,
+    entropy, entropy_grad, squares, mean, top1, capacity=None,
+):  # fmt: skip
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    row = [hidden.new_empty(target.shape, dtype=dtype) for _ in range(3)]
+    extra = _extra_shape(target, Wanted(entropy, squares, mean, top1))
+    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), hidden.new_empty((3, *extra), dtype=dtype)
+
+
+@torch.library.custom_op("rlloss::linear_token_stats_backward", mutates_args=())
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    saved: Tensor,
+    entropy: Tensor | None,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    g_lse: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    capacity: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with plain(hidden.device):
+        rows = _rows(target, temperatures, temperature, softcap, logit_scale, capacity)
+        grads = (g_logp, g_entropy, g_lse)
+        if mask is not None:
+            # Only the live rows are asked for: what is masked is not live.
+            grads = (None if g is None else g.where(mask, 0.0) for g in grads)
+            if rows.capacity is not None:
+                exceeded = mask.sum() > rows.capacity.rows
+                grads = (None if g is None else g.masked_fill(exceeded, torch.nan) for g in grads)
+        found = _backward(
+            hidden, Head(weight, bias, dtype), rows, None, saved.reshape(2, -1),
+            None if entropy is None else entropy.reshape(-1), grads, None, (needs_hidden, needs_weight, needs_bias),
+        )  # fmt: skip
+    h, w, b = (hidden.new_empty(0) if g is None else g for g in found)
+    return h, w, b
+
+
+@_backward_op.register_fake
+def _(
+    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, saved, entropy,
+    g_logp, g_entropy, g_lse, needs_hidden, needs_weight, needs_bias, capacity=None,
+):  # fmt: skip
+    nothing = [hidden.new_empty(0) for _ in range(3)]
+    given = (hidden, weight, bias)
+    needed = (needs_hidden, needs_weight, needs_bias)
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else empty
+        for x, need, empty in zip(given, needed, nothing, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, target, mask, temperatures, *settings = inputs
+    _, entropy, _, saved, extra = output
+    ctx.settings, entropy_grad, ctx.capacity = settings[:4], settings[6], settings[10]
+    ctx.backend = choose_backend(hidden)
+    ctx.mark_non_differentiable(saved, extra)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, mask, temperatures, saved, entropy if entropy_grad else None)
+
+
+def _op_backward(ctx, g_logp, g_entropy, g_lse, *_):
+    found: list[Tensor | None] = [None, None, None]
+    grads = (g_logp, g_entropy, g_lse)
+    if any(g is not None for g in grads):
+        hidden, weight, bias, target, mask, temperatures, saved, entropy = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        with backend(ctx.backend):
+            all_three = _backward_op(
+                hidden, weight, bias, target, mask, temperatures, *ctx.settings, saved, entropy, *grads, *needed,
+                ctx.capacity,
+            )  # fmt: skip
+        found = [g if need else None for g, need in zip(all_three, needed, strict=True)]
+    return *found, *(None for _ in range(14))
+
+
+torch.library.register_autograd("rlloss::linear_token_stats", _op_backward, setup_context=_setup_context)

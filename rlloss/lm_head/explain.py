@@ -1,0 +1,74 @@
+"""What a call from hidden states would do, without doing it."""
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.config import LossConfig
+from rlloss.lm_head.gradient_in_forward import candidates, why_not_in_forward
+from rlloss.lm_head.plans import PlanReport
+from rlloss.lm_head.statistics import ONLY_WITH_A_LOSS, check_capacity, check_head, check_options, choose
+from rlloss.losses.inputs import check_scalars
+
+
+def explain_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    advantage: Tensor | None = None,
+    config: LossConfig | None = None,
+    cutoff: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
+    live_share: float | None = None,
+    plan: str = "auto",
+    memory_budget: int | str | None = None,
+    batch_invariant: bool = False,
+    static_capacity: tuple[int, int] | None = None,
+) -> PlanReport:
+    """The plan, its products and its bytes, in numbers and one sentence: `print(explain_plan(hidden, weight, ...))`.
+
+    Args:
+        hidden, weight, bias, mask: as for `linear_token_stats`. Only shapes, dtypes, the device and `requires_grad`
+            matter, so hidden and weight may be on the "meta" device, where tiles are a GPU's, or FakeTensors; a mask
+            without values is full.
+        advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
+        config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
+        live_share: the share of the rows that count which gets a gradient, where it is known; None:
+            config.top_entropy_quantile of those with an advantage, or all.
+        plan, memory_budget, batch_invariant, static_capacity: as for the call.
+
+    Returns:
+        `PlanReport`. With tensors that need no gradient the plan is "forward".
+
+    Raises:
+        ValueError: the plan that is asked for cannot be taken; why.
+    """
+    budget = check_options(plan, memory_budget, batch_invariant, None)
+    check_head(hidden, weight, bias)
+    if mask is not None:
+        checks.boolean("mask", mask)
+        checks.same_shape("mask", mask, hidden.shape[:-1], "like hidden without its last dimension")
+    if live_share is not None:
+        checks.within("live_share", live_share, 0, 1)
+    check_scalars(cutoff, denominator)
+    if advantage is not None:
+        checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D] with an advantage")
+        checks.advantage(advantage, hidden.shape[:2])
+    readable = mask is not None and checks.has_values(mask)
+    some = None
+    why_not: str | None = ONLY_WITH_A_LOSS
+    if config is not None:
+        checks.of_type("config", config, LossConfig, "a LossConfig or None")
+        why_not = why_not_in_forward(hidden, weight, config, cutoff, denominator)
+        if advantage is not None and mask is not None and checks.has_values(advantage):
+            some = candidates(advantage, mask, config)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    V, D = weight.shape
+    target = hidden[..., 0]
+    return choose(
+        hidden, weight, (V, D), target, mask if readable else None, some if needs_gradient else None,
+        None if config is None else config.top_entropy_quantile, plan, budget, batch_invariant, needs_gradient,
+        why_not, live_share, check_capacity(static_capacity, target, mask),
+    )[0]  # fmt: skip

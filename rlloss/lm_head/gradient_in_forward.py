@@ -1,0 +1,223 @@
+"""The loss and its gradient in one pass over the rows: no logits computed twice, none held.
+
+Possible where a coefficient follows from its own row. Of a chunk of rows all logits are made, the loss says what each
+row's coefficient is, and the live rows' gradients are added to those of hidden and weight, which are held until the
+backward. They are for an incoming gradient of 1 and multiplied by what really comes in. A second backward
+(`retain_graph`) computes its own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.backends import backend, choose_backend
+from rlloss.config import LossConfig
+from rlloss.lm_head import vocab_loop
+from rlloss.lm_head.autograd import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
+from rlloss.lm_head.matmul import count_unit
+from rlloss.lm_head.row_subset import Picked
+from rlloss.lm_head.statistics import Call, check_head, prepare
+from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
+from rlloss.losses.loss import LOSSES, PolicyLoss, policy_loss, row_local
+
+_PART = 4096  # rows of the weight's gradient that are multiplied at a time
+
+
+def why_not_in_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    config: LossConfig,
+    cutoff: Tensor | float | None,
+    denominator: Tensor | float | None,
+) -> str | None:
+    """What forbids it; None: nothing."""
+    if torch.compiler.is_compiling():
+        return "torch.compile takes no gradient that is made in the forward"
+    if not row_local(config, cutoff, denominator):
+        return "with these settings a token's coefficient depends on other tokens"
+    if hidden.device.type != "cpu" and compute_dtype(hidden, weight) == torch.float16:
+        return "fp16 gradients of logits underflow before the loss is scaled"
+    return None
+
+
+class _GradientInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, counted, settings, loss_of, entropy_grad):
+        needed, head = ctx.needs_input_grad[:3], Head(weight, bias, *settings)
+        with plain(hidden.device):
+            made = _Made(hidden, head, rows, counted, loss_of, entropy_grad, needed)
+            logp, entropy = (spread(x, counted, rows.target.shape) for x in (made.logp, made.entropy))
+            loss, metrics = loss_of(logp, entropy)
+        ctx.held = made.held
+        ctx.rest, ctx.backend = (rows, counted, settings, entropy_grad), choose_backend(hidden)
+        ctx.save_for_backward(
+            hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
+            made.saved, made.entropy, made.coefs,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*metrics.values())
+        return loss, tuple(metrics), *metrics.values()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_loss, *_):
+        hidden, weight, bias, _, _, saved, entropy, coefs = ctx.saved_tensors
+        held, ctx.held = ctx.held, None
+        rows, counted, settings, entropy_grad = ctx.rest
+        factor = g_loss.to(saved.dtype)
+        with plain(hidden.device), backend(ctx.backend):
+            if held is not None:
+                found = held.scaled(factor, hidden, weight, bias, counted)
+            else:
+                scaled = torch.where(coefs == 0.0, 0.0, coefs * factor)
+                found = gradients(
+                    hidden, Head(weight, bias, *settings), rows, counted,
+                    Stats(saved[0], entropy, saved[0], saved, saved),
+                    Coefs(scaled[0], scaled[1] if entropy_grad else None, None), None, ctx.needs_input_grad[:3],
+                )  # fmt: skip
+        return *found, *(None,) * 5
+
+
+class _Held:
+    """Gradients for an incoming gradient of 1: of some rows of hidden, in fp32 at least, of weight and of bias."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None):
+        self.hidden: list[Tensor] = []
+        self.places: list[Tensor] = []
+        self.weight, self.bias = weight, bias
+        self.any_live = False
+
+    def scaled(self, factor, hidden, weight, bias, counted):
+        """What the backward returns, made in the memory that is held."""
+        of_hidden = None
+        if self.hidden:
+            N = hidden.shape[:-1].numel()
+            places = Picked(torch.cat(self.places), N if counted is None else len(counted))
+            if counted is not None:
+                places = counted.of(places)
+            gradient = torch.cat(self.hidden) if len(self.hidden) > 1 else self.hidden[0]
+            of_hidden = spread_hidden(hidden, gradient.mul_(factor), None if len(places) == N else places)
+        # Without a live row the gradient is 0 also where the factor is inf or NaN.
+        for g in (self.weight, self.bias):
+            if g is None:
+                continue
+            for part in g.split(_PART) if self.any_live else ():
+                # In bf16 the factor itself would be rounded.
+                part.copy_(part.to(factor.dtype).mul_(factor))
+        of_weight, of_bias = (
+            None if g is None else g.to(x.dtype) for g, x in ((self.weight, weight), (self.bias, bias))
+        )
+        return of_hidden, of_weight, of_bias
+
+
+class _Made:
+    """Statistics, coefficients and held gradients of the rows that count, made a chunk of rows at a time."""
+
+    def __init__(self, hidden, head, rows, counted, loss_of, entropy_grad, needed):
+        target = flat(rows.target, counted).contiguous()
+        n, (V, D) = len(target), head.weight.shape
+        count_unit(n, V, D)
+        h, transform, sums = operands(hidden, head, counted), rows.transform(counted), head.sum_dtype
+        tile = vocab_loop.tile_shape(n, V, hidden.device, head.batch_invariant)
+        step = tile[0]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=sums, device=hidden.device)
+
+        self.logp, self.entropy, self.saved, self.coefs = zeros(n), zeros(n), zeros(2, n), zeros(2, n)
+        # One chunk of rows writes its product into the weight's gradient, more are added up in fp32; and an fp16
+        # gradient that nobody has scaled yet would underflow.
+        adds_up = n > step or any(x is not None and x.dtype == torch.float16 for x in (head.weight, head.bias))
+        into = Gradients(None, zeros(V, D) if needed[1] else None, zeros(V) if needed[2] else None) if adds_up else None
+        self.held = _Held(*(into[1:] if into else (None, None)))
+        for start in range(0, n, step):
+            r = slice(start, min(start + step, n))
+            stats, kept = vocab_loop.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True, tile_of=tile)
+            assert kept is not None
+            self.logp[r], self.entropy[r], self.saved[:, r] = stats.logp, stats.entropy, stats.saved
+            self._ask(loss_of, r, counted, rows.target.shape, entropy_grad)
+            coefs = Coefs(self.coefs[0, r], self.coefs[1, r] if entropy_grad else None, None)
+            live = coefs.live().nonzero().squeeze(-1)
+            if len(live) == 0:
+                continue
+            self.held.any_live = True
+            if len(live) < r.stop - r.start:
+                vocab_loop.keep_only(kept, Picked(live, r.stop - r.start))
+            own = target[r][live].contiguous()
+            found = vocab_loop.backward(
+                h[r][live], head, own, transform.of(r).of(live),
+                Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra),
+                vocab_loop.poisoned(coefs.of(live), own, head.V), needed, kept=kept.blocks, into=into,
+            )  # fmt: skip
+            if found.hidden is not None:
+                self.held.hidden.append(found.hidden)
+                self.held.places.append(live + start)
+            self.held.weight, self.held.bias = found.weight, found.bias
+        self._nothing_live(hidden, head, needed)
+
+    def _ask(self, loss_of, r, counted, shape, entropy_grad):
+        """The coefficients of rows r. The others do not matter: no row's coefficient depends on another row."""
+        with torch.enable_grad():
+            leaves = [spread(x, counted, shape).requires_grad_() for x in (self.logp, self.entropy)]
+            asked = leaves if entropy_grad else leaves[:1]
+            found = torch.autograd.grad(loss_of(*leaves).loss, asked, allow_unused=True)
+        for coefs, g in zip(self.coefs, found, strict=False):
+            if g is not None:
+                coefs[r] = flat(g, counted)[r]
+
+    def _nothing_live(self, hidden, head, needed):
+        """Zeros where no row gave a gradient."""
+        if needed[0] and not self.held.hidden:
+            self.held.hidden = [hidden.new_zeros((0, hidden.shape[-1]), dtype=head.sum_dtype)]
+            self.held.places = [torch.zeros(0, dtype=torch.int64, device=hidden.device)]
+        if needed[1] and self.held.weight is None:
+            self.held.weight = torch.zeros_like(head.weight)
+        if needed[2] and self.held.bias is None:
+            self.held.bias = torch.zeros_like(head.bias)
+
+
+def prepare_loss(
+    hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, plan, memory_budget,
+    batch_invariant, vocab_group, static_capacity: tuple[int, int] | None, config: LossConfig, cutoff, denominator,
+) -> Call:  # fmt: skip
+    """`linear.prepare` with what the loss says about the gradient before there is one."""
+    check_head(hidden, weight, bias)
+    checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D]")
+    checks.boolean("mask", mask)
+    checks.same_shape("mask", mask, hidden.shape[:-1], "like hidden without its last dimension")
+    checks.advantage(advantage, mask.shape)
+    checks.same_device("advantage", advantage, mask, "mask")
+    return prepare(
+        hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
+        vocab_group, static_capacity, candidates=candidates(advantage, mask, config),
+        live_share=config.top_entropy_quantile,
+        no_gradient_in_forward=why_not_in_forward(hidden, weight, config, cutoff, denominator),
+    )  # fmt: skip
+
+
+def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:
+    """Tokens [B, T] that may get a gradient: where the loss is a multiple of it, those with an advantage. None: all."""
+    if config.loss_type == "kl_cov" or config.beta != 0.0 or config.entropy_coef != 0.0:
+        return None
+    has_advantage = advantage.detach() != 0  # NaN is one
+    if has_advantage.dim() == 1:
+        has_advantage = has_advantage.unsqueeze(-1)
+    elif (LOSSES[config.loss_type].level or config.ratio_level) != "token":
+        has_advantage = has_advantage.any(-1, keepdim=True)  # through the ratio they share
+    return has_advantage.expand(mask.shape)
+
+
+def gradient_in_forward(
+    call: Call, advantage: Tensor, mask: Tensor, config: LossConfig, given: dict[str, Any]
+) -> PolicyLoss:
+    """What `linear_token_stats` and `policy_loss` make together. given: the optional arguments of the latter."""
+
+    def loss_of(logp: Tensor, entropy: Tensor) -> PolicyLoss:
+        return policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
+
+    loss, names, *values = _GradientInForward.apply(
+        call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, loss_of,
+        config.entropy_coef != 0.0,
+    )  # type: ignore[misc]  # fmt: skip
+    return PolicyLoss(loss, dict(zip(names, values, strict=True)))

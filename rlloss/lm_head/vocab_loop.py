@@ -1,0 +1,352 @@
+"""The lm_head a block of the vocabulary at a time: hidden states -> statistics of their logits -> gradients.
+
+Products are the library's (cuBLAS, MKL, oneDNN), in the dtype of the inputs, with sums and logits in fp32; on a CPU,
+where no product takes bf16 and gives fp32, one block of the weight at a time is widened, see `products.multiply`. No
+memory here grows with N * V but what is asked to be kept. RL reaches this as one coefficient per row.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import backends
+from rlloss.lm_head.matmul import multiply
+from rlloss.lm_head.row_subset import Picked
+from rlloss.lm_head.vocab_parallel import Shard
+from rlloss.torch_kernels import logits_tile
+from rlloss.torch_kernels.token_stats import LOG2_E, row_scale
+
+STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
+CPU_ROWS, CPU_WIDTH = 1024, 2048
+INVARIANT_ROWS = {"cpu": 128}
+GPU_INVARIANT_ROWS = 512
+
+
+class Settings(NamedTuple):
+    """compute_dtype: to which operands are rounded. shard: of the vocabulary, None: it is whole."""
+
+    compute_dtype: torch.dtype
+    batch_invariant: bool = False
+    shard: Shard | None = None
+
+
+class Head(NamedTuple):
+    """weight [V, D] and bias [V] or None, of a `shard` this rank's; then the fields of `Settings`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    compute_dtype: torch.dtype
+    batch_invariant: bool = False
+    shard: Shard | None = None
+
+    @property
+    def V(self) -> int:
+        """Entries of the whole vocabulary."""
+        return len(self.weight) if self.shard is None else self.shard.total
+
+    @property
+    def offset(self) -> int:
+        """The first entry that is here."""
+        return 0 if self.shard is None else self.shard.offset
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    def operand(self, x: Tensor) -> Tensor:
+        """x as an operand of a product: rounded to the dtype of the computation, widened where sums need it."""
+        x = x.to(self.compute_dtype)
+        return x if x.is_cuda else x.to(self.sum_dtype)
+
+
+class Transform(NamedTuple):
+    """What stands between a product and the softmax. temperature: [N] or a number."""
+
+    temperature: Tensor | float
+    softcap: float | None
+    logit_scale: float
+
+    def of(self, rows: slice | Tensor) -> "Transform":
+        if not isinstance(self.temperature, Tensor):
+            return self
+        return self._replace(temperature=self.temperature[rows].contiguous())
+
+
+class Wanted(NamedTuple):
+    entropy: bool = True
+    squares: bool = False
+    mean: bool = False
+    top1: bool = False
+
+
+class Stats(NamedTuple):
+    """Of [N] rows. saved [2, N] = (m, log2 s); extra [3, N] = (mean logit, log sum p^2, is_top1), or [3, 0]."""
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    saved: Tensor
+    extra: Tensor
+
+
+class Coefs(NamedTuple):
+    """d loss / d (logp, entropy, lse) of [N] rows; None is 0."""
+
+    logp: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+    def of(self, rows: slice | Tensor) -> "Coefs":
+        return Coefs(*(None if g is None else g[rows].contiguous() for g in self))
+
+    def live(self) -> Tensor:
+        """Rows with a gradient. NaN is not 0: a broken coefficient is live and shows itself."""
+        return torch.stack([g for g in self if g is not None]).ne(0).any(0)
+
+
+class Gradients(NamedTuple):
+    """hidden [L, D] in the sums' dtype, weight and bias in theirs; None where it is not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Kept(NamedTuple):
+    """Raw logits of some rows. blocks: one tensor [len(rows), width] a block of the vocabulary; rows: None: all."""
+
+    blocks: list[Tensor | None]
+    rows: Picked | None
+
+
+def chunk_rows(device: torch.device, V: int, batch_invariant: bool) -> int:
+    """The most rows of a tile."""
+    if batch_invariant:
+        return INVARIANT_ROWS.get(device.type, GPU_INVARIANT_ROWS)
+    return CPU_ROWS if device.type == "cpu" else backends.choice("tile", device, torch.float32, V)[0]
+
+
+def tile_shape(rows: int, V: int, device: torch.device, batch_invariant: bool) -> tuple[int, int]:
+    """(rows, vocabulary entries) of a tile, the same for every plan: the bits of a logit may depend on them."""
+    most = chunk_rows(device, V, batch_invariant)
+    rows = most if batch_invariant else max(1, min(rows, most))
+    if device.type == "cpu":
+        return rows, min(CPU_WIDTH, V)
+    _, entries = backends.choice("tile", device, torch.float32, V)
+    return rows, min(max(1024, entries // rows // 256 * 256), V)
+
+
+def blocks(V: int, width: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, V, width):
+        yield start, min(start + width, V)
+
+
+def _folder(x: Tensor):
+    return logits_tile if backends.choose_backend(x) == "torch" else backends.triton_linear
+
+
+def fresh_gradient(weight: Tensor) -> Tensor:
+    """Contiguous memory for the gradient of the weight, for products to write to."""
+    # A product on a CPU also reads the fresh pages that it writes: two page faults each, one if they are filled before.
+    make = torch.zeros if weight.is_cpu and weight.dtype.itemsize >= 4 else torch.empty
+    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _logits(head: Head, hidden: Tensor, w: Tensor, start: int, out: Tensor, kind: str) -> Tensor:
+    """out [R, C] = the raw logits of entries start .. start + C - 1."""
+    multiply(out, hidden, w.t(), kind, dtype=head.compute_dtype)
+    if head.bias is not None:
+        out.add_(head.bias[start : start + out.shape[1]].to(out.dtype))
+    return out
+
+
+def forward(
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    transform: Transform,
+    wanted: Wanted,
+    keep: Picked | bool = False,
+    tile_of: tuple[int, int] | None = None,
+    edges: list[int] | None = None,
+) -> tuple[Stats, Kept | None]:
+    """hidden [N, D] (an operand), target and temperature contiguous [N] -> statistics, and logits of the rows `keep`.
+
+    keep: True for all rows. edges: with rows to keep how many of them come before each chunk of `chunk_rows`.
+    tile_of: the tile's shape where these are some rows of more; None: `tile_shape` of these.
+    """
+    n, V = len(hidden), len(head.weight)
+    rows, width = tile_shape(n, V, hidden.device, head.batch_invariant) if tile_of is None else tile_of
+    dtype = head.sum_dtype
+    state, folder = torch.zeros((STATE, n), dtype=dtype, device=hidden.device), _folder(hidden)
+    state[0].fill_(-math.inf)
+    state[5].fill_(-math.inf)
+    kept: list[Tensor | None] = []
+    buffer = None
+    some_of = edges if isinstance(keep, Picked) else None
+    for start, stop in blocks(V, width) if n else ():
+        w = head.operand(head.weight[start:stop])
+        whole = torch.empty((n, stop - start), dtype=dtype, device=hidden.device) if keep is True else None
+        some = None
+        if some_of is not None:
+            some = torch.empty((some_of[-1], stop - start), dtype=dtype, device=hidden.device)
+        for r in _chunks(n, rows):
+            R = r.stop - r.start
+            if whole is not None and not head.batch_invariant:
+                tile = whole[r]
+            else:
+                if buffer is None:
+                    buffer = torch.empty(rows * width, dtype=dtype, device=hidden.device)
+                tile = buffer[: (rows if head.batch_invariant else R) * (stop - start)].view(-1, stop - start)
+            operand = hidden[r]
+            if head.batch_invariant and R < rows:
+                operand = torch.cat([operand, operand.new_zeros(rows - R, operand.shape[1])])
+            tile = _logits(head, operand, w, start, tile, "logits")[:R]
+            if whole is not None and head.batch_invariant:
+                whole[r] = tile
+            if some is not None:
+                assert isinstance(keep, Picked) and some_of is not None
+                first, last = some_of[r.start // rows], some_of[r.start // rows + 1]
+                torch.index_select(tile, 0, keep.index[first:last] - r.start, out=some[first:last])
+            folder.fold_tile(
+                tile,
+                head.offset + start,
+                target[r],
+                state[:, r],
+                *transform.of(r),
+                **wanted._asdict(),
+                overwrite=whole is None,
+            )
+        kept.append(whole if whole is not None else some)
+    if head.shard is not None:
+        scale = row_scale(*transform)
+        state = head.shard.merge(state, scale * LOG2_E)
+    stats = _finish(state, head.V, target, transform, wanted)
+    if keep is False:
+        return stats, None
+    return stats, Kept(kept, keep if isinstance(keep, Picked) else None)
+
+
+def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted: Wanted) -> Stats:
+    m, s, w, q, total, before, u_target = state
+    scale = row_scale(*transform)
+    log_s = torch.log2(s)
+    inside = (target >= 0) & (target < V)
+    logp = torch.where(inside, (u_target - m) * scale - log_s * math.log(2), math.nan)
+    entropy = (log_s - w / s) * math.log(2) if wanted.entropy else torch.zeros_like(logp)
+    lse = m * scale + log_s * math.log(2)
+    some = wanted.squares or wanted.mean or wanted.top1
+    extra = state.new_zeros((3, len(target) if some else 0))
+    if wanted.mean:
+        extra[0] = total * scale / V
+    if wanted.squares:
+        extra[1] = (torch.log2(q) - 2 * log_s) * math.log(2)
+    if wanted.top1:
+        # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
+        extra[2] = (inside & (u_target >= m) & (before < u_target) & (s == s)).to(s.dtype)
+    return Stats(logp, entropy, lse, torch.stack((m, log_s)), extra)
+
+
+def keep_only(kept: Kept, live: Picked) -> None:
+    """Leave only the live rows in the kept logits, block by block, before anything else is allocated."""
+    if kept.rows is not None:
+        if not len(kept.rows):
+            return
+        # A live row that was not kept has a coefficient of NaN; its gradient is NaN from any logits.
+        places = torch.searchsorted(kept.rows.index, live.index).clamp_(max=len(kept.rows) - 1)
+        live = Picked(places, len(kept.rows))
+    for i, block in enumerate(kept.blocks):
+        assert block is not None
+        kept.blocks[i] = live.take(block)
+
+
+def poisoned(coefs: Coefs, target: Tensor, V: int) -> Coefs:
+    """NaN for a target outside the vocabulary, as the forward gave it."""
+    if coefs.logp is None:
+        return coefs
+    return coefs._replace(logp=coefs.logp.where((target >= 0) & (target < V), math.nan))
+
+
+def backward(
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    transform: Transform,
+    stats: Stats,
+    coefs: Coefs,
+    needed: tuple[bool, bool, bool],
+    *,
+    kept: list[Tensor | None] | None = None,
+    into: Gradients | None = None,
+) -> Gradients:
+    """Gradients of (hidden, weight, bias), those that are `needed`, from rows that are all live.
+
+    hidden [L, D] (an operand); stats and coefs of these rows. kept: their raw logits by blocks as `forward` left them,
+    which are overwritten and released on the way; None: they are computed again. into: gradients of weight and bias in
+    the sums' dtype, to which these are added.
+    """
+    n, V, D = *hidden.shape[:1], *head.weight.shape
+    rows, width = tile_shape(n, V, hidden.device, False)
+    if kept is not None:
+        assert kept[0] is not None
+        width = kept[0].shape[1]
+    dtype, device, folder = head.sum_dtype, hidden.device, _folder(hidden)
+    operand_dtype = hidden.dtype
+    g_hidden = torch.empty((n, D), dtype=dtype, device=device) if needed[0] else None
+    if into is not None:
+        g_weight, g_bias = into.weight, into.bias
+    else:
+        g_weight = fresh_gradient(head.weight) if needed[1] else None
+        g_bias = torch.empty((V,), dtype=dtype, device=device) if needed[2] else None
+    buffer = None
+    for i, (start, stop) in enumerate(blocks(V, width)):
+        C = stop - start
+        w = head.operand(head.weight[start:stop]) if kept is None or needed[0] else None
+        total, direct = None, True
+        if g_weight is not None:
+            # One product can write its block; several are added up in the sums' dtype.
+            direct = g_weight.dtype == dtype or (n <= rows and into is None)
+            total = g_weight[start:stop] if direct else torch.empty((C, D), dtype=dtype, device=device)
+        for r in _chunks(n, rows):
+            R = r.stop - r.start
+            if kept is not None:
+                block = kept[i]
+                assert block is not None
+                tile = block[r]
+            else:
+                if buffer is None:
+                    buffer = torch.empty(min(rows, n) * width, dtype=dtype, device=device)
+                assert w is not None
+                tile = _logits(head, hidden[r], w, start, buffer[: R * C].view(R, C), "recompute")
+            m, log_s = stats.saved[:, r]
+            entropy = None if coefs.entropy is None else stats.entropy[r]
+            gradient = folder.gradient_tile(
+                tile, head.offset + start, target[r], m, log_s, entropy, *coefs.of(r), *transform.of(r), operand_dtype
+            )
+            add = into is not None or r.start > 0
+            if g_hidden is not None:
+                assert w is not None
+                multiply(g_hidden[r], gradient, w, "hidden_grad", add=start > 0, dtype=head.compute_dtype)
+            if total is not None:
+                multiply(total, gradient.t(), hidden[r], "weight_grad", add=add, dtype=head.compute_dtype)
+            if g_bias is not None:
+                of_block = gradient.sum(0, dtype=dtype)
+                g_bias[start:stop] = g_bias[start:stop] + of_block if add else of_block
+        if total is not None and g_weight is not None and not direct:
+            g_weight[start:stop] = total
+        if kept is not None:
+            kept[i] = None
+    if head.shard is not None and g_hidden is not None:
+        head.shard.sum(g_hidden)
+    if g_bias is not None and into is None:
+        assert head.bias is not None
+        g_bias = g_bias.to(head.bias.dtype)
+    return Gradients(g_hidden, g_weight, g_bias)

@@ -1,0 +1,1 @@
+"""From logits to what they say of each token, and to their gradient."""

@@ -1,0 +1,136 @@
+"""Forward and gradient in one launch: the row's gradient is written while the row is still in the cache.
+
+Possible where a coefficient follows from its own row. The gradient, for an incoming gradient of 1, is held until the
+backward. If something else comes in, which the device decides, the live rows are written anew in the held gradient, not
+rounded twice. A second backward (`retain_graph`) writes a gradient of its own, so that
+what the first one returned stays as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlloss import backends
+from rlloss.config import KL_ESTIMATORS, LossConfig
+from rlloss.logits.statistics import check_call
+from rlloss.losses.fused import fits, kernel_bounds
+from rlloss.losses.inputs import as_scalar
+from rlloss.losses.loss import LOSSES, PolicyLoss, checked, default_denominator, policy_loss, row_local
+
+
+def why_two_launches(
+    logits: Tensor, config: LossConfig, cutoff: Tensor | float | None, denominator: Tensor | float | None
+) -> str | None:
+    """What forbids the single launch; None: nothing."""
+    if torch.compiler.is_compiling():
+        return "a call inside torch.compile"
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return "logits without a gradient"
+    if not fits(LOSSES[config.loss_type].surrogate, logits):
+        return f"loss_type={config.loss_type!r} and {logits.dtype} logits {tuple(logits.shape)} on {logits.device}"
+    if not row_local(config, cutoff, denominator):
+        return "settings by which a token's coefficient depends on other tokens"
+    return None
+
+
+def worthwhile(logits: Tensor) -> bool:
+    """Whether the rows that a GPU works on at once fit its L2 cache, so that the second read of a row is a hit."""
+    if not logits.is_cuda:
+        return True
+    device = torch.cuda.get_device_properties(logits.device)
+    rows, V = logits[..., 0].numel(), logits.shape[-1]
+    (few,), (_, warps), (percent,) = (
+        backends.choice(kernel, logits.device, logits.dtype, V) for kernel in ("split", "statistics", "single_launch")
+    )
+    if rows < few * device.multi_processor_count:  # the forward of two launches would split them
+        return False
+    at_once = device.multi_processor_count * (device.max_threads_per_multi_processor // (warps * device.warp_size))
+    in_flight = min(rows, at_once) * V * logits.element_size()
+    return 100 * in_flight <= percent * device.L2_cache_size
+
+
+class _SingleLaunch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, rows, scaling, advantage, mask, config, given, arguments):
+        grad, logp, entropy, saved, *coefs = backends.triton_gradient.loss_gradient(
+            logits, *rows, *scaling, *arguments[:-1], **arguments[-1]
+        )
+        loss, metrics = policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
+        ctx.held, ctx.rows, ctx.scaling = grad, rows, scaling
+        ctx.save_for_backward(logits, saved, entropy, *coefs)
+        ctx.mark_non_differentiable(*metrics.values())
+        return loss, tuple(metrics), *metrics.values()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_loss, *_):
+        logits, saved, entropy, *coefs = ctx.saved_tensors
+        held, ctx.held = ctx.held, None
+        factor = g_loss.to(torch.float32)
+        coefs = (None if c is None else torch.where(c == 0.0, 0.0, c * factor) for c in coefs)
+        grad = backends.triton_backward.token_stats_backward(
+            logits, *ctx.rows, *ctx.scaling, saved, entropy.view(-1), *coefs, None,
+            held=None if held is None else (held, factor),
+        )  # fmt: skip
+        return grad, *(None for _ in range(7))
+
+
+def single_launch_loss(
+    logits: Tensor,
+    target: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    config: LossConfig,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    given: dict[str, Any],
+) -> PolicyLoss:
+    """What `token_stats` and `policy_loss`, whose arguments these are (`given`: the optional ones), make together."""
+    check_call(logits, target, mask, temperature, softcap, logit_scale)
+    loss_type = LOSSES[config.loss_type]
+    stand_in = torch.empty(mask.shape, dtype=torch.float32, device=logits.device)  # only shape and dtype are looked at
+    with torch.no_grad():
+        _, *tensors, _, _ = checked(
+            stand_in, advantage, mask, config, given["old_logp"], given["ref_logp"], given["sampler_ratio"],
+            given["sampler_logp"], stand_in, given["cutoff"], given["denominator"],
+        )  # fmt: skip
+    cispo, (low, _, gain, loss_bound) = kernel_bounds(loss_type.surrogate, config)
+    cutoff = given["cutoff"]
+    if cutoff is not None:
+        cutoff = as_scalar(cutoff, stand_in)
+    settings = {
+        "cispo": cispo,
+        "low": low,
+        "gain": gain,
+        "loss_bound": loss_bound,
+        "max_log_ratio": config.max_log_ratio,
+        "beta": float(config.beta),
+        "kl_estimator": 1 + KL_ESTIMATORS.index(config.kl_estimator),
+        "kl_bias_correction": config.kl_bias_correction,
+        "bonus": config.entropy_coef != 0.0,
+    }
+    tensors = (None if x is None else x.contiguous() for x in tensors)
+    arguments = (*tensors, cutoff, _weights(mask, config, given["denominator"]), settings)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(torch.float32).contiguous()
+    loss, names, *values = _SingleLaunch.apply(
+        logits, (target.contiguous(), mask.contiguous()), (temperature, softcap, float(logit_scale)), advantage, mask,
+        config, given, arguments,
+    )  # fmt: skip
+    return PolicyLoss(loss, dict(zip(names, values, strict=True)))
+
+
+def _weights(mask: Tensor, config: LossConfig, denominator: Tensor | float | None) -> Tensor:
+    """[2, B]: by what the coefficients of logp and of entropy in each sequence are multiplied."""
+    loss_type = LOSSES[config.loss_type]
+    count = mask.sum(-1).float()
+    if denominator is None:
+        denominator = default_denominator(mask, loss_type, config)
+    of_sequence = (
+        1.0 / count.clamp(min=1) if loss_type.mean_of_sequence else torch.ones_like(count, dtype=torch.float32)
+    )
+    of_entropy = (-config.entropy_coef / count.sum().clamp(min=1)).expand_as(of_sequence)
+    return torch.stack([of_sequence.to(torch.float32) / denominator, of_entropy]).to(torch.float32)

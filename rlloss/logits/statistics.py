@@ -1,0 +1,314 @@
+"""token_stats as registered operators with autograd."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.backends import backend, choose_backend, triton_backward, triton_forward
+from rlloss.operators import operator
+from rlloss.torch_kernels import token_stats as tiled
+
+OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
+# The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
+_SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
+LOCAL_ROWS = ".to_local() where that is whole rows, the same ones of each argument, or .full_tensor()"
+
+
+class TokenStats(NamedTuple):
+    """What a softmax says about each token, shaped like `target`; None where it was not asked for.
+
+    logp, entropy and lse are fp32 (fp64 for fp64 logits), in nats, and 0 where masked. mean_logit, log_sum_sq_probs
+    and is_top1 (bool) carry no gradient.
+    """
+
+    logp: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def _stats_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.reshape(-1).to(dtype or x.dtype).contiguous()
+
+
+def _rows(target: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, dtype: torch.dtype):
+    """(target, mask, temperature) as the kernels take them: [N] contiguous."""
+    mask = None if mask is None else _flat(mask)
+    return _flat(target), mask, temperature if temperatures is None else _flat(temperatures, dtype)
+
+
+def _run_backward(
+    logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, grads, inplace=False
+):
+    run = tiled if choose_backend(logits) == "torch" else triton_backward
+    rows = _rows(target, mask, temperatures, temperature, saved.dtype)
+    grads = (None if g is None else _flat(g, saved.dtype) for g in grads)
+    return run.token_stats_backward(
+        logits, *rows, softcap, logit_scale, saved.view(2, -1), entropy.view(-1), *grads, inplace=inplace
+    )
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    entropy_grad: bool,
+    squares: bool,
+    mean: bool,
+    top1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = tiled if choose_backend(logits) == "torch" else triton_forward
+    rows = _rows(target, mask, temperatures, temperature, _stats_dtype(logits))
+    logp, entropy_out, lse, saved, extra = run.token_stats_forward(
+        logits, *rows, softcap, logit_scale, entropy=entropy, squares=squares, mean=mean, top1=top1
+    )
+    shape = target.shape
+    return (
+        logp.view(shape),
+        entropy_out.view(shape),
+        lse.view(shape),
+        saved.view(2, *shape),
+        extra.view(3, *(shape if squares or mean or top1 else (0,))),
+    )
+
+
+def _fake(
+    logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1
+):
+    dtype = _stats_dtype(logits)
+    row = [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
+    extra_shape = target.shape if squares or mean or top1 else (0,)
+    return *row, logits.new_empty((2, *target.shape), dtype=dtype), logits.new_empty((3, *extra_shape), dtype=dtype)
+
+
+def _fake_gradient(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@operator("token_stats_backward", fake=_fake_gradient)
+def _gradient(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    saved: Tensor,
+    entropy: Tensor,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    g_lse: Tensor | None,
+) -> Tensor:
+    return _run_backward(
+        logits,
+        target,
+        mask,
+        temperatures,
+        temperature,
+        softcap,
+        logit_scale,
+        saved,
+        entropy,
+        (g_logp, g_entropy, g_lse),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    logits, target, mask, temperatures, *settings = inputs
+    _, entropy, _, saved, extra = output
+    ctx.settings, ctx.backend = settings[:3], choose_backend(logits)
+    entropy_grad = settings[4]
+    ctx.mark_non_differentiable(saved, extra)
+    ctx.set_materialize_grads(False)
+    # An entropy without gradient is the user's to overwrite.
+    ctx.save_for_backward(logits, target, mask, temperatures, saved, entropy if entropy_grad else None)
+
+
+def _saved(ctx) -> Any:
+    logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
+    return logits, target, mask, temperatures, *ctx.settings, saved, saved[0] if entropy is None else entropy
+
+
+def _backward(ctx, g_logp, g_entropy, g_lse, *_):
+    grad = None
+    if any(g is not None for g in (g_logp, g_entropy, g_lse)):
+        with backend(ctx.backend):
+            grad = _gradient(*_saved(ctx), g_logp, g_entropy, g_lse)
+    return grad, *(None for _ in range(11))
+
+
+_token_stats = operator("token_stats", fake=_fake, setup_context=_setup_context, backward=_backward)(_forward)
+
+
+class _InplaceTokenStats(torch.autograd.Function):
+    """The same forward; the backward overwrites the logits with their gradient. Eager only."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_entropy, g_lse, *_):
+        grad = None
+        if any(g is not None for g in (g_logp, g_entropy, g_lse)):
+            with backend(ctx.backend):
+                logits = _run_backward(*_saved(ctx), grads=(g_logp, g_entropy, g_lse), inplace=True)
+            torch.autograd.graph.increment_version(logits)
+            grad = logits.detach()  # the logits have a history of their own, which is not that of their gradient
+        return grad, *(None for _ in range(11))
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("logp", "entropy", "lse"),
+    entropy_grad: bool = False,
+    inplace_grad: bool = False,
+) -> TokenStats:
+    """Log-probability, entropy and log-sum-exp of each row of logits, read once.
+
+    The distribution is softmax(softcap * tanh(logits * logit_scale / softcap) / temperature), computed in fp32. The
+    backward reads and writes rows with a nonzero incoming gradient; the others are zeros and are not read. There is no
+    second derivative, and no torch.func transform.
+
+    Args:
+        logits: `[..., V]`, bf16, fp16, fp32 or fp64 (fp64: torch backend), any strides.
+        target: `[...]`, int64 or int32 with 0 <= target < V where `mask` is True.
+        mask: `[...]` bool, True = counts. Masked rows are not read, give 0 and have a zero gradient. None: all count.
+        temperature: above 0; a number, or a float tensor like `target` for one per token. No gradient.
+        softcap: cap of Gemma 2's tanh, applied after `logit_scale` and before `temperature`.
+        logit_scale: above 0, multiplies the logits first.
+        outputs: which of "logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1" to return.
+        entropy_grad: whether the entropy carries a gradient.
+        inplace_grad: write the gradient over the logits: one [N, V] less memory. Eager only; the logits must come
+            from an operation that does not need its output again (a linear layer does not).
+
+    Returns:
+        `TokenStats`, its tensors shaped like `target`, in nats. mean_logit is the mean of the logits after scale,
+        softcap and temperature; log_sum_sq_probs is log sum_v p_v^2; is_top1 whether the target is the argmax (the
+        first of equal ones).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
+            with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
+    """
+    check_call(logits, target, mask, temperature, softcap, logit_scale)
+    check_outputs(outputs, entropy_grad)
+    checks.flag("inplace_grad", inplace_grad)
+    if inplace_grad:
+        owner = logits._base if logits._base is not None else logits
+        checks.require(
+            logits.requires_grad and not owner.is_leaf,
+            "inplace_grad", "logits that are a leaf, a view of one, or need no gradient", "logits the model computed",
+        )  # fmt: skip
+        checks.require(logits.is_contiguous(), "inplace_grad", f"strides {logits.stride()}", "contiguous logits")
+        for maker in (logits.grad_fn, owner.grad_fn):
+            checks.require(
+                not _SAVED_OUTPUT & set(dir(maker)), "inplace_grad", f"the output of {type(maker).__name__}",
+                "logits whose values autograd does not need again: that function computes its gradient from them",
+            )  # fmt: skip
+    per_token = isinstance(temperature, Tensor)
+    inplace = inplace_grad and (torch.compiler.is_compiling() or checks.has_values(logits))
+    run: Any = _InplaceTokenStats.apply if inplace else _token_stats
+    logp, entropy, lse, _, extra = run(
+        logits,
+        target,
+        mask,
+        temperature.detach() if per_token else None,
+        1.0 if per_token else float(temperature),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        "entropy" in outputs,
+        entropy_grad,
+        "log_sum_sq_probs" in outputs,
+        "mean_logit" in outputs,
+        "is_top1" in outputs,
+    )
+    return TokenStats(
+        logp=logp if "logp" in outputs else None,
+        entropy=(entropy if entropy_grad else entropy.detach()) if "entropy" in outputs else None,
+        lse=lse if "lse" in outputs else None,
+        mean_logit=extra[0] if "mean_logit" in outputs else None,
+        log_sum_sq_probs=extra[1] if "log_sum_sq_probs" in outputs else None,
+        is_top1=extra[2] > 0 if "is_top1" in outputs else None,
+    )
+
+
+def check_outputs(outputs, entropy_grad) -> None:
+    """Raise, naming the argument, where one does not fit."""
+    some = f"some of {', '.join(OUTPUTS)}"
+    checks.of_type("outputs", outputs, (tuple, list, set, frozenset), some)
+    unknown = [o for o in outputs if o not in OUTPUTS]
+    checks.require(not unknown and len(outputs) > 0, "outputs", outputs, some)
+    checks.flag("entropy_grad", entropy_grad)
+    checks.require(
+        not entropy_grad or "entropy" in outputs, "entropy_grad", True, f"'entropy' among the outputs {outputs}"
+    )
+
+
+def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
+    """Raise, naming the argument, where one does not fit: shapes and types always, values where looking is free."""
+    checks.local("logits", logits, LOCAL_ROWS)
+    checks.of_dtype("logits", logits, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
+    checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
+    check_rows(
+        logits, "logits without the vocabulary", target, mask, temperature, softcap, logit_scale, logits.shape[-1]
+    )
+
+
+def check_rows(x, name, target, mask, temperature, softcap, logit_scale, V: int) -> None:
+    """The part of `check_call` that does not depend on whether x [..., V or D] are logits or hidden states."""
+    for argument, given in (("target", target), ("mask", mask), ("temperature", temperature)):
+        checks.local(argument, given, LOCAL_ROWS)
+    rows = x.shape[:-1]
+    checks.token_ids("target", target)
+    of = name.partition(" ")[0]
+    checks.same_shape("target", target, rows, name)
+    checks.same_device("target", target, x, of)
+    if mask is not None:
+        checks.boolean("mask", mask)
+        checks.same_shape("mask", mask, rows, "like target")
+        checks.same_device("mask", mask, x, of)
+    if isinstance(temperature, Tensor):
+        checks.floating("temperature", temperature)
+        checks.same_shape("temperature", temperature, rows, "like target")
+        checks.same_device("temperature", temperature, x, of)
+        checks.require(
+            not temperature.requires_grad, "temperature", "a tensor that requires a gradient", "one that does not"
+        )
+    else:
+        checks.positive("temperature", temperature)
+    if softcap is not None:
+        checks.positive("softcap", softcap)
+    checks.positive("logit_scale", logit_scale)
+    if checks.values_checked(x):
+        checks.target_in_range(target, mask, V)
+        if isinstance(temperature, Tensor):
+            bad = ~((temperature > 0) & (temperature < torch.inf))
+            bad = bad if mask is None else bad & mask
+            checks.require(
+                not bool(bad.any()), "temperature", "an entry that is 0, negative, infinite or NaN",
+                "all finite and above 0",
+            )  # fmt: skip

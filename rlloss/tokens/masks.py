@@ -1,0 +1,176 @@
+"""Which tokens count: selections as bool [B, T], True = counts."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.backends import choose_backend, triton_quantile
+from rlloss.operators import operator
+from rlloss.tokens.exact_k import check_sequence_key, largest, token_key
+from rlloss.torch_kernels import entropy_quantile
+
+# Before 2.14 torch.quantile rounds the position, q (n - 1), to the values' dtype, and takes no more than 2^24 values;
+# later it leaves it in fp64. q is rounded in both: 0.8 in fp32 times 5 is 4.00000006, in which fp32 sees a 4.
+_TORCH_ROUNDS = not torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu").quantile(0.8)
+POSITION = {"rounded_up_to": entropy_quantile.EXACT_IN_FP32 if _TORCH_ROUNDS else 0}
+
+
+def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Tokens [B, T] up to and including the first end-of-sequence token."""
+    is_eos = _is_eos(completion_ids, eos_token_id)
+    return is_eos.cumsum(-1) - is_eos.to(torch.int64) == 0
+
+
+def not_truncated(completion_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Sequences [B] that ended by themselves: DAPO's overlong filtering (2503.14476) drops the others."""
+    return _is_eos(completion_ids, eos_token_id).any(-1)
+
+
+def _is_eos(completion_ids: Tensor, eos_token_id: int) -> Tensor:
+    checks.token_ids("completion_ids", completion_ids)
+    checks.whole("eos_token_id", eos_token_id)
+    return completion_ids == eos_token_id
+
+
+@operator("entropy_quantile", fake=lambda entropy, mask, rho: entropy.new_empty(()))
+def _entropy_quantile(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION)
+
+
+def _fake_top_k(entropy, mask, rho):
+    return entropy.new_empty(()), entropy.new_empty((), dtype=torch.int64)
+
+
+@operator("entropy_top_k", fake=_fake_top_k)
+def _entropy_top_k(entropy: Tensor, mask: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    return _launchers(entropy).entropy_top_k(*_rows(entropy, mask), rho)
+
+
+def _launchers(entropy: Tensor) -> Any:
+    return entropy_quantile if choose_backend(entropy) == "torch" else triton_quantile
+
+
+def _rows(entropy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return entropy.reshape(-1).contiguous(), mask.reshape(-1).contiguous()
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=None) -> Tensor:
+    """The entropy at or above which a token is among the top rho: the (1 - rho) quantile, linearly interpolated.
+
+    Bit for bit the installed torch's `torch.quantile(entropy[mask].float(), 1 - rho)`, and so TRL's cutoff. Among n
+    sorted values, numbered from 0, it lies at the position (1 - rho)(n - 1), where 1 - rho is rounded to fp32. Before
+    2.14 torch rounds that product to fp32 too, later it does not: of 6 tokens rho 0.2 keeps 2 at position 4 before,
+    and 1 at position 4.00000006 since. More than 2^24 values are never rounded. fp64 entropies: all in fp64.
+
+    Args:
+        entropy: `[...]` floating point, in nats.
+        mask: `[...]` bool; only these tokens count. NaN entropies do not.
+        rho: in [0, 1]; 1 gives the smallest entropy, 0 the largest.
+        process_group: ranks whose tokens count together, on one backend and in one dtype (a few sums of at most
+            32 KiB; no entropy travels). None: this process alone.
+
+    Returns:
+        0-d fp32 tensor (fp64 for fp64 entropies) without gradient; +inf if no token counts. The number of tokens is
+        not limited (torch.quantile's is before 2.14, to 2^24). Source: 2506.01939, Eq. 6.
+    """
+    entropy = _checked(entropy, mask, rho)
+    checks.process_group("process_group", process_group)
+    if process_group is None:
+        return _entropy_quantile(entropy, mask, rho)
+    total = functools.partial(torch.distributed.all_reduce, group=process_group)
+    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION, reduce=total)
+
+
+def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool) -> tuple[Tensor, Tensor | None]:
+    """What decides for a token alone whether it is among the top rho: (cutoff, last).
+
+    entropy and mask as for `entropy_cutoff`; both results are 0-d, the cutoff fp32 (fp64 for fp64 entropies), `last`
+    int64. Of the tokens that count, those are kept with an entropy that is NaN, above the cutoff, or equal to it: all
+    of these where `last` is None (without `exact_k`), else those whose flat index is at most `last`. The cutoff is +inf
+    and `last` -1 if no token counts.
+    """
+    if not exact_k:
+        return entropy_cutoff(entropy, mask, rho), None
+    return _entropy_top_k(_checked(entropy, mask, rho), mask, rho)
+
+
+def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+    """The entropies without gradient, in full precision: a bf16 entropy would round the cutoff it is compared with."""
+    checks.floating("entropy", entropy)
+    checks.boolean("mask", mask)
+    checks.same_shape("mask", mask, entropy.shape, "like entropy")
+    checks.same_device("mask", mask, entropy, "entropy")
+    checks.within("rho", rho, 0, 1)
+    return _full_precision(entropy.detach())
+
+
+def top_entropy_mask(
+    entropy: Tensor,
+    mask: Tensor,
+    rho: float,
+    *,
+    cutoff: Tensor | float | None = None,
+    exact_k: bool = False,
+    sequence_key: Tensor | None = None,
+    process_group=None,
+) -> Tensor:
+    """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
+
+    By default every token at or above the cutoff (`cutoff`, or the `entropy_cutoff` of these tokens), so ties may keep
+    more: where rho reaches down to the entropies of 0, everything. With `exact_k` n - ceil((1 - rho) (n - 1)) of n, the
+    product in fp32 under every version of torch: rho 0.2 keeps 2 of 6. Of equal entropies the first ones are kept, or
+    with a sequence_key (`[B]` int64, of entropies `[B, T]`) by that: `rlloss.tokens.exact_k.sequence_key` makes it of
+    token ids, and where a sequence stands does not matter then. A NaN entropy is kept: it must show. process_group: the
+    processes whose tokens count together; with `exact_k` they exchange their entropies.
+    """
+    last, entropy = None, _checked(entropy, mask, rho)
+    checks.flag("exact_k", exact_k)
+    checks.require(exact_k or sequence_key is None, "sequence_key", "a tensor", "None without exact_k: no effect")
+    check_sequence_key(sequence_key, mask)
+    if cutoff is not None:
+        checks.cutoff(cutoff)
+        checks.require(not exact_k, "cutoff", "a tensor", "None with exact_k, which counts tokens instead")
+        checks.require(process_group is None, "process_group", "a group", "None with a cutoff: it has no effect")
+    elif process_group is None and sequence_key is None:
+        cutoff, last = top_entropy_selection(entropy, mask, rho, exact_k=exact_k)
+    elif exact_k:
+        known = mask & ~entropy.isnan()
+        n = known.sum()
+        if process_group is not None:
+            checks.process_group("process_group", process_group)
+            torch.distributed.all_reduce(n, group=process_group)
+        key = None if sequence_key is None else token_key(mask, sequence_key)
+        k = entropy_quantile.top_k(n, rho, entropy.dtype)
+        return largest(entropy, known, k, key=key, process_group=process_group) | (mask & ~known)
+    else:
+        cutoff = entropy_cutoff(entropy, mask, rho, process_group=process_group)
+    kept = (entropy >= cutoff) | entropy.isnan()
+    if last is not None:
+        index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+        kept = kept & ~((entropy == cutoff) & (index > last))
+    return mask & kept
+
+
+def off_policy_mask(advantage: Tensor, logp: Tensor, behavior_logp: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """Sequences (or tokens, for advantages per token) to keep: advantage >= 0, or mean behavior_logp - logp of the
+    sequence at most `threshold` (2512.02556 Eq. 9).
+
+    advantage [B, 1] or [B, T], the others [B, T]; returns bool shaped like advantage. A NaN log-probability (a token
+    the sampler could not score) is no evidence and counts as 0.
+    """
+    checks.tokens(logp, advantage, mask, narrow="[B, 1]")
+    checks.floating("behavior_logp", behavior_logp)
+    checks.same_shape("behavior_logp", behavior_logp, logp.shape, "like logp")
+    checks.same_device("behavior_logp", behavior_logp, logp, "logp")
+    checks.within("threshold", threshold, -math.inf, math.inf)
+    drift = torch.where(mask, behavior_logp - logp.detach(), 0.0).nan_to_num(nan=0.0)
+    mean_drift = drift.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return (advantage >= 0) | (mean_drift <= threshold)

@@ -1,0 +1,142 @@
+"""Tiles of logits in plain torch: what `rlloss.kernels.logits_tile` does, where Triton does not run.
+
+Same inputs, same outputs and same meaning. Every step is one pass over a tile that lies in the cache.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlloss.torch_kernels.token_stats import FLOOR, LOG2_E, row_scale
+
+PART_ENTRIES = 1 << 17  # of a part, for each thread
+
+
+def _shift(m: Tensor) -> Tensor:
+    """m, and something finite where it is -inf: a row without an entry above -inf."""
+    return m.clamp(min=torch.finfo(m.dtype).min)
+
+
+def _scale_(t: Tensor, scale: Tensor | float, rows: slice) -> None:
+    """t *= scale in place, where that changes anything."""
+    if isinstance(scale, Tensor):
+        t.mul_(scale[rows].unsqueeze(-1))
+    elif scale != 1.0:
+        t.mul_(scale)
+
+
+def _parts(tile: Tensor) -> Iterator[slice]:
+    """Some rows of a tile at a time: what is made of them stays in the cores' own caches."""
+    rows, C = tile.shape
+    step = max(1, PART_ENTRIES * torch.get_num_threads() // C) if tile.is_cpu else rows
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def fold_tile(
+    tile: Tensor,
+    start: int,
+    target: Tensor,
+    state: Tensor,
+    temperature: Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    *,
+    entropy: bool,
+    squares: bool,
+    mean: bool,
+    top1: bool,
+    overwrite: bool,
+) -> None:
+    """See `rlloss.kernels.logits_tile.fold_tile`. `overwrite`: the tile's values are not needed any more."""
+    u = tile
+    if softcap is not None:
+        u = tile.mul_(logit_scale / softcap) if overwrite else tile * (logit_scale / softcap)
+        u = u.tanh_().mul_(softcap)
+        overwrite = True
+    m, s, w, q, total, before, u_target = state
+    C = tile.shape[1]
+    local = target - start
+    place = local.clamp(0, C - 1)
+    own = u.gather(-1, place.unsqueeze(-1).long()).squeeze(-1)
+    u_target.copy_(torch.where(place == local, own, u_target))
+    if mean:
+        total += u.sum(-1)
+    if top1:
+        columns = torch.arange(C, device=tile.device)
+        earlier = torch.where(columns < local.unsqueeze(-1), u, -math.inf).amax(-1)
+        before.copy_(torch.maximum(before, earlier))
+
+    scale = row_scale(temperature, softcap, logit_scale)
+    m_new = torch.maximum(m, u.amax(-1))
+    shift = _shift(m_new)
+    d_old = (m - shift).mul_(scale * LOG2_E).clamp_(min=FLOOR[tile.dtype])
+    rescale = torch.exp2(d_old)
+    sum_e, sum_et, sum_ee = u.new_empty((3, len(u)))
+    column = shift.unsqueeze(-1)
+    for r in _parts(u):
+        t = u[r].sub_(column[r]) if overwrite else u[r] - column[r]
+        _scale_(t, scale, r)
+        e = torch.exp(t)
+        torch.sum(e, -1, out=sum_e[r])
+        if entropy:
+            # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
+            torch.nansum(t.mul_(e), -1, out=sum_et[r])
+        if squares:
+            torch.sum(e.mul_(e), -1, out=sum_ee[r])
+    if entropy:
+        w.addcmul_(s, d_old).mul_(rescale).add_(sum_et, alpha=LOG2_E)
+    s.mul_(rescale).add_(sum_e)
+    if squares:
+        q.mul_(rescale * rescale).add_(sum_ee)
+    m.copy_(m_new)
+
+
+def gradient_tile(
+    tile: Tensor,
+    start: int,
+    target: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    entropy: Tensor | None,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    g_lse: Tensor | None,
+    temperature: Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `rlloss.kernels.logits_tile.gradient_tile`."""
+    scale = row_scale(temperature, softcap, logit_scale)
+    bend = None
+    u = tile
+    if softcap is not None:
+        bend = torch.tanh(tile * (logit_scale / softcap))
+        u = tile.copy_(bend).mul_(softcap)
+    # With e = exp t, p = e / s and log p = t - log s, a row's gradient is, but for the target's own entry,
+    # e (slope t + level): all that is constant along the row is in these two.
+    t = u.sub_(_shift(m).unsqueeze(-1))
+    _scale_(t, scale, slice(None))
+    level = torch.zeros_like(m) if g_lse is None else g_lse
+    if g_logp is not None:
+        level = level - g_logp
+    to_e = torch.exp2(-log_s) * scale
+    if g_entropy is None:
+        out = t.exp_().mul_((level * to_e).unsqueeze(-1))
+    else:
+        assert entropy is not None
+        level = level - g_entropy * (entropy - log_s * math.log(2))
+        slope = -g_entropy * to_e
+        e = torch.exp(t.clamp_(min=FLOOR[tile.dtype]))
+        out = t.mul_(slope.unsqueeze(-1)).add_((level * to_e).unsqueeze(-1)).mul_(e)
+    if g_logp is not None:
+        local = target - start
+        inside = (local >= 0) & (local < tile.shape[1])
+        own = torch.where(inside, g_logp * scale, 0.0)
+        out.scatter_add_(-1, torch.where(inside, local, 0).unsqueeze(-1).long(), own.unsqueeze(-1))
+    if bend is not None:
+        out.mul_((1 - bend * bend).mul_(logit_scale))
+    return out.to(dtype)

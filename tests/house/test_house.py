@@ -1,0 +1,274 @@
+"""The house: every module stands on a floor, imports go down, files stay short, docs/architecture.md has them all."""
+
+import ast
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"kernels": "rlloss.kernels", "rlloss": "rlloss", "integrations": "rlloss.integrations", "benchmarks": None}
+MAX_LINES = 500  # more has a second noun in it
+
+# From the ground up: each imports what stands lower, and of its own folder what does not import it back.
+FLOORS = (
+    "rlloss.kernels",
+    "rlloss.checks",
+    "rlloss.lazy",
+    "rlloss.reference",
+    "rlloss.config",
+    "rlloss.torch_kernels",
+    "rlloss.backends",
+    "rlloss.operators",
+    "rlloss.rewards",
+    "rlloss.tokens",
+    "rlloss.entropy",
+    "rlloss.losses",
+    "rlloss.logits",
+    "rlloss.lm_head",
+    "rlloss.modules",
+    "rlloss",  # rlloss/__init__.py: above what it exports, below what uses it
+    "rlloss.report",
+    "rlloss.integrations.transformers",
+    "rlloss.integrations.vllm",
+    "rlloss.integrations.trl",
+    "rlloss.integrations.trl.demo",
+    "rlloss.plan",
+    "rlloss.doctor",
+    "rlloss.cli",
+)
+CORE = FLOORS.index("rlloss.modules")
+STANDALONE = {
+    "rlloss.integrations.trl.checkpoints", "rlloss.integrations.trl.demo.task", "rlloss.integrations.trl.train_help",
+    "rlloss.report",
+}  # fmt: skip
+CORE_LIBRARIES = {"torch", "triton"}
+
+
+def place_of(module):
+    """The file or folder of FLOORS that a dotted module name stands in, or None."""
+    while module and module not in FLOORS:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def floor_of(module):
+    """Its place in FLOORS; None for a file beside those folders, which has to be named itself."""
+    place = place_of(module)
+    alone = place == "rlloss" and module != "rlloss"
+    return None if place is None or alone else FLOORS.index(place)
+
+
+def files_of(folder):
+    """The folder's .py files, without those behind the symlinks, which belong to another folder."""
+    here = ROOT / folder
+    return sorted(p for p in here.rglob("*.py") if p.resolve().is_relative_to(here) and "__pycache__" not in p.parts)
+
+
+def package_modules():
+    """{dotted name: file} of everything that is installed."""
+    modules = {}
+    for folder, package in FOLDERS.items():
+        for path in files_of(folder) if package else ():
+            inner = path.relative_to(ROOT / folder).with_suffix("").parts
+            inner = inner[:-1] if inner[-1] == "__init__" else inner
+            modules[".".join((package, *inner))] = path
+    return modules
+
+
+MODULES = package_modules()
+
+
+def resolve(module, name):
+    """What `from module import name` loads: the submodule of that name if there is one, else the module itself."""
+    full = f"{module}.{name}"
+    return full if full in MODULES or full in FLOORS else module
+
+
+def nodes_of(tree):
+    """All nodes but what only a type checker reads: the names of a folder, which are imported when they are used."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from nodes_of(node)
+
+
+@cache
+def imports_of(module):
+    """The modules that a module imports, at its top or inside functions: (name, line), relative ones made absolute."""
+    path = MODULES[module]
+    found = []
+    for node in nodes_of(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                steps = node.level - (path.name == "__init__.py")
+                anchor = module.split(".")[: len(module.split(".")) - steps]
+                base = ".".join([*anchor, *([node.module] if node.module else [])])
+            found += [(resolve(base, alias.name), node.lineno) for alias in node.names]
+    return tuple(found)
+
+
+def is_within(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+def where(module, line):
+    return f"{MODULES[module].relative_to(ROOT)}:{line}"
+
+
+def test_the_walk_sees_the_package():
+    assert {"rlloss", "rlloss.logits.statistics", "rlloss.kernels.token_stats_forward"} <= set(MODULES)
+    assert any(is_within(name, "rlloss.kernels") for name, _ in imports_of("rlloss.backends"))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_has_a_floor(module):
+    path = MODULES[module].relative_to(ROOT)
+    assert floor_of(module) is not None, (
+        f"{path} has no floor: give {module!r} one in FLOORS of tests/house/test_house.py"
+    )
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module):
+    own, wrong = floor_of(module), []
+    for name, line in imports_of(module):
+        if not is_within(name, "rlloss"):
+            continue
+        floor = floor_of(name)
+        if floor is None:
+            wrong.append(f"{where(module, line)} imports {name}, which has no floor in tests/house/test_house.py")
+        elif own is not None and (floor > own or name == module or module in reached_from(name)):
+            wrong.append(f"{where(module, line)} imports {name}, which stands above it or imports it")
+    assert not wrong, "imports go down, and in a folder never back:\n" + "\n".join(wrong)
+
+
+def reached_from(module):
+    """What a module imports in its own folder, and what that imports there, and so on."""
+    found, waiting = set(), [module]
+    while waiting:
+        module = waiting.pop()
+        for name, _ in imports_of(module) if module in MODULES else ():
+            if name in MODULES and floor_of(name) == floor_of(module) and name not in found:
+                found.add(name)
+                waiting.append(name)
+    return found
+
+
+def test_kernels_import_only_torch_triton_and_kernels():
+    kernels = [module for module in MODULES if is_within(module, "rlloss.kernels")]
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in kernels
+        for name, line in imports_of(module)
+        if not is_within(name, "rlloss.kernels")
+        and name.partition(".")[0] not in CORE_LIBRARIES | sys.stdlib_module_names
+    ]
+    assert not wrong, "kernels/ imports torch, triton, the standard library and itself:\n" + "\n".join(wrong)
+
+
+def test_the_core_imports_only_torch_and_triton():
+    core = [module for module in MODULES if (floor_of(module) or 0) <= CORE]
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in core
+        for name, line in imports_of(module)
+        if name.partition(".")[0] not in CORE_LIBRARIES | {"rlloss"} | sys.stdlib_module_names
+    ]
+    assert not wrong, "the core imports torch, triton and the standard library:\n" + "\n".join(wrong)
+
+
+def test_only_backends_imports_kernels():
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in MODULES
+        for name, line in imports_of(module)
+        if is_within(name, "rlloss.kernels") and module != "rlloss.backends" and not is_within(module, "rlloss.kernels")
+    ]
+    assert not wrong, "rlloss/backends.py is the only importer of rlloss.kernels:\n" + "\n".join(wrong)
+
+
+def test_the_task_and_the_report_stand_alone():
+    wrong = [
+        f"{where(module, line)} imports {name}"
+        for module in MODULES
+        for alone in STANDALONE
+        if is_within(module, alone)
+        for name, line in imports_of(module)
+        if is_within(name, "rlloss") and not is_within(name, alone)
+    ]
+    assert not wrong, "these import no other module of rlloss:\n" + "\n".join(wrong)
+
+
+def test_files_are_short():
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in files_of(folder))]
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "integrations"])
+def test_mapped_folders_are_linked_and_no_regular_package(folder):
+    link = ROOT / "rlloss" / folder
+    assert link.is_symlink() and link.resolve() == ROOT / folder
+    assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would hide other packages of that name"
+    assert folder != "kernels" or not {path.parent for path in files_of(folder)} - {ROOT / folder}, "kernels/ is flat"
+
+
+@pytest.mark.parametrize("folder", ["rlloss", "integrations"])
+def test_every_folder_is_installed(folder):
+    packages = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for path in {path.parent for path in files_of(folder)} - {ROOT / folder}:
+        name = path.relative_to(ROOT / "rlloss") if folder == "rlloss" else path.relative_to(ROOT)
+        assert (path / "__init__.py").exists(), f"{path} has no __init__.py"
+        assert f'"rlloss.{name.as_posix().replace("/", ".")}"' in packages
+
+
+def tree():
+    """{folder: file names} of the annotated tree in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    trees = [block for block in blocks if re.search(r"^kernels/(\s|$)", block, flags=re.MULTILINE)]
+    assert len(trees) == 1, (
+        f"docs/architecture.md needs one fenced block with a line that starts with 'kernels/', found {len(trees)}"
+    )
+    found, inside = {}, []
+    for line in filter(str.strip, trees[0].splitlines()):
+        word, depth = line.split()[0], (len(line) - len(line.lstrip())) // 4
+        del inside[depth:]
+        if word.endswith("/"):
+            inside.append(word.rstrip("/"))
+            found.setdefault(inside[0], [])
+        elif word.endswith(".py"):
+            found[inside[0]].append("/".join([*inside[1:], word]))
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_the_tree_is_true(folder):
+    named = tree().get(folder, [])
+    names = {path.relative_to(ROOT / folder).as_posix() for path in files_of(folder)}
+    actual = {name for name in names if not name.endswith("/__init__.py")}  # a folder's line stands for it
+    assert len(named) == len(set(named)), (
+        f"docs/architecture.md's tree names a file of {folder}/ twice: {sorted(named)}"
+    )
+    assert set(named) == actual, (
+        f"docs/architecture.md's tree of {folder}/: not in the folder {sorted(set(named) - actual)}, "
+        f"not in the tree {sorted(actual - set(named))}"
+    )
+
+
+def test_marks_are_registered_here_and_not_by_a_plugin_that_may_be_missing():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (markers,) = re.findall(r"^markers = (\[.*?^\])", text, flags=re.MULTILINE | re.DOTALL)
+    registered = {re.match(r"\w+", line)[0] for line in ast.literal_eval(markers)}
+    files = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    used = {mark for path in files for mark in re.findall(r"pytest\.mark\.(\w+)", path.read_text(encoding="utf-8"))}
+    assert used - {"parametrize", "skip", "skipif", "xfail", "filterwarnings", "usefixtures"} <= registered

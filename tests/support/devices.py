@@ -1,0 +1,6 @@
+"""Where tests of kernels run."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUSED = "triton" if DEVICE == "cuda" else "interpreter"

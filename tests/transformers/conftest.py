@@ -1,0 +1,5 @@
+"""Not collected where transformers is missing."""
+
+import importlib.util
+
+collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("transformers") is None else []

@@ -1,0 +1,310 @@
+"""The TRL plugin in use: options, training, metrics, what it refuses. Its loss against TRL's: test_sweep.py."""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+import trl
+
+from rlloss.config import READ_BY, READ_BY_SOME
+from rlloss.integrations.trl import trainer as trl_grpo
+from rlloss.integrations.trl.config import OPTIONS
+from rlloss.integrations.trl.lm_head import why_not as why_no_patch
+from rlloss.integrations.trl.trainer import MULTIMODAL, GRPOConfig, GRPOTrainer
+from rlloss.lm_head.matmul import count_products
+from tests.support.trl_harness import (
+    OURS_ALONE,
+    TRL_LOSS_TYPES,
+    apply_setting,
+    assert_same_step,
+    build_trainer,
+    draw_setting,
+    loss_gradients_metrics,
+    random_inputs,
+)
+
+PLAIN = {
+    "level": "token", "beta": 0.0, "delta": None, "rho": 1.0, "sampler": None, "sampler_logp": None,
+    "off_policy": None, "entropy": None, "aux_coef": None, "train": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    # beta is set so that TRL builds what a KL needs; the sweep varies it.
+    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
+
+
+def test_every_setting_that_only_some_losses_read_has_its_option():
+    assert set(OPTIONS) == READ_BY_SOME - {"max_log_ratio"}  # which TRL has not
+
+
+# Of TRL's; "clip_cov" and "kl_cov" raise instead: tests/trl/test_options.py.
+@pytest.mark.parametrize("loss_type", [name for name in READ_BY if name not in ("clip_cov", "kl_cov")])
+def test_what_a_loss_does_not_read_is_not_passed(trainer, loss_type):
+    setting = draw_setting(0) | PLAIN | {"loss_type": loss_type, "delta": 3.0, "level": "sequence"}
+    setting |= {"sapo": (0.5, 2.0), "vespo": (2.0, 3.0, 1.5, 2.0), "epsilon": (0.1, 2.0), "cispo_cap": 2.0}
+    apply_setting(trainer, setting, 0)
+    config, read = trainer._make_loss_config(), READ_BY[loss_type]
+    assert config.delta == (3.0 if "delta" in read else None)
+    assert config.epsilon_low == (0.1 if "epsilon_low" in read else 0.2)
+    assert config.epsilon_high == (2.0 if "epsilon_high" in read else 0.28)
+    assert config.ratio_level == ("sequence" if "ratio_level" in read else "token")
+    assert (config.sapo.temperature_pos, config.sapo.temperature_neg) == ((0.5, 2.0) if "sapo" in read else (1.0, 1.05))
+    assert config.vespo.k_neg == (1.5 if "vespo" in read else 3.0)
+    assert config.max_completion_length == (8 if "max_completion_length" in read else None)
+
+
+def test_gspo_is_trls_grpo_with_one_ratio_per_sequence(trainer):
+    setting = draw_setting(2) | PLAIN | {"loss_type": "grpo", "level": "sequence", "beta": 0.04, "rho": 0.5}
+    inputs = apply_setting(trainer, setting, 2)
+    expected = loss_gradients_metrics(trainer, trl.GRPOTrainer._compute_loss, inputs)
+    trainer.loss_type, trainer.importance_sampling_level = "gspo", "token"
+    found = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    assert_same_step(found, expected)
+    assert {name: found[2][name] for name in expected[2]} == pytest.approx(expected[2], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "cispo", "vespo"])
+def test_the_kept_denominator_of_the_other_means_over_tokens(trainer, monkeypatch, loss_type):
+    setting = draw_setting(1) | PLAIN | {"loss_type": loss_type, "rho": 0.3, "steps_per_generation": 4}
+    inputs = apply_setting(trainer, setting, 1)
+    everything, _, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    monkeypatch.setattr(trainer.args, "entropy_denominator", "kept")
+    kept, _, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    assert 0 < metrics["entropy/kept_share"] < 0.5
+    torch.testing.assert_close(kept * metrics["entropy/kept_share"], everything)
+
+
+def test_the_kept_denominator_is_that_of_the_paper(trainer):
+    plain = {"loss_type": "dapo", "level": "token", "beta": 0.0, "delta": None, "sampler": None, "off_policy": None}
+    plain |= {"entropy": None, "aux_coef": None}
+    setting = draw_setting(1) | plain | {"rho": 0.3, "steps_per_generation": 4, "train": True}
+    inputs = apply_setting(trainer, setting, 1)
+    everything, gradient, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    trainer.args.entropy_denominator = "kept"
+    kept, kept_gradient, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    trainer.args.entropy_denominator = "all"
+    assert 0 < metrics["entropy/kept_share"] < 0.5
+    torch.testing.assert_close(kept * metrics["entropy/kept_share"], everything)
+    torch.testing.assert_close(kept_gradient * metrics["entropy/kept_share"], gradient)
+
+
+@pytest.mark.skipif(not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="TRL < 1.15 has no fused lm_head here")
+def test_the_loss_never_materialises_logits(trainer, monkeypatch):
+    inputs = apply_setting(trainer, draw_setting(2) | {"aux_coef": None}, 2)
+
+    def refuse(*_):
+        raise AssertionError("the lm_head was called")
+
+    monkeypatch.setattr(trainer.model.lm_head, "forward", refuse)
+    loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+
+
+def test_training_runs_and_logs_trls_metrics_and_ours(tmp_path):
+    options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3, "epsilon_low": 0.1, "epsilon_high": 0.28}
+    options |= {"top_entropy_quantile": 0.2, "multi_objective_aggregation": "normalize_then_sum", "gauges": "all"}
+    rewards = [
+        lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
+        lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids],
+    ]
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, rewards, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert trainer.epsilon_low == 0.1
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    history = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert len(history) == 4
+    assert "reward" in history[0] and "rewards/<lambda>/mean" in history[0]
+    for name in ("clip_ratio/region_mean", "clip_ratio/low_min", *OURS_ALONE):
+        of_run = history[2:] if name.startswith("cov/entropy_change") else history
+        assert all(math.isfinite(entry[name]) for entry in of_run), name
+    assert all(0 < entry["entropy/kept_share"] <= 1 and 0 <= entry["rlloss/live_share"] <= 1 for entry in history)
+
+
+@pytest.mark.parametrize("loss_type", [*TRL_LOSS_TYPES, "gspo"])
+def test_every_loss_type_trains(tmp_path, loss_type, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("TRL's own loss was entered")
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", forbidden)
+    options = {"loss_type": loss_type, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "beta": 0.01}
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_entropy_controller_is_saved_and_loaded_by_trl(tmp_path):
+    options = {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 100.0, "save_strategy": "steps"}
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, max_steps=2, save_steps=2, **options)
+    if not hasattr(trainer, "_entropy_bonus_enabled"):
+        pytest.skip("this TRL has no entropy controller")
+    trainer.train()
+    assert trainer.entropy_coef == pytest.approx(0.11)
+    state = json.loads((tmp_path / "checkpoint-2" / "entropy_ctrl_state.json").read_text())
+    assert state == {"entropy_coef": trainer.entropy_coef, "last_world_entropy": trainer._last_world_entropy}
+    again = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, max_steps=3, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.entropy_coef == pytest.approx(0.115)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"loss_type": "luspo", "top_entropy_quantile": 0.5, "entropy_denominator": "kept"}, "'luspo', which divides by B"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_raise_when_the_trainer_is_made(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **options)
+
+
+def test_a_run_with_the_entropy_controller_is_trls(tmp_path):
+    options = {"loss_type": "cispo", "epsilon_high": 5.0, "use_adaptive_entropy": True, "entropy_coef": 0.02}
+    options |= {"entropy_target": 10.0, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_steps": 3}
+    logged = []
+    for which in ((trl.GRPOTrainer, trl.GRPOConfig), (GRPOTrainer, GRPOConfig)):
+        trainer = build_trainer(*which, tmp_path / str(len(logged)), num_iterations=2, **options)
+        trainer.train()
+        logged.append([entry for entry in trainer.state.log_history if "entropy" in entry])
+    names = ("loss", "grad_norm", "entropy", "policy_loss", "entropy_coef", "cispo_clip_ratio")
+    assert len(logged[0]) == 3 and logged[1][-1]["entropy_coef"] == pytest.approx(0.035)
+    for theirs, ours in zip(*logged, strict=True):
+        for name in (*names, "reward"):
+            if name in names or name in theirs:  # there is no reward where a generation is used again
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+def test_settings_of_other_losses_do_not_matter(tmp_path):
+    build_trainer(GRPOTrainer, GRPOConfig, tmp_path, loss_type="grpo", sapo_temperature_pos=-1.0, vespo_k_neg=-1.0)
+
+
+def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
+    common = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    assert GRPOConfig(**common, epsilon_low=0.1).epsilon == 0.1
+    assert GRPOConfig(**common).epsilon == trl.GRPOConfig(**common).epsilon
+    with pytest.raises(ValueError, match="epsilon_low: found 0.1 and epsilon=0.3, expected one of the two"):
+        GRPOConfig(**common, epsilon_low=0.1, epsilon=0.3)
+
+
+def test_every_other_default_is_trls():
+    theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
+    ours = {f.name: f for f in dataclasses.fields(GRPOConfig)}
+    assert set(ours) - set(theirs) == {
+        "epsilon_low", "max_log_ratio", "entropy_denominator", "zero_advantage", "spread_live_rows", "lm_head_plan",
+        "lm_head_memory_budget", "exact_k", "entropy_scope", "entropy_bonus_tokens", "covariance",
+        "dynamic_temperature", "dynamic_sampling_rounds", "reward_conditions", "gdpo_token_weighted",
+        "soft_overlong_cache", "collapse_monitor", "token_log_steps", "gauges",
+    }  # fmt: skip
+    assert all(ours[name].default == field.default for name, field in theirs.items())
+
+
+def test_conflicting_settings_raise_when_the_trainer_is_made(tmp_path):
+    with pytest.raises(ValueError, match="entropy_denominator: found 'kept'.*no effect with top_entropy_quantile=1.0"):
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, entropy_denominator="kept")
+
+
+def test_an_unknown_loss_type_is_named_with_the_list(tmp_path):
+    with pytest.raises(ValueError, match="loss_type: found 'gmpo', expected one of 'grpo', 'bnpo', .*'vespo'"):
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, loss_type="gmpo")
+
+
+def test_an_overridden_selection_of_trl_is_obeyed(tmp_path):
+    class Nothing(GRPOTrainer):
+        def get_high_entropy_mask(self, entropies, mask, threshold):
+            return torch.zeros_like(mask, dtype=torch.bool)
+
+    trainer = build_trainer(Nothing, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
+    loss, gradient, _ = loss_gradients_metrics(trainer, Nothing._compute_loss, random_inputs(trainer, seed=0))
+    assert loss == 0 and (gradient == 0).all()
+
+
+def test_a_loss_type_that_only_a_newer_trl_knows_is_that_trls(trainer, monkeypatch):
+    inputs = apply_setting(trainer, draw_setting(0) | PLAIN | {"loss_type": "gmpo"}, 0)
+    with pytest.raises(ValueError, match="loss_type: found 'gmpo'"):
+        trainer._compute_loss(trainer.model, inputs)
+    monkeypatch.setattr(trl_grpo, "IN_TESTED_RANGE", False)
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda *_: "theirs")
+    assert trainer._compute_loss(trainer.model, inputs) == "theirs"
+    monkeypatch.setattr(trainer.args, "entropy_denominator", "kept")
+    with pytest.raises(ValueError, match="entropy_denominator: found 'kept', expected 'all' with loss_type='gmpo'"):
+        trainer._make_loss_config()
+
+
+def test_what_a_multimodal_model_needs_reaches_an_override(tmp_path):
+    seen = {}
+
+    class Spy(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            seen.update(kwargs)
+            kwargs.pop("token_type_ids", None)
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    trainer = build_trainer(Spy, GRPOConfig, tmp_path)
+    inputs = random_inputs(trainer, seed=0) | {"token_type_ids": torch.zeros(4, 10, dtype=torch.int64)}
+    trainer._compute_loss(trainer.model, inputs)
+    assert seen["token_type_ids"] is inputs["token_type_ids"] and "prompt_ids" not in seen
+
+
+def test_trls_own_config_works_too(tmp_path):
+    trainer = build_trainer(GRPOTrainer, trl.GRPOConfig, tmp_path)
+    assert trainer._make_loss_config().loss_type == trl.GRPOConfig.loss_type
+
+
+def load_plugin_again(monkeypatch):
+    spec = importlib.util.find_spec("rlloss.integrations.trl.trainer")
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setitem(sys.modules, "again", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+
+
+def test_trl_outside_the_tested_range_warns_once_and_an_incompatible_one_raises(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_plugin_again(monkeypatch)
+    monkeypatch.setattr(trl, "__version__", "2.3.0")
+    with pytest.warns(UserWarning, match=r"rlloss is tested with TRL >= 1\.14\.0, < 1\.17\.0; found 2\.3\.0") as record:
+        load_plugin_again(monkeypatch)
+    assert len(record) == 1
+    monkeypatch.setattr(trl, "GRPOTrainer", type("GRPOTrainer", (), {"_compute_loss": None}))
+    with pytest.raises(ImportError, match="TRL 2.3.0 does not fit.*has no _get_per_token_logps_and_entropies"):
+        load_plugin_again(monkeypatch)
+
+
+def test_everything_multimodal_that_trl_knows_is_handed_on():
+    own = {"self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
+    own |= {"compute_entropy", "compute_aux_loss", "args", "kwargs"}
+    known = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert set(known) - own <= set(MULTIMODAL)
+
+
+@pytest.mark.parametrize("plan", ["auto", "keep", "recompute", "trl"])
+def test_the_lm_head_runs_products_for_tokens_that_count_and_live_ones(trainer, monkeypatch, plan):
+    if plan != "trl" and why_no_patch() is not None:
+        pytest.skip(why_no_patch())
+    monkeypatch.setattr(trainer.args, "lm_head_plan", plan)
+    inputs = apply_setting(trainer, draw_setting(0) | PLAIN | {"loss_type": "dapo", "tool_mask": True}, 0)
+    inputs["advantages"] = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    counted = inputs["completion_mask"] * inputs["tool_mask"]
+    with count_products() as products:
+        loss, _, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
+    if plan == "trl":
+        assert products.unit == 0
+        return
+    weight = trainer.model.get_output_embeddings().weight
+    assert products.unit == products.flop["logits"] == 2 * int(counted.sum()) * weight.numel()
+    live = int((counted * (inputs["advantages"] != 0).unsqueeze(1)).sum())
+    assert 0 < products.flop["weight_grad"] <= 2 * live * weight.numel()
+    assert (products.flop["recompute"] > 0) == (plan == "recompute")
+
+
+def test_a_budget_for_trls_own_lm_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="lm_head_memory_budget: found 1000, expected None with lm_head_plan='trl'"):
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, lm_head_plan="trl", lm_head_memory_budget=1000)
+    with pytest.raises(ValueError, match="lm_head_plan: found 'fast', expected one of"):
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, lm_head_plan="fast")
