@@ -16,6 +16,8 @@ def attach(
             return importlib.import_module(f"{package}.{name}")
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
+        found = getattr(importlib.import_module(modules[name]), name)
+        setattr(importlib.import_module(package), name, found)  # the next time it is found at once
+        return found
 
     return get, lambda: sorted({*vars(importlib.import_module(package)), *modules, *folders}), list(modules)
