@@ -4,8 +4,8 @@
 
 Calls are drawn by a seed and go through public functions alone. Of each: whether loss, metrics and gradients have the
 same bits; if not, the largest relative difference, and whether the error against the same call in fp64 has grown. Then
-small calls are timed in turns of the two revisions. The exit status is 1 where a call differs by more than --within, or errs
-more than before.
+small calls are timed in turns of the two revisions. The exit status is 1 where a call differs by more than --within,
+or errs more than before.
 """
 
 import argparse

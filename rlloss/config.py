@@ -5,23 +5,8 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from rlloss import checks
+from rlloss.loss_types import LOSSES, LossType, read_by_some
 
-_CLIP = {"ratio_level", "epsilon_low", "epsilon_high", "delta", "max_log_ratio"}
-# Of the settings that only some losses read: which each of them does.
-READ_BY = {
-    "grpo": _CLIP,
-    "bnpo": _CLIP,
-    "dr_grpo": _CLIP | {"max_completion_length"},
-    "dapo": _CLIP,
-    "cispo": {"ratio_level", "epsilon_high", "max_log_ratio"},
-    "sapo": {"ratio_level", "max_log_ratio", "sapo"},
-    "gspo": _CLIP - {"ratio_level"},
-    "luspo": _CLIP,
-    "vespo": {"vespo"},
-    "clip_cov": (_CLIP - {"ratio_level"}) | {"covariance"},
-    "kl_cov": {"max_log_ratio", "covariance"},
-}
-LOSS_TYPES = tuple(READ_BY)
 RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ENTROPY_DENOMINATORS = ("all", "kept")
@@ -29,13 +14,6 @@ BONUS_TOKENS = ("kept", "all")
 COVARIANCE_SCOPES = ("microbatch", "generation")
 COVARIANCE_SELECTIONS = ("random", "top")
 COVARIANCE_PENALTIES = ("abs", "k3")
-# Of the settings of CovarianceConfig that only one of the two losses reads: which one.
-COVARIANCE_READ_BY = {
-    "low": "clip_cov", "high": "clip_cov", "selection": "clip_cov", "seed": "clip_cov",
-    "kl_coef": "kl_cov", "penalty": "kl_cov",
-}  # fmt: skip
-# Losses that are divided by something else than a count of tokens.
-NO_TOKEN_COUNT = {"dr_grpo": "B * max_completion_length", "luspo": "B"}
 
 
 @dataclass(frozen=True)
@@ -202,10 +180,10 @@ class LossConfig:
     covariance: CovarianceConfig = CovarianceConfig()
     """Which tokens "clip_cov" and "kl_cov" pick; for the others it has no effect and raises."""
 
-    _least_cispo_cap: ClassVar[float] = 1.0
+    _least_cap: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
+        checks.one_of("loss_type", self.loss_type, tuple(LOSSES))
         checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
         checks.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         checks.one_of("entropy_denominator", self.entropy_denominator, ENTROPY_DENOMINATORS)
@@ -224,8 +202,8 @@ class LossConfig:
         checks.require(self.epsilon_low >= 0.0, "epsilon_low", self.epsilon_low, "a number >= 0")
         checks.require(self.epsilon_high >= 0.0, "epsilon_high", self.epsilon_high, "a number >= 0")
         checks.require(
-            self.loss_type != "cispo" or self.epsilon_high >= self._least_cispo_cap, "epsilon_high", self.epsilon_high,
-            "a number >= 1 with 'cispo', for which it is the cap of the ratio itself",
+            not self._row.caps_ratio or self.epsilon_high >= self._least_cap, "epsilon_high", self.epsilon_high,
+            f"a number >= 1 with {self.loss_type!r}, for which it is the cap of the ratio itself",
         )  # fmt: skip
         checks.within("top_entropy_quantile", self.top_entropy_quantile, 0, 1)
         checks.require(math.isfinite(self.beta), "beta", self.beta, "a finite number")
@@ -235,14 +213,19 @@ class LossConfig:
                 checks.positive(name, getattr(self, name))
         self._reject_settings_without_effect()
 
+    @property
+    def _row(self) -> LossType:
+        return LOSSES[self.loss_type]
+
     def _reject_settings_without_effect(self) -> None:
-        if "max_completion_length" in READ_BY[self.loss_type]:
+        reads, some = self._row.reads, read_by_some()
+        if "max_completion_length" in reads:
             checks.require(
                 self.max_completion_length is not None, "max_completion_length", None,
                 f"a positive number of tokens with {self.loss_type!r}",
             )  # fmt: skip
         for field in fields(self):
-            if field.name in READ_BY_SOME and field.name not in READ_BY[self.loss_type] | self._also_read():
+            if field.name in some and field.name not in reads | self._also_read():
                 self._without_effect(field.name, field.default, f"loss_type={self.loss_type!r}")
         if self.top_entropy_quantile == 1.0:
             self._without_effect("entropy_denominator", "all", "top_entropy_quantile=1.0")
@@ -253,11 +236,11 @@ class LossConfig:
         if self.beta == 0.0:
             self._without_effect("kl_estimator", "k3", "beta=0.0")
             self._without_effect("kl_bias_correction", False, "beta=0.0")
-        if "covariance" in READ_BY[self.loss_type]:
+        if "covariance" in reads:
             for field in fields(CovarianceConfig):
-                found, loss_type = getattr(self.covariance, field.name), COVARIANCE_READ_BY.get(field.name)
+                found, name = getattr(self.covariance, field.name), f"covariance.{field.name}"
                 checks.require(
-                    loss_type in (None, self.loss_type) or found == field.default, f"covariance.{field.name}", found,
+                    name not in some or name in reads or found == field.default, name, found,
                     f"{field.default!r}: it has no effect with loss_type={self.loss_type!r}",
                 )  # fmt: skip
             checks.require(
@@ -265,9 +248,10 @@ class LossConfig:
                 self.covariance.seed, "0: it has no effect with covariance.selection='top'",
             )  # fmt: skip
         if self.entropy_denominator == "kept":
-            divisor = NO_TOKEN_COUNT.get(self.loss_type)
+            counts_tokens = self._row.divided_by == "tokens" or self._row.mean_of_sequence
+            divisor = "B" if self._row.divided_by == "sequences" else "B * max_completion_length"
             checks.require(
-                divisor is None, "entropy_denominator", "kept",
+                counts_tokens, "entropy_denominator", "kept",
                 f"'all' with {self.loss_type!r}, which divides by {divisor}",
             )  # fmt: skip
             checks.require(
@@ -276,16 +260,13 @@ class LossConfig:
             )  # fmt: skip
 
     def _also_read(self) -> set[str]:
-        """What is read besides: the KL's bound, the ratio of its bias correction; and "gspo" may say what it is."""
+        """What is read besides: the KL's bound, the ratio of its bias correction; and a level may say what it is."""
         read = {"max_log_ratio"} if self.beta != 0.0 else set()
-        corrected = self.beta != 0.0 and self.kl_bias_correction and self.loss_type == "vespo"
-        if corrected or (self.loss_type, self.ratio_level) == ("gspo", "sequence"):
+        corrected = self.beta != 0.0 and self.kl_bias_correction and self._row.level == "product"
+        if corrected or self._row.level == self.ratio_level:
             read |= {"ratio_level"}
         return read
 
     def _without_effect(self, name: str, default: object, because: str) -> None:
         found = getattr(self, name)
         checks.require(found == default, name, repr(found), f"{default!r}: it has no effect with {because}")
-
-
-READ_BY_SOME = set().union(*READ_BY.values())

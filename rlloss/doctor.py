@@ -250,7 +250,7 @@ def _by_formula(dtype: torch.dtype) -> tuple[Tensor, ...]:
     logp, _, _ = reference.token_stats(hidden @ weight.T, x["target"])
     ratio = reference.ratio(logp, x["old_logp"], x["mask"])
     loss = reference.clip_surrogate(ratio, x["advantage"].unsqueeze(-1), 0.2, 0.28)
-    loss = reference.aggregate(loss, x["mask"], "dapo")
+    loss = reference.aggregate(loss, x["mask"], "tokens")
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 

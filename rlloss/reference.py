@@ -107,16 +107,15 @@ def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     return mask & (entropy >= entropy[mask].quantile(1 - rho))
 
 
-def aggregate(loss: Tensor, mask: Tensor, loss_type: str, max_completion_length: int | None = None) -> Tensor:
+def aggregate(loss: Tensor, mask: Tensor, over: str, length: int | None = None) -> Tensor:
     """One number from the losses [B, T] of the tokens that count."""
     total = torch.where(mask, loss, 0.0).sum(-1)
-    if loss_type in ("grpo", "sapo", "gspo"):  # 2402.03300: mean over each sequence, then over sequences
+    if over == "sequence means":  # 2402.03300: mean over each sequence, then over sequences
         return (total / mask.sum(-1).clamp(min=1)).mean()
-    if loss_type in ("bnpo", "dapo", "cispo", "vespo", "clip_cov", "kl_cov"):  # 2503.14476: mean over all tokens
+    if over == "tokens":  # 2503.14476: mean over all tokens
         return total.sum() / mask.sum().clamp(min=1)
-    if loss_type == "luspo":  # 2602.05261: sum over each sequence, then mean over sequences
+    if over == "sequences":  # 2602.05261: sum over each sequence, then mean over sequences
         return total.mean()
-    if loss_type == "dr_grpo":  # 2503.20783: a constant
-        assert max_completion_length is not None
-        return total.sum() / (mask.shape[0] * max_completion_length)
-    raise ValueError(f"loss_type: found {loss_type!r}")
+    if over == "length" and length is not None:  # 2503.20783: a constant
+        return total.sum() / (mask.shape[0] * length)
+    raise ValueError(f"over: found {over!r}, length: found {length!r}")

@@ -21,6 +21,7 @@ except ImportError as error:
 from rlloss import checks
 from rlloss.entropy.diagnostics import Trend, trend
 from rlloss.integrations.transformers.notice import say
+from rlloss.loss_types import LOSSES
 
 ENTROPY = ("entropy/mean", "entropy")  # nats, by preference
 ZERO_VARIANCE = "reward_resolution/zero_variance/"
@@ -32,7 +33,7 @@ MIN_LOGS = 20  # a line through fewer logs says too little
 REMEDIES = (
     ("clip-higher (epsilon_high=0.28)", lambda a: (a.epsilon_high or a.epsilon) > a.epsilon),
     ("gradients on the tokens of high entropy alone (top_entropy_quantile=0.2)", lambda a: a.top_entropy_quantile < 1),
-    ("Clip-Cov or KL-Cov (loss_type='clip_cov' or 'kl_cov')", lambda a: a.loss_type in ("clip_cov", "kl_cov")),
+    ("Clip-Cov or KL-Cov (loss_type='clip_cov' or 'kl_cov')", lambda a: _picked(a) is not None),
     (
         "an entropy bonus (use_adaptive_entropy=True, entropy_target near the entropy at the start)",
         lambda a: a.use_adaptive_entropy or a.entropy_coef > 0,
@@ -134,7 +135,7 @@ class CollapseMonitor(TrainerCallback):
         self._forget()
         for logs in state.log_history:
             self._remember(_numbers(logs))
-        if _updates_once(args) and getattr(args, "loss_type", None) != "kl_cov":
+        if _updates_once(args) and _picked(args) != "penalised":
             steps, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
             settings = f"steps_per_generation == gradient_accumulation_steps == {steps}"
             if steps != accumulation:
@@ -218,13 +219,12 @@ class CollapseMonitor(TrainerCallback):
         return {"low_entropy": message + _remedies(args) if p80 < self.low_p80 else None}
 
     def _on_policy(self, metrics: dict[str, float], args) -> dict[str, str | None]:
-        loss_type = getattr(args, "loss_type", None)
-        if ON_POLICY_SHARE not in metrics or (_updates_once(args) and loss_type != "kl_cov"):
+        if ON_POLICY_SHARE not in metrics or (_updates_once(args) and _picked(args) != "penalised"):
             return {}
         found = metrics[ON_POLICY_SHARE] >= self.on_policy_share
         why = f"{metrics[ON_POLICY_SHARE]:.1%} of the tokens have the importance ratio 1"
         kind, effect = "on_policy", "no clip can act, so epsilon_low, epsilon_high and Clip-Cov change nothing"
-        if loss_type == "kl_cov":
+        if _picked(args) == "penalised":
             kind, effect = (
                 "kl_cov_on_policy",
                 "|logp - old_logp| is 0, so the penalty of KL-Cov is 0 and changes nothing",
@@ -288,6 +288,12 @@ def _course(line: Trend, n: int, start: float, limit: float) -> str:
         f"At the start the mean was {start:.3g} nats; the trend of the last {n} logs stands at {line.last:.3g} and "
         f"leads to {max(line.after(n), 0.0):.3g} in {n} more; the limit is {limit:.3g}"
     )
+
+
+def _picked(args) -> str | None:
+    """What becomes of the tokens that its loss picks by covariance; None: it picks none."""
+    row = LOSSES.get(getattr(args, "loss_type", None) or "")
+    return None if row is None else row.picked
 
 
 def _updates_once(args) -> bool | None:

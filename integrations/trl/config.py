@@ -12,12 +12,12 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl.config needs TRL: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
-from rlloss.config import READ_BY, CovarianceConfig, LossConfig, SapoConfig, VespoConfig
+from rlloss.config import CovarianceConfig, LossConfig, SapoConfig, VespoConfig
 from rlloss.entropy.temperature import temperature_rule
 from rlloss.integrations.trl.lm_head import PLANS
-from rlloss.losses.loss import LOSSES
+from rlloss.loss_types import LOSSES
 
-# The settings of LossConfig that only some losses read (config.READ_BY), in a trainer of TRL.
+# The settings of LossConfig that only some losses read, in a trainer of TRL.
 OPTIONS = {
     "ratio_level": lambda trainer: trainer.importance_sampling_level,
     "epsilon_low": lambda trainer: trainer.epsilon_low,
@@ -34,8 +34,6 @@ OPTIONS = {
 # TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do
 # not read without a word.)
 NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
-# Losses that TRL has not: with them a setting that rlloss refuses raises.
-NOT_TRLS = ("gspo", "clip_cov", "kl_cov")
 # Options with a fixed choice of words.
 CHOICES = {
     "gauges": ("basic", "all"),
@@ -240,7 +238,7 @@ class GRPOConfig(TrlGRPOConfig):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: found {getattr(self, name)!r}, expected a dict (as JSON or YAML) or None")
         checks.require(
-            self.covariance is None or self.loss_type in ("clip_cov", "kl_cov"), "covariance", self.covariance,
+            self.covariance is None or _picks(self.loss_type), "covariance", self.covariance,
             f"None with loss_type={self.loss_type!r}, where it has no effect",
         )  # fmt: skip
         if self.covariance is not None:
@@ -287,16 +285,20 @@ class GRPOConfig(TrlGRPOConfig):
         )  # fmt: skip
 
 
+def _picks(loss_type: str) -> bool:
+    return loss_type in LOSSES and LOSSES[loss_type].picks is not None
+
+
 class TrlLossConfig(LossConfig):
     """Without the lower bound of cispo's cap, which in TRL is `epsilon`, 0.2, unless `epsilon_high` is given."""
 
-    _least_cispo_cap = 0.0
+    _least_cap = 0.0
 
 
 def trls_settings(trainer: Any) -> dict[str, Any]:
     """TRL's options in a trainer, as those of a LossConfig."""
     corrected = trainer.beta != 0.0 and trainer.args.use_bias_correction_kl
-    read = READ_BY[trainer.loss_type]
+    read = LOSSES[trainer.loss_type].reads
     if corrected and LOSSES[trainer.loss_type].level == "product":
         read = read | {"ratio_level"}  # for the KL alone
     return dict(

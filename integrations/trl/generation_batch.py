@@ -20,12 +20,13 @@ except ImportError as error:
     ) from error
 
 from rlloss import checks
-from rlloss.config import READ_BY, LossConfig
+from rlloss.config import LossConfig
 from rlloss.entropy.temperature import temperature_rule
 from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
 from rlloss.integrations.trl.lm_head import token_temperatures
 from rlloss.integrations.trl.lm_head import why_not as why_no_patch
 from rlloss.integrations.trl.zero_advantage import PartedModel, counted_tokens
+from rlloss.loss_types import LOSSES
 from rlloss.tokens.covariance import covariance_selection
 from rlloss.tokens.exact_k import sequence_key
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
@@ -310,4 +311,4 @@ def content_key(inputs: dict) -> Tensor:
 
 
 def _picks_once(config: LossConfig) -> bool:
-    return "covariance" in READ_BY[config.loss_type] and config.covariance.scope == "generation"
+    return LOSSES[config.loss_type].picks is not None and config.covariance.scope == "generation"

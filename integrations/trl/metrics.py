@@ -10,27 +10,11 @@ from torch import Tensor
 
 from rlloss.entropy.bonus import adapted
 from rlloss.entropy.diagnostics import EntropyFit, gauges, pack, unpack
-from rlloss.losses.loss import LOSSES, means
-from rlloss.losses.surrogates import cispo, clip, kl_cov, sapo, vespo
+from rlloss.loss_types import LOSSES
+from rlloss.losses.loss import means
 
-# What a surrogate counts: TRL's name -> that of rlloss's mean.
-MEANS: dict[Callable[..., object], dict[str, str]] = {
-    clip: {
-        "clip_ratio/low_mean": "clip_low",
-        "clip_ratio/high_mean": "clip_high",
-        "clip_ratio/region_mean": "clip_region",
-    },
-    cispo: {"cispo_clip_ratio": "clip_high"},
-    sapo: {},
-    vespo: {"vespo/phi_seq_mean": "weight"},
-    kl_cov: {},
-}
-# What is not added up over ranks: rlloss's name -> TRL's, and how the ranks' numbers become one.
-OVER_RANKS = {
-    "clip_low_min": ("clip_ratio/low_min", min),
-    "clip_high_max": ("clip_ratio/high_max", max),
-    "policy_loss": ("policy_loss", statistics.fmean),
-}
+# What is not added up over ranks: how their numbers become one.
+OVER_RANKS = {"clip_low_min": min, "clip_high_max": max, "policy_loss": statistics.fmean}
 
 
 # Gauges of an optimizer step that are logged, as far as they are not in TRL's metrics: logged name -> the gauge's.
@@ -116,7 +100,7 @@ class LossMetrics:
     def log(self, mode: str, metrics: dict[str, Tensor], gauge_sums: dict[str, Tensor]) -> None:
         """Of this micro-batch: one reduction of sums, at most one gather of the rest."""
         trainer = self.trainer
-        log, surrogate = trainer._metrics[mode], LOSSES[trainer.loss_type].surrogate
+        log, own = trainer._metrics[mode], LOSSES[trainer.loss_type].logs
         sums = {name: value for name, value in metrics.items() if name not in OVER_RANKS}
         sums |= self._entropy_window(mode, metrics)
         vector = torch.cat([torch.stack(list(sums.values())).double(), pack(gauge_sums)])
@@ -131,7 +115,8 @@ class LossMetrics:
             self._tokens(averages["live"], averages["counted"])
 
         log["rlloss/zero_advantage_share"].append(averages["zero_advantage_share"])
-        names = {"entropy": "entropy", "rlloss/live_share": "live_share", **MEANS[surrogate]}
+        names = {"entropy": "entropy", "rlloss/live_share": "live_share"}
+        names |= {logged: mean for mean, logged in own.items() if mean not in OVER_RANKS}
         if trainer.beta != 0.0:
             names["kl"] = "kl"
         if trainer.top_entropy_quantile < 1.0:
@@ -143,13 +128,12 @@ class LossMetrics:
         for name, mean in names.items():
             log[name].append(averages[mean])
 
-        logged = [name for name in OVER_RANKS if name in metrics and (surrogate is clip or name == "policy_loss")]
+        logged = [name for name in OVER_RANKS if name in metrics and (name in own or name == "policy_loss")]
         if logged:
             gathered = trainer.accelerator.gather(torch.stack([metrics[name] for name in logged]).unsqueeze(0))
             for name, of_ranks in zip(logged, gathered.T.tolist(), strict=True):
-                trls_name, one_of = OVER_RANKS[name]
                 known = [value for value in of_ranks if not math.isnan(value)]  # NaN: no sequence of that rank counts
-                log[trls_name].append(one_of(known) if known else math.nan)
+                log[own.get(name, name)].append(OVER_RANKS[name](known) if known else math.nan)
 
         if "window_entropy" in averages:
             self._adapt_entropy_coef(averages["window_entropy"])

@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl.trainer needs TRL: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
-from rlloss.config import RATIO_LEVELS, READ_BY, LossConfig
+from rlloss.config import RATIO_LEVELS, LossConfig
 from rlloss.entropy.bonus import bonus_now
 from rlloss.entropy.diagnostics import diagnose
 from rlloss.integrations.transformers.collapse_monitor import CollapseMonitor, Finding
@@ -30,7 +30,6 @@ from rlloss.integrations.transformers.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl.advantages import RewardsToAdvantages
 from rlloss.integrations.trl.config import (
     NOT_READ_BY_COVARIANCE,
-    NOT_TRLS,
     OPTIONS,
     TrlLossConfig,
     set_before_loading,
@@ -44,8 +43,8 @@ from rlloss.integrations.trl.metrics import LogOrder, LossMetrics
 from rlloss.integrations.trl.model_card import about_run, complete_card, dataset_of
 from rlloss.integrations.trl.run_summary import RunSummary
 from rlloss.integrations.trl.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
-from rlloss.losses.loss import LOSSES, default_denominator, means, policy_loss
-from rlloss.losses.surrogates import cispo, sapo, vespo
+from rlloss.loss_types import LOSSES
+from rlloss.losses.loss import default_denominator, means, policy_loss
 from rlloss.losses.token_states import token_states
 from rlloss.rewards.resolution import group_accuracy
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
@@ -56,8 +55,6 @@ MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-# Among the losses that are divided by a count of tokens, those that take this micro-batch's own.
-OWN_TOKEN_COUNT = ("bnpo",)
 logger = logging.getLogger(__name__)
 
 _missing = [
@@ -170,26 +167,26 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _why_trls_own(self) -> str | None:
         """Why the loss is TRL's own: an unknown loss type, a replaced hook, or a setting that rlloss alone refuses."""
         if IN_TESTED_RANGE and not self._overrides("_compute_loss"):  # what else has more says itself what is unknown
-            checks.one_of("loss_type", self.loss_type, LOSSES)
+            checks.one_of("loss_type", self.loss_type, tuple(LOSSES))
         if self.loss_type not in LOSSES:
             return f"loss_type={self.loss_type!r}"
-        surrogate = LOSSES[self.loss_type].surrogate
+        loss_type = LOSSES[self.loss_type]
         called = {
             "get_high_entropy_mask": self.top_entropy_quantile < 1.0,
             "get_off_policy_mask": self.off_policy_mask_threshold is not None,
-            "get_gamma_weights": surrogate is vespo,
-            "get_sapo_token_loss": surrogate is sapo,
+            "get_gamma_weights": "vespo" in loss_type.reads,
+            "get_sapo_token_loss": "sapo" in loss_type.reads,
         }
         for name, is_called in called.items():
             if is_called and _function(self, name) is not TRLS[name]:
                 return f"{name} overridden"
         checks.one_of("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
-        if self.loss_type in NOT_TRLS:
+        if not loss_type.in_trl:
             return None
         try:
             TrlLossConfig(**trls_settings(self))
         except ValueError as refused:
-            no_length = "max_completion_length" in READ_BY[self.loss_type] and self.max_completion_length is None
+            no_length = "max_completion_length" in loss_type.reads and self.max_completion_length is None
             if no_length or self.top_entropy_quantile < 0.0:  # TRL fails in the first step
                 raise
             self._warn_once(f"{refused}. TRL runs with it all the same, by its own loss.")
@@ -219,7 +216,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                 )
             self._rollout.check(None, theirs)
             return None
-        read = READ_BY[self.loss_type]
+        read = LOSSES[self.loss_type].reads
         for name, default in NOT_READ_BY_COVARIANCE.items():
             if "covariance" in read and name not in read:
                 checks.require(
@@ -238,7 +235,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             max_log_ratio=max_log_ratio,
             entropy_bonus_tokens=bonus_tokens if settings["entropy_coef"] != 0.0 else "kept",
         )
-        if LOSSES[self.loss_type].surrogate is cispo and config.epsilon_high < 1.0:
+        if LOSSES[self.loss_type].caps_ratio and config.epsilon_high < 1.0:
             self._warn_once(
                 f"loss_type={self.loss_type!r} caps the importance ratio at epsilon_high={config.epsilon_high} (TRL "
                 "takes it from epsilon where it is not given), so nearly every token has that weight. The cap is "
@@ -435,7 +432,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _denominator(self, config, inputs, mode, entropy, mask, cutoff, kept):
         """For a mean over tokens this process's share of those of an average micro-batch; None: this call's own."""
-        if LOSSES[self.loss_type].divided_by != "tokens" or self.loss_type in OWN_TOKEN_COUNT:
+        loss_type = LOSSES[self.loss_type]
+        if loss_type.divided_by != "tokens" or loss_type.own_token_count:
             return None
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":  # it counts the generation batch, which is steps_per_generation micro-batches

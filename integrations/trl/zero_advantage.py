@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.integrations.trl.batch_dependence import BatchDependence
+from rlloss.loss_types import LOSSES
 
 CHOICES = ("forward_only", "drop", "keep")
 READ = ("advantages", "completion_mask", "tool_mask")  # what `look` reads
@@ -281,7 +282,8 @@ class ZeroAdvantage:
             f"False with gradient_accumulation_steps={accumulation}, steps_per_generation={steps}, where no two "
             "micro-batches always share an optimizer step",
         )  # fmt: skip
-        own_count = "loss_type='bnpo'" if trainer.loss_type == "bnpo" else None
+        row = LOSSES.get(trainer.loss_type)
+        own_count = f"loss_type={trainer.loss_type!r}" if row is not None and row.own_token_count else None
         mean = own_count or looks or self._why_mean_of_call()
         checks.require(
             mean is None, "spread_live_rows", True,
@@ -376,14 +378,16 @@ class ZeroAdvantage:
         """What gives every completion a gradient."""
         if self.trainer.beta != 0.0:
             return f"beta={self.trainer.beta}"
-        if self.trainer.loss_type == "kl_cov":
-            return "loss_type='kl_cov'"
+        row = LOSSES.get(self.trainer.loss_type)
+        if row is not None and not row.silent_without_advantage:
+            return f"loss_type={self.trainer.loss_type!r}"
         return "an entropy bonus" if self.trainer._has_entropy_bonus() else None
 
     def _why_picks_here(self) -> str | None:
         """A loss that picks tokens among those of one micro-batch."""
         settings = getattr(self.trainer.args, "covariance", None) or {}
-        picks = self.trainer.loss_type in ("clip_cov", "kl_cov") and settings.get("scope") != "generation"
+        row = LOSSES.get(self.trainer.loss_type)
+        picks = row is not None and row.picks is not None and settings.get("scope") != "generation"
         return f"loss_type={self.trainer.loss_type!r}" if picks else None
 
     def _why_mean_of_call(self) -> str | None:

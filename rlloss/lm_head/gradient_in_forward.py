@@ -20,7 +20,8 @@ from rlloss.lm_head.matmul import count_unit
 from rlloss.lm_head.row_subset import Picked
 from rlloss.lm_head.statistics import Call, check_head, prepare
 from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
-from rlloss.losses.loss import LOSSES, PolicyLoss, policy_loss, row_local
+from rlloss.loss_types import LOSSES
+from rlloss.losses.loss import PolicyLoss, policy_loss, row_local
 
 _PART = 4096  # rows of the weight's gradient that are multiplied at a time
 
@@ -198,12 +199,13 @@ def prepare_loss(
 
 def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:
     """Tokens [B, T] that may get a gradient: where the loss is a multiple of it, those with an advantage. None: all."""
-    if config.loss_type == "kl_cov" or config.beta != 0.0 or config.entropy_coef != 0.0:
+    loss_type = LOSSES[config.loss_type]
+    if not loss_type.silent_without_advantage or config.beta != 0.0 or config.entropy_coef != 0.0:
         return None
     has_advantage = advantage.detach() != 0  # NaN is one
     if has_advantage.dim() == 1:
         has_advantage = has_advantage.unsqueeze(-1)
-    elif (LOSSES[config.loss_type].level or config.ratio_level) != "token":
+    elif (loss_type.level or config.ratio_level) != "token":
         has_advantage = has_advantage.any(-1, keepdim=True)  # through the ratio they share
     return has_advantage.expand(mask.shape)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from rlloss import backends
 from rlloss.config import KL_ESTIMATORS, LossConfig
 from rlloss.logits.statistics import check_call
+from rlloss.loss_types import LOSSES
 from rlloss.losses.fused import fits, kernel_bounds
 from rlloss.losses.inputs import as_scalar
-from rlloss.losses.loss import LOSSES, PolicyLoss, checked, default_denominator, policy_loss, row_local
+from rlloss.losses.loss import PolicyLoss, checked, default_denominator, policy_loss, row_local
 
 
 def why_two_launches(
@@ -27,7 +28,7 @@ def why_two_launches(
         return "a call inside torch.compile"
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return "logits without a gradient"
-    if not fits(LOSSES[config.loss_type].surrogate, logits):
+    if not fits(LOSSES[config.loss_type], logits):
         return f"loss_type={config.loss_type!r} and {logits.dtype} logits {tuple(logits.shape)} on {logits.device}"
     if not row_local(config, cutoff, denominator):
         return "settings by which a token's coefficient depends on other tokens"
@@ -90,14 +91,13 @@ def single_launch_loss(
 ) -> PolicyLoss:
     """What `token_stats` and `policy_loss`, whose arguments these are (`given`: the optional ones), make together."""
     check_call(logits, target, mask, temperature, softcap, logit_scale)
-    loss_type = LOSSES[config.loss_type]
     stand_in = torch.empty(mask.shape, dtype=torch.float32, device=logits.device)  # only shape and dtype are looked at
     with torch.no_grad():
         _, *tensors, _, _ = checked(
             stand_in, advantage, mask, config, given["old_logp"], given["ref_logp"], given["sampler_ratio"],
             given["sampler_logp"], stand_in, given["cutoff"], given["denominator"],
         )  # fmt: skip
-    cispo, (low, _, gain, loss_bound) = kernel_bounds(loss_type.surrogate, config)
+    cispo, (low, _, gain, loss_bound) = kernel_bounds(config)
     cutoff = given["cutoff"]
     if cutoff is not None:
         cutoff = as_scalar(cutoff, stand_in)

@@ -1,21 +1,18 @@
 """The token pass as a registered operator: loss, metrics and coefficients of the losses that clip, in one launch."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rlloss.backends import choose_backend, triton_token_pass
 from rlloss.config import KL_ESTIMATORS, LossConfig
+from rlloss.loss_types import LOSSES, LossType
 from rlloss.losses import surrogates
 from rlloss.operators import operator
 
-_CISPO = {surrogates.clip: False, surrogates.cispo: True}
 
-
-def fits(surrogate: Any, logp: Tensor) -> bool:
-    """Whether the kernel knows the surrogate and runs on the tensor."""
-    return surrogate in _CISPO and logp.numel() > 0 and choose_backend(logp) != "torch"
+def fits(loss_type: LossType, logp: Tensor) -> bool:
+    """Whether the kernel knows the loss and runs on the tensor."""
+    return loss_type.kernel is not None and logp.numel() > 0 and choose_backend(logp) != "torch"
 
 
 def _run(
@@ -112,9 +109,9 @@ def _backward(ctx, g_loss, *_):
 _clip_surrogate = operator("clip_surrogate", fake=_fake, setup_context=_setup_context, backward=_backward)(_run)
 
 
-def kernel_bounds(surrogate: Any, config: LossConfig) -> tuple[bool, list[float]]:
+def kernel_bounds(config: LossConfig) -> tuple[bool, list[float]]:
     """(whether it is CISPO, [low, high, gain, loss_bound]) as kernels/surrogates.py takes them."""
-    if _CISPO[surrogate]:
+    if LOSSES[config.loss_type].kernel == "cispo":
         return True, [0.0, config.epsilon_high, config.epsilon_high, config.epsilon_high]
     low, gain, loss_bound = surrogates.clip_bounds(config)
     return False, [low, 1.0 + config.epsilon_high, gain, loss_bound]
@@ -132,13 +129,11 @@ def token_pass(
     selection: tuple[Tensor, Tensor | None] | None,
     denominator: Tensor | float | None,
     *,
-    surrogate: Any,
     level: str,
-    mean_of_sequence: bool,
     config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of `policy_loss`, whose arguments these are after its checks; selection: (cutoff, last tie)."""
-    cispo, bounds = kernel_bounds(surrogate, config)
+    cispo, bounds = kernel_bounds(config)
     cutoff, last = (None, None) if selection is None else selection
     as_tensor = isinstance(denominator, Tensor)
     bonus = config.entropy_coef if entropy is not None else 0.0
@@ -157,7 +152,7 @@ def token_pass(
         None if as_tensor or denominator is None else float(denominator),
         cispo,
         level == "sequence",
-        mean_of_sequence,
+        LOSSES[config.loss_type].mean_of_sequence,
         config.entropy_denominator == "kept",
         bounds,
         None if config.delta is None else float(config.delta),

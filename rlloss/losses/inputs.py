@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rlloss import checks
-from rlloss.config import READ_BY, LossConfig
+from rlloss.config import LossConfig
+from rlloss.loss_types import LOSSES
 
 
 def checked(
@@ -65,7 +66,7 @@ def checked(
         kept is None or (config.top_entropy_quantile < 1.0 and cutoff is None), "kept", "a tensor",
         "None with top_entropy_quantile=1.0 or a cutoff, where it has no effect",
     )  # fmt: skip
-    given_elsewhere = "covariance" in READ_BY[config.loss_type] and config.covariance.scope == "generation"
+    given_elsewhere = LOSSES[config.loss_type].picks is not None and config.covariance.scope == "generation"
     checks.require(
         selected is None or given_elsewhere, "selected", "a tensor",
         "None: it is read by 'clip_cov' and 'kl_cov' with covariance.scope='generation'",

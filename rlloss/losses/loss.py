@@ -1,19 +1,19 @@
-"""The losses as a table: name = (ratio level, surrogate, aggregation). All on [B, T] floats; no vocabulary."""
+"""The loss of a batch from the log-probabilities of its tokens: all on [B, T] floats, no vocabulary."""
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss import checks
-from rlloss.config import READ_BY, LossConfig
+from rlloss.config import LossConfig
+from rlloss.loss_types import LOSSES, LossType
 from rlloss.losses import ratios
 from rlloss.losses.fused import fits, token_pass
 from rlloss.losses.inputs import as_scalar, checked
-from rlloss.losses.surrogates import Inputs, Surrogate, cispo, clip, clipped, kl_cov, sapo, vespo
+from rlloss.losses.surrogates import SURROGATES, Inputs, Surrogate, clipped
 from rlloss.tokens import covariance
 from rlloss.tokens.masks import entropy_cutoff, off_policy_mask, top_entropy_mask, top_entropy_selection
 
@@ -31,37 +31,6 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
-
-
-class LossType(NamedTuple):
-    """level: of the ratio ("token", "sequence", "product"); None: `config.ratio_level`.
-
-    mean_of_sequence: token losses are averaged over their sequence first. divided_by: what the sum is then divided
-    by. row_local: a token's coefficient depends on no other token, as long as the ratio is per token and no selection
-    looks at others.
-    """
-
-    surrogate: Callable[[Inputs, LossConfig], Surrogate]
-    level: str | None
-    mean_of_sequence: bool
-    divided_by: str
-    row_local: bool
-
-
-LOSSES = {
-    #                   surrogate, level, mean_of_sequence, divided_by, row_local
-    "grpo": LossType(clip, None, True, "sequences", True),
-    "bnpo": LossType(clip, None, False, "tokens", True),
-    "dr_grpo": LossType(clip, None, False, "length", True),
-    "dapo": LossType(clip, None, False, "tokens", True),
-    "cispo": LossType(cispo, None, False, "tokens", True),
-    "sapo": LossType(sapo, None, True, "sequences", True),
-    "gspo": LossType(clip, "sequence", True, "sequences", False),
-    "luspo": LossType(clip, None, False, "sequences", True),
-    "vespo": LossType(vespo, "product", False, "tokens", False),
-    "clip_cov": LossType(clip, "token", False, "tokens", False),
-    "kl_cov": LossType(kl_cov, "token", False, "tokens", False),
-}
 
 
 def default_denominator(counted: Tensor, loss_type: LossType, config: LossConfig) -> Tensor | float:
@@ -177,27 +146,26 @@ def policy_loss(
         return acts if sampler_ratio is None or level == "product" else acts & (sampler_ratio != 0)
 
     by_entropy, entropy_from = kept, cutoff
-    if "covariance" in READ_BY[config.loss_type]:
+    if loss_type.picks is not None:
         if by_entropy is None:
             by_entropy, entropy_from = _kept(entropy, mask, cutoff, config)
         if selected is None:
             candidates = surrogate_acts(by_entropy)
-            if loss_type.surrogate is clip:
+            if loss_type.picked == "left out":
                 of_token = log_ratio(level, None, config.max_log_ratio)
                 candidates = candidates & ~clipped(of_token, advantage, config) & ~of_token.isnan()  # it must show
             selected = covariance.select(logp, advantage, mask, candidates, config.loss_type, config.covariance)
         else:
             selected = mask & selected
-        if loss_type.surrogate is clip:  # left out as a token that the sampler's ratio leaves out
+        if loss_type.picked == "left out":  # as a token that the sampler's ratio leaves out
             sampler_ratio = torch.where(selected, 0.0, logp.new_ones(()) if sampler_ratio is None else sampler_ratio)
         elif old_logp is None:
             _say_on_policy()
 
-    if fits(loss_type.surrogate, logp) and kept is None and config.entropy_bonus_tokens == "kept":
+    if fits(loss_type, logp) and kept is None and config.entropy_bonus_tokens == "kept":
         loss, metrics = token_pass(
             logp, entropy, advantage, mask, old_logp, ref_logp, sampler_ratio, behavior_logp,
-            _selection(entropy, mask, cutoff, config), denominator, surrogate=loss_type.surrogate, level=level,
-            mean_of_sequence=loss_type.mean_of_sequence, config=config,
+            _selection(entropy, mask, cutoff, config), denominator, level=level, config=config,
         )  # fmt: skip
         return PolicyLoss(loss, metrics if selected is None else metrics | {"selected": selected.sum().float()})
 
@@ -211,7 +179,9 @@ def policy_loss(
     acting = acts.any(-1, keepdim=True) if per_sequence else acts
     # Where the weight of a sequence is NaN, a token that does not act would otherwise get 0 * NaN back.
     own_logp = torch.where(acts, logp, 0.0)
-    surrogate = loss_type.surrogate(Inputs(own_logp, log_ratio, advantage, acting, selected, weight), config)
+    surrogate = SURROGATES[loss_type.surrogate](
+        Inputs(own_logp, log_ratio, advantage, acting, selected, weight), config
+    )
     token_loss = torch.where(acts, surrogate.loss.expand_as(mask), 0.0)
     if weight is not None and not surrogate.weighted:
         token_loss = token_loss * weight

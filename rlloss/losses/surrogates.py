@@ -4,6 +4,7 @@ A token that is not selected or is clipped, or whose advantage is 0, gets a grad
 log-ratio: its log-ratio is replaced before the exponential, because 0 * inf is NaN.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -165,3 +166,9 @@ def vespo(x: Inputs, config: LossConfig) -> Surrogate:
 def _weighted_logp(weight: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     live = x.selected & (x.advantage != 0) & (weight != 0)
     return torch.where(live, -(weight * x.advantage) * torch.where(live, x.logp, 0.0), 0.0), live
+
+
+# By the names in `rlloss.loss_types`.
+SURROGATES: dict[str, Callable[[Inputs, LossConfig], Surrogate]] = {
+    "clip": clip, "cispo": cispo, "sapo": sapo, "vespo": vespo, "kl_cov": kl_cov,
+}  # fmt: skip

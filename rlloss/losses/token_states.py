@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rlloss import checks
-from rlloss.config import READ_BY, LossConfig
-from rlloss.losses.loss import LOSSES, policy_loss
+from rlloss.config import LossConfig
+from rlloss.loss_types import LOSSES
+from rlloss.losses.loss import policy_loss
 from rlloss.tokens.masks import off_policy_mask, top_entropy_mask
 
 
@@ -85,14 +86,14 @@ def token_states(
     live = (gradient != 0).any(0)
     advantage_BT = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
     picked = torch.zeros_like(mask)
-    if "covariance" in READ_BY[config.loss_type]:
+    if LOSSES[config.loss_type].picks is not None:
         # A token was picked where its gradient is not the one that it has when none is.
         unpicked = replace(config, covariance=replace(config.covariance, scope="generation"))
         other = _gradient(logp, advantage, mask, unpicked, {**given, "selected": torch.zeros_like(mask)})
         picked = ((other != gradient) & ~gradient.isnan()).any(0)
     reasons = {
         TokenState.MASKED: ~mask,
-        TokenState.PENALISED: live & picked & (config.loss_type == "kl_cov"),
+        TokenState.PENALISED: live & picked & (LOSSES[config.loss_type].picked == "penalised"),
         TokenState.LIVE: live,
         TokenState.DEAD: advantage_BT == 0,
         TokenState.DROPPED: ~_kept(mask, config, **given),

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from rlloss import checks
 from rlloss.config import CovarianceConfig
+from rlloss.loss_types import LOSSES
 from rlloss.tokens import exact_k
 from rlloss.tokens.exact_k import check_sequence_key, gathered, largest, mixed, token_key
-
-LOSS_TYPES = ("clip_cov", "kl_cov")
 
 
 def token_covariance(logp: Tensor, advantage: Tensor, mask: Tensor, *, process_group=None) -> Tensor:
@@ -86,7 +85,7 @@ def covariance_selection(
     """
     config = CovarianceConfig() if config is None else config
     checks.of_type("config", config, CovarianceConfig, "a CovarianceConfig")
-    checks.one_of("loss_type", loss_type, LOSS_TYPES)
+    checks.one_of("loss_type", loss_type, tuple(name for name, row in LOSSES.items() if row.picks))
     _checked(logp, advantage, mask, process_group)
     if candidates is not None:
         checks.boolean("candidates", candidates)
@@ -117,7 +116,7 @@ def select(
     covariance = _covariance(logp, advantage, mask, process_group)
     candidates = candidates & ~covariance.isnan()
     score, key = covariance, None if sequence_key is None else token_key(mask, sequence_key)
-    if loss_type == "clip_cov":
+    if LOSSES[loss_type].picks == "between":
         candidates = candidates & (covariance >= config.low) & (covariance <= config.high)
         if config.selection == "random":
             score = _random(advantage, mask, config.seed, draw, key, process_group)

@@ -18,6 +18,7 @@ FLOORS = (
     "rlloss.checks",
     "rlloss.lazy",
     "rlloss.reference",
+    "rlloss.loss_types",
     "rlloss.config",
     "rlloss.torch_kernels",
     "rlloss.backends",
@@ -203,6 +204,19 @@ def test_the_task_and_the_report_stand_alone():
         if is_within(name, "rlloss") and not is_within(name, alone)
     ]
     assert not wrong, "these import no other module of rlloss:\n" + "\n".join(wrong)
+
+
+def test_the_name_of_a_loss_is_compared_in_the_table_alone():
+    """What tells one loss from another is a column of rlloss/loss_types.py."""
+    wrong = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare) and re.search(r"\b(loss_type|surrogate)\W*$", ast.unparse(node.left)):
+                words = [x for side in node.comparators for x in ast.walk(side) if isinstance(x, ast.Constant)]
+                is_one = any(isinstance(operator, ast.Is) for operator in node.ops)
+                if any(isinstance(word.value, str) for word in words) or (is_one and not words):
+                    wrong.append(f"{where(module, node.lineno)}: {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_files_are_short():

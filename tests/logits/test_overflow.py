@@ -7,7 +7,7 @@ import torch
 
 from rlloss import LossConfig, policy_loss
 from rlloss.backends import backend, triton_token_pass
-from rlloss.config import LOSS_TYPES
+from tests.support.loss_cases import LOSS_TYPES
 
 LOG_RATIOS = [20.0, -20.0, 88.0, -88.0, 100.0, -100.0, math.inf, -math.inf, math.nan]
 BAD = (0, 1)

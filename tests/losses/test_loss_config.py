@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlloss import LossConfig, policy_loss
-from rlloss.config import LOSS_TYPES, READ_BY, CovarianceConfig, SapoConfig, VespoConfig
+from rlloss.config import CovarianceConfig, SapoConfig, VespoConfig
+from tests.support.loss_cases import LOSS_TYPES, READ_BY
 
 NO_EFFECT = "it has no effect with"
 # A value of each setting that only some losses read, other than the default.

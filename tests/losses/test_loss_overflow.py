@@ -9,12 +9,13 @@ import torch
 
 from rlloss import LossConfig, policy_loss
 from rlloss.backends import backend
-from rlloss.config import LOSS_TYPES, CovarianceConfig
+from rlloss.config import CovarianceConfig
 from tests.support.loss_cases import (
     BACKENDS,
     CLIPPED,
     COVARIANCE,
     LEVELS,
+    LOSS_TYPES,
     TYPES_AND_LEVELS,
     arguments,
     batch,

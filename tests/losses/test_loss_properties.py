@@ -8,9 +8,9 @@ import torch
 
 from rlloss import GRPOLoss, LossConfig, policy_loss, token_stats
 from rlloss.backends import backend, triton_token_pass
-from rlloss.config import KL_ESTIMATORS, LOSS_TYPES, READ_BY, CovarianceConfig, SapoConfig, VespoConfig
+from rlloss.config import KL_ESTIMATORS, CovarianceConfig, SapoConfig, VespoConfig
 from rlloss.tokens.masks import top_entropy_mask
-from tests.support.loss_cases import BACKENDS, FUSED, LENGTH, converted, make_config
+from tests.support.loss_cases import BACKENDS, FUSED, LENGTH, LOSS_TYPES, READ_BY, converted, make_config
 from tests.support.rounding import assert_sums_close
 
 COVARIANCES = {

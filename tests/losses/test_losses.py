@@ -8,7 +8,6 @@ import torch
 
 from rlloss import GRPOLoss, LossConfig, means, policy_loss, reference, token_stats
 from rlloss.backends import backend
-from rlloss.config import LOSS_TYPES
 from tests.support.loss_cases import (
     BACKENDS,
     COVARIANCE,
@@ -16,6 +15,7 @@ from tests.support.loss_cases import (
     FUSED,
     LENGTH,
     LEVELS,
+    LOSS_TYPES,
     TYPES_AND_LEVELS,
     batch,
     converted,

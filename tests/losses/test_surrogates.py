@@ -9,7 +9,7 @@ import torch
 
 from rlloss import LossConfig, policy_loss, reference
 from rlloss.config import SapoConfig, VespoConfig
-from tests.support.loss_cases import TYPES_AND_LEVELS, arguments, batch, make_config, settings_of
+from tests.support.loss_cases import OVER, TYPES_AND_LEVELS, arguments, batch, make_config, settings_of
 
 FULL = torch.ones(1, 2, dtype=torch.bool)
 
@@ -208,7 +208,7 @@ def weights_frozen_at(x: dict, config: LossConfig, sampled):
     weight = (weight * sampler_weight).detach()
 
     def compute(logp):
-        return reference.aggregate(-weight * advantage * logp, x["mask"], config.loss_type)
+        return reference.aggregate(-weight * advantage * logp, x["mask"], OVER[config.loss_type])
 
     return compute
 
@@ -224,7 +224,7 @@ def kl_alone(x: dict, config: LossConfig):
         if config.kl_bias_correction:
             ratio = reference.ratio(logp, x["old_logp"], x["mask"], config.ratio_level)
             kl = kl * ratio.clamp(math.exp(-bound), math.exp(bound))
-        return config.beta * reference.aggregate(kl, x["mask"], config.loss_type)
+        return config.beta * reference.aggregate(kl, x["mask"], OVER[config.loss_type])
 
     return compute
 

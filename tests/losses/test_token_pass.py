@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from rlloss import LossConfig, backends, policy_loss
-from rlloss.config import KL_ESTIMATORS, READ_BY
-from rlloss.losses.loss import LOSSES
-from rlloss.losses.surrogates import cispo, clip
+from rlloss.config import KL_ESTIMATORS
+from rlloss.loss_types import LOSSES
 from tests.support.devices import DEVICE, FUSED
+from tests.support.loss_cases import READ_BY
 
 pytestmark = pytest.mark.skipif(not backends.triton_token_pass, reason="needs Triton")
 
-TYPES = [name for name, loss_type in LOSSES.items() if loss_type.surrogate in (clip, cispo)]
+TYPES = [name for name, loss_type in LOSSES.items() if loss_type.kernel]
 SETTINGS = 160
 
 

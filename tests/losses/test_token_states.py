@@ -7,11 +7,12 @@ import torch
 
 from rlloss import LossConfig, policy_loss
 from rlloss.backends import backend
-from rlloss.config import LOSS_TYPES, CovarianceConfig
+from rlloss.config import CovarianceConfig
 from rlloss.losses.token_states import LETTERS, TokenState, token_states
 from tests.support.loss_cases import (
     BACKENDS,
     FUSED,
+    LOSS_TYPES,
     TYPES_AND_LEVELS,
     arguments,
     batch,

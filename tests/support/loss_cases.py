@@ -7,7 +7,8 @@ import torch
 
 from rlloss import LossConfig, policy_loss, reference
 from rlloss.backends import backend, triton_token_pass
-from rlloss.config import LOSS_TYPES, CovarianceConfig, SapoConfig, VespoConfig
+from rlloss.config import CovarianceConfig, SapoConfig, VespoConfig
+from rlloss.loss_types import LOSSES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED = "triton" if DEVICE == "cuda" else "interpreter"  # the backend of the kernel for the losses that clip
@@ -16,6 +17,16 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo")
 BACKENDS = ("torch", FUSED) if triton_token_pass else ("torch",)
 # Which ratios a loss type can be asked for; gspo and vespo have their own.
 _OWN_LEVELS = {"gspo": ("sequence",), "vespo": (None,), "clip_cov": ("token",), "kl_cov": ("token",)}
+# Of LossConfig's settings, those that each loss reads. And over what its papers and codes take the mean, written
+# down apart from the table.
+READ_BY = {name: {x for x in row.reads if "." not in x} for name, row in LOSSES.items()}
+LOSS_TYPES = tuple(LOSSES)
+OVER = {
+    **dict.fromkeys(("grpo", "sapo", "gspo"), "sequence means"),
+    **dict.fromkeys(("bnpo", "dapo", "cispo", "vespo", "clip_cov", "kl_cov"), "tokens"),
+    "luspo": "sequences",
+    "dr_grpo": "length",
+}
 LEVELS = {name: _OWN_LEVELS.get(name, ("token", "sequence")) for name in LOSS_TYPES}
 # Enough tokens picked in a small batch, and the same ones by whoever picks.
 COVARIANCE = {
@@ -117,7 +128,7 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
         kl = reference.kl(logp, x["ref_logp"], config.kl_estimator, config.max_log_ratio or math.inf)
         loss = loss + config.beta * (kl * ratio if config.kl_bias_correction else kl)
     counted = kept if config.entropy_denominator == "kept" else mask
-    loss = reference.aggregate(loss, counted, config.loss_type, LENGTH)
+    loss = reference.aggregate(loss, counted, OVER[config.loss_type], LENGTH)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * x["entropy"][kept].mean()
     return loss

@@ -12,12 +12,12 @@ import pytest
 import torch
 import trl
 
-from rlloss.config import READ_BY, READ_BY_SOME
 from rlloss.integrations.trl import trainer as trl_grpo
 from rlloss.integrations.trl.config import OPTIONS
 from rlloss.integrations.trl.lm_head import why_not as why_no_patch
 from rlloss.integrations.trl.trainer import MULTIMODAL, GRPOConfig, GRPOTrainer
 from rlloss.lm_head.matmul import count_products
+from tests.support.loss_cases import READ_BY
 from tests.support.trl_harness import (
     OURS_ALONE,
     TRL_LOSS_TYPES,
@@ -42,7 +42,7 @@ def trainer(tmp_path_factory):
 
 
 def test_every_setting_that_only_some_losses_read_has_its_option():
-    assert set(OPTIONS) == READ_BY_SOME - {"max_log_ratio"}  # which TRL has not
+    assert set(OPTIONS) == set().union(*READ_BY.values()) - {"max_log_ratio"}  # which TRL has not
 
 
 # Of TRL's; "clip_cov" and "kl_cov" raise instead: tests/trl/test_options.py.

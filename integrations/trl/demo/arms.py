@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlloss.loss_types import LOSSES
+
 
 @dataclass(frozen=True)
 class ArmSpec:
@@ -96,10 +98,16 @@ class ArmResult:
         return re.sub(r"\W+", "_", self.name.lower()).strip("_")
 
 
+def _picked(options: dict[str, Any]) -> str | None:
+    """What becomes of the tokens that the loss picks by covariance; None: it picks none."""
+    row = LOSSES.get(options.get("loss_type", ""))
+    return None if row is None else row.picked
+
+
 # A remedy's option -> the metric that shows it at work, how it has to differ from a number, and what it is called.
 _EVIDENCE = {
     "entropy mask": ("entropy/kept_share", lambda v: v < 1.0, lambda o: o.get("top_entropy_quantile", 1.0) < 1.0),
-    "covariance": ("cov/selected_share", lambda v: v > 0.0, lambda o: o.get("loss_type") in ("clip_cov", "kl_cov")),
+    "covariance": ("cov/selected_share", lambda v: v > 0.0, lambda o: _picked(o) is not None),
     "entropy bonus": (
         "entropy_coef", lambda v: v > 0.0, lambda o: bool(o.get("entropy_coef") or o.get("use_adaptive_entropy")),
     ),
@@ -119,7 +127,7 @@ def what_never_acted(history: Sequence[dict[str, float | None]], options: dict[s
         return any(acts(v) for row in history if (v := row.get(metric)) is not None)
 
     found = []
-    if options.get("loss_type") == "kl_cov":
+    if _picked(options) == "penalised":
         found += [] if ever("rlloss/on_policy_share", lambda v: v < 1.0) else ["ratio"]
     elif not ever("clip_ratio/region_mean", lambda v: v > 0.0):
         found.append("clip")

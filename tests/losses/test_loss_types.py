@@ -1,0 +1,79 @@
+"""The table of losses: a loss of one's own is a row and a function."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, means, policy_loss
+from rlloss.loss_types import LOSSES, LossType, read_by_some
+from rlloss.losses.surrogates import SURROGATES, Surrogate
+
+
+def toy(x, config):
+    """-r A, without a clip."""
+    ratio = torch.where(x.selected, x.log_ratio, 0.0).exp()
+    return Surrogate(-ratio * x.advantage, x.selected & (x.advantage != 0), through_ratio=True)
+
+
+@pytest.fixture(autouse=True)
+def with_toy(monkeypatch):
+    monkeypatch.setitem(SURROGATES, "toy", toy)
+    monkeypatch.setitem(LOSSES, "toy", LossType("toy", frozenset({"ratio_level"}), in_trl=False))
+
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 4, generator=g), torch.randn(9, 4, generator=g)
+    target, mask = torch.randint(0, 9, (2, 3), generator=g), torch.tensor([[True, True, False], [True, True, True]])
+    old_logp = torch.randn(2, 3, generator=g) - 2
+    return hidden, weight, target, torch.tensor([1.0, -2.0]), mask, old_logp
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_loss_of_ones_own_runs_in_the_modules(head):
+    hidden, weight, target, advantage, mask, old_logp = inputs()
+    leaf = weight.clone().requires_grad_()
+    given = {"mask": mask, "old_logp": old_logp}
+    if head:
+        loss, metrics = LinearGRPOLoss("toy")(hidden, leaf, target, advantage, **given)
+    else:
+        loss, metrics = GRPOLoss("toy")(hidden @ leaf.T, target, advantage, **given)
+    exact = weight.double().requires_grad_()
+    logp = (hidden.double() @ exact.T).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
+    expected = -(torch.where(mask, (logp - old_logp).exp() * advantage[:, None], 0.0)).sum() / mask.sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for x, y in zip(torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6)
+    assert means(metrics)["live_share"] == 1.0
+
+
+def test_what_it_does_not_read_is_refused():
+    with pytest.raises(ValueError, match="delta: found 1.5, expected None: it has no effect with loss_type='toy'"):
+        LossConfig("toy", delta=1.5)
+    with pytest.raises(ValueError, match="'toy'"):
+        LossConfig("toys")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL")
+def test_it_trains_in_trl(tmp_path):
+    from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
+    from tests.support.trl_harness import build_trainer
+
+    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, None, loss_type="toy", max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer._make_loss_config().loss_type == "toy"
+
+
+def test_rows_name_what_is_there():
+    for name, row in LOSSES.items():
+        assert row.surrogate in SURROGATES and row.divided_by in ("tokens", "sequences", "length"), name
+        assert (row.picks is None) == (row.picked is None) == ("covariance" not in row.reads), name
+        assert row.reads <= read_by_some() and row.level in (None, "token", "sequence", "product")
+        counted = policy_loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1).bool(), config=_config(name)).metrics
+        assert set(row.logs) <= set(counted), name
+
+
+def _config(name: str) -> LossConfig:
+    own = {"dr_grpo": {"max_completion_length": 4}, "cispo": {"epsilon_high": 2.0}}
+    return LossConfig(name, **own.get(name, {}))
