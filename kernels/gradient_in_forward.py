@@ -10,7 +10,7 @@ b V a masked one; then nothing in the backward, or 2 b V a live row if the incom
 
 Costs, in the terms of `rlloss.kernels.rows`, with S sequences that have a row which counts:
 
-loss_gradient_kernel:
+gradient_in_forward_kernel:
     of_row = t + 4 * (PER_ROW + HAS_OLD + (KL > 0) + PER_TOKEN_ADVANTAGE + PER_TOKEN_RATIO)
     of_sequence = 4 * (2 + BONUS + HAS_SAMPLER_RATIO - PER_TOKEN_ADVANTAGE - PER_TOKEN_RATIO)
     read = b * V * (n + L) + b * n + N + (of_row + of_sequence + 4 * SELECT) * n
@@ -37,7 +37,7 @@ from rlloss.kernels.token_stats_forward import chunk_stats
 @triton.jit(
     do_not_specialize=["V", "T", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"]
 )
-def loss_gradient_kernel(
+def gradient_in_forward_kernel(
     logits_ptr, target_ptr, mask_ptr, temperature_ptr, advantage_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, cutoff_ptr,
     weight_ptr, logp_ptr, entropy_ptr, saved_ptr, coef_ptr, g_entropy_ptr, grad_ptr,
     V: "i32",  # type: ignore  # noqa: F821
@@ -158,7 +158,7 @@ def loss_gradient_kernel(
         tl.store(g_entropy_ptr + row, g_entropy)
 
 
-def loss_gradient(
+def gradient_in_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor,
@@ -189,7 +189,7 @@ def loss_gradient(
 
     target, mask, old_logp, ref_logp, a temperature tensor [B, T] and advantage, sampler_ratio [B, T] or [B, 1] are
     contiguous, fp32 where they are floats; cutoff 0-d. weight [2, B]: d loss / d (sum over the sequence) of the token
-    losses and, with `bonus`, of the entropies. What the others are: `clip_surrogate`.
+    losses and, with `bonus`, of the entropies. What the others are: `token_pass`.
     """
     B, T = mask.shape
     rows = Rows(logits)
@@ -203,7 +203,7 @@ def loss_gradient(
     per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out.aligned()
     given = (temperature if per_row else None, advantage, old_logp, ref_logp, sampler_ratio, cutoff)
     with device_of(logits):
-        loss_gradient_kernel[(B * T,)](
+        gradient_in_forward_kernel[(B * T,)](
             rows.tensor, target, mask, *(weight if x is None else x for x in given), weight, logp, entropy, saved,
             coef, coef if g_entropy is None else g_entropy, out.tensor, rows.V, T, rows.inner, rows.stride_outer,
             rows.stride_inner, rows.stride_v, out.stride_outer, out.stride_inner, out.stride_v, chunks,

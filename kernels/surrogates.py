@@ -5,7 +5,7 @@ different tensors. `twice` is read for what a sequence has to know of itself bef
 with the rest; M sequences, with m tokens that count, have a ratio with a gradient, which goes to each of these tokens;
 `sums` are left by the programs, and the last one adds them up.
 
-clip_surrogate_kernel:
+token_pass_kernel:
     looks = SEQUENCE or MEAN_OF_SEQUENCE or OFF_POLICY
     behavior = OFF_POLICY * HAS_BEHAVIOR
     twice = looks * N + 4 * n * (HAS_OLD * SEQUENCE + behavior + KEPT_COUNTS * looks)

@@ -79,7 +79,7 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=["B", "T"])
-def clip_surrogate_kernel(
+def token_pass_kernel(
     logp_ptr, advantage_ptr, mask_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, behavior_ptr, entropy_ptr, cutoff_ptr,
     last_ptr, denominator_ptr, coef_ptr, kept_ptr, partial_ptr, ticket_ptr, loss_ptr, summary_ptr,
     B: "i32",  # type: ignore  # noqa: F821
@@ -302,7 +302,7 @@ def clip_surrogate_kernel(
         )  # fmt: skip
 
 
-def clip_surrogate(
+def token_pass(
     logp: torch.Tensor,
     advantage: torch.Tensor,
     mask: torch.Tensor,
@@ -353,7 +353,7 @@ def clip_surrogate(
     ticket = torch.zeros(1, dtype=torch.int32, device=device)
     nothing = float("nan")
     with device_of(logp):
-        clip_surrogate_kernel[(B,)](
+        token_pass_kernel[(B,)](
             *(logp if x is None else x for x in tensors),
             ticket if last is None else last,
             denominator if has_denominator else logp,

@@ -7,6 +7,8 @@ RLLOSS_BACKEND or `backend(...)` forces one, and a forced backend that is missin
 
 import contextlib
 import contextvars
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,24 +19,39 @@ from torch import Tensor
 from rlloss import checks
 from rlloss.kernels.launch_table import choice as choice
 
-triton_forward: Any
-triton_backward: Any
-triton_gradient: Any
-triton_quantile: Any
-triton_linear: Any
-triton_temperature: Any
-triton_token_pass: Any
-try:
-    from rlloss.kernels import entropy_quantile as triton_quantile
-    from rlloss.kernels import entropy_temperature as triton_temperature
-    from rlloss.kernels import gradient_in_forward as triton_gradient
-    from rlloss.kernels import logits_tile as triton_linear
-    from rlloss.kernels import token_pass as triton_token_pass
-    from rlloss.kernels import token_stats_backward as triton_backward
-    from rlloss.kernels import token_stats_forward as triton_forward
-except ImportError:  # Triton is published for Linux only
-    triton_forward = triton_backward = triton_gradient = triton_quantile = triton_token_pass = None
-    triton_linear = triton_temperature = None
+# What the kernels are called, and the file that has each: in kernels/, and as a twin in torch_kernels/.
+FILES = {
+    "token_stats_forward": "token_stats_forward",
+    "token_stats_backward": "token_stats_backward",
+    "fold_tile": "logits_tile",
+    "gradient_tile": "logits_tile",
+    "entropy_quantile": "entropy_quantile",
+    "entropy_top_k": "entropy_quantile",
+    "entropy_temperature": "entropy_temperature",
+}
+IN_TRITON_ALONE = {
+    "token_pass": "token_pass",
+    "SUMMARY": "token_pass",
+    "gradient_in_forward": "gradient_in_forward",
+}
+
+
+class _Kernels:
+    """The functions of `files` as attributes."""
+
+    def __init__(self, package: str, files: dict[str, str]):
+        self._modules = {name: importlib.import_module(f"{package}.{file}") for name, file in files.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._modules:
+            raise AttributeError(f"{name}: no such kernel here; there are {', '.join(self._modules)}")
+        return getattr(self._modules[name], name)
+
+
+plain = _Kernels("rlloss.torch_kernels", FILES)
+triton: Any = None  # Triton is published for Linux only
+if importlib.util.find_spec("triton") is not None:
+    triton = _Kernels("rlloss.kernels", FILES | IN_TRITON_ALONE)
 
 BACKENDS = ("triton", "interpreter", "torch")
 
@@ -73,9 +90,9 @@ def choose_backend(x: Tensor) -> str:
     checks.of_type("x", x, Tensor, "a tensor")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if x.device.type in ("cuda", "xpu"):
-        possible = ["triton", "torch"] if triton_forward is not None and not interpreted else ["torch"]
+        possible = ["triton", "torch"] if triton is not None and not interpreted else ["torch"]
     else:
-        possible = ["interpreter", "torch"] if triton_forward is not None and interpreted else ["torch"]
+        possible = ["interpreter", "torch"] if triton is not None and interpreted else ["torch"]
     if x.dtype == torch.float64:
         possible = ["torch"]
     # torch.compile cannot trace a ContextVar: its value is a constant to it, guarded by the names in `_anywhere`.
@@ -90,3 +107,8 @@ def choose_backend(x: Tensor) -> str:
             f"{os.environ.get('TRITON_INTERPRET', 'unset')} can use {' or '.join(possible)}"
         )
     return forced
+
+
+def of(x: Tensor) -> Any:
+    """The kernels for a tensor: `triton`, also for the interpreter, or `plain`."""
+    return plain if choose_backend(x) == "torch" else triton

@@ -212,7 +212,7 @@ def _backend() -> Check:
         chosen = backends.choose_backend(torch.zeros(1, device=_place()))
     except (RuntimeError, ValueError) as error:
         return Check("backend", str(error), "unset RLLOSS_BACKEND, or set it to a backend that runs here")
-    no_triton = backends.triton_forward is None
+    no_triton = backends.triton is None
     if _place() == "cuda" and no_triton:
         return Check(
             "backend", f"{chosen}: Triton is not installed", "pip install triton: the kernels need it on a GPU"

@@ -21,10 +21,10 @@ from rlloss.kernels import (
     gradient_in_forward,
     launch_table,
     logits_tile,
+    token_pass,
     token_stats_backward,
     token_stats_forward,
 )
-from rlloss.kernels import token_pass as clip_surrogate
 from rlloss.kernels.rows import most_registers, shape_of
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
@@ -185,7 +185,7 @@ KERNELS = {
         passes=frozenset({"rewrite", "fill"}), shape="gradient",
     ),
     "loss gradient": Kernel(
-        gradient_in_forward.loss_gradient_kernel,
+        gradient_in_forward.gradient_in_forward_kernel,
         dtypes("logits_ptr", "grad_ptr") | OF_ROWS | OF_TOKENS | KL | off("SELECT", "BONUS") | TARGET_IDS | SIZES
         | layouts("stride_v", "out_v"),
         everything=({"CISPO": ""},),
@@ -215,7 +215,7 @@ KERNELS = {
         passes=frozenset({"read", "rewrite"}), shape="statistics", alone=True,
     ),
     "token pass": Kernel(
-        clip_surrogate.clip_surrogate_kernel,
+        token_pass.token_pass_kernel,
         OF_TOKENS | off("SEQUENCE", "MEAN_OF_SEQUENCE") | on("TOKENS") | off("HAS_DENOMINATOR", "KEPT_COUNTS") | KL
         | off("OFF_POLICY", "HAS_BEHAVIOR") | on("HAS_ENTROPY") | off("SELECT", "EXACT_K", "BONUS"),
         everything=tuple({"CISPO": "", "TOKENS": "", "SEQUENCE": sequence} for sequence in ("", "SEQUENCE")),
@@ -224,8 +224,8 @@ KERNELS = {
             *needs("SELECT", "HAS_ENTROPY"), *needs("EXACT_K", "SELECT", "HAS_ENTROPY"),
             *needs("KEPT_COUNTS", "SELECT", "HAS_ENTROPY"), *needs("BONUS", "HAS_ENTROPY"),
         ),
-        always={"FIELDS": clip_surrogate.FIELDS, "BLOCK_T": clip_surrogate.BLOCK_T, "BLOCK_B": 64,
-                "num_warps": clip_surrogate.NUM_WARPS},
+        always={"FIELDS": token_pass.FIELDS, "BLOCK_T": token_pass.BLOCK_T, "BLOCK_B": 64,
+                "num_warps": token_pass.NUM_WARPS},
     ),
     "histogram": Kernel(
         entropy_quantile.entropy_histogram_kernel, MASK,

@@ -246,7 +246,7 @@ def _backend(device: torch.device) -> str:
         why = "TRITON_INTERPRET=1"
     elif name == "triton":
         why = f"on {device.type}"
-    elif backends.triton_forward is None:
+    elif backends.triton is None:
         why = "Triton is not installed"
     else:
         why = f"the model is on the {device.type}" if torch.cuda.is_available() else "no CUDA device"

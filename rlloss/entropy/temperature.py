@@ -17,9 +17,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import checks
-from rlloss.backends import choose_backend, triton_temperature
-from rlloss.torch_kernels import token_stats
+from rlloss import backends, checks
+from rlloss.operators import operator
+from rlloss.torch_kernels.entropy_temperature import temperature_of
 
 MIN_TEMPERATURE = 0.01
 """Below it fp16 could not hold z / T of ordinary logits; vLLM, too, samples at no smaller one."""
@@ -45,10 +45,6 @@ def _entropies(entropy: Tensor) -> Tensor:
     checks.floating("entropy", entropy)
     entropy = entropy.detach()
     return entropy if entropy.dtype == torch.float64 else entropy.float()
-
-
-def _settled(temperature: Tensor) -> Tensor:
-    return torch.where(temperature < MIN_TEMPERATURE, 0.0, temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +82,7 @@ class TwoLevelTemperature:
 
     def temperature(self, entropy: Tensor, candidates: Tensor | int | None = None) -> Tensor:
         """See `temperature_rule`. `candidates` are not looked at."""
-        entropy = _entropies(entropy)
-        chosen = torch.where(entropy > self.cutoff, torch.full_like(entropy, self.high), self.low)
-        return _settled(torch.where(entropy.isnan(), entropy, chosen))
+        return temperature_of(self.name, self.constants(), MIN_TEMPERATURE, _entropies(entropy), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +124,7 @@ class EDTemperature:
 
     def temperature(self, entropy: Tensor, candidates: Tensor | int | None = None) -> Tensor:
         """See `temperature_rule`. `candidates` are not looked at."""
-        entropy = _entropies(entropy)
-        base, rate, minimum = self.constants()
-        # An entropy that rounding made negative would be a temperature without bound.
-        curve = torch.where(entropy <= 0, 0.0, base * torch.exp2(rate / entropy))
-        return _settled(curve.clamp(min=minimum))
+        return temperature_of(self.name, self.constants(), MIN_TEMPERATURE, _entropies(entropy), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +171,7 @@ class DynamicTemperature:
         else:
             checks.number("candidates", candidates, "the number of logits above -inf, which dynatemp reads")
         n = torch.as_tensor(candidates, dtype=entropy.dtype)
-        # entropy - entropy is 0 and keeps a NaN.
-        share = torch.where(n > 1, entropy / n.clamp(min=2).log(), entropy - entropy).clamp(0.0, 1.0)
-        low, span, exponent = self.constants()
-        return _settled(low + span * share**exponent)
+        return temperature_of(self.name, self.constants(), MIN_TEMPERATURE, entropy, n)
 
 
 TemperatureRule = TwoLevelTemperature | EDTemperature | DynamicTemperature
@@ -225,23 +212,25 @@ def temperature_rule(settings: Mapping[str, object]) -> TemperatureRule:
     return rule(**given)  # type: ignore[arg-type]
 
 
-@torch.library.custom_op("rlloss::entropy_temperature", mutates_args=())
-def _entropy_temperature_op(
-    logits: Tensor, rule: str, fields: Sequence[float], write: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.empty(logits.shape if write else (0,), dtype=logits.dtype, device=logits.device)
-    matrix = logits.reshape(-1, logits.shape[-1])
-    temperature, entropy = _run(matrix, None, out.view(matrix.shape) if write else None, RULES[rule](*fields))
-    rows = logits.shape[:-1]
-    return out, temperature.view(rows), entropy.view(rows)
-
-
-@_entropy_temperature_op.register_fake
-def _(logits, rule, fields, write):
+def _fake(logits, rule, fields, write):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature, entropy = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(2))
     out = torch.empty(logits.shape if write else (0,), dtype=logits.dtype, device=logits.device)
     return out, temperature, entropy
+
+
+@operator("entropy_temperature", fake=_fake)
+def _entropy_temperature(
+    logits: Tensor, rule: str, fields: Sequence[float], write: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty(logits.shape if write else (0,), dtype=logits.dtype, device=logits.device)
+    matrix = logits.reshape(-1, logits.shape[-1])
+    of = RULES[rule](*fields)
+    temperature, entropy = backends.of(matrix).entropy_temperature(
+        matrix, None, out.view(matrix.shape) if write else None, rule, of.constants(), MIN_TEMPERATURE
+    )
+    rows = logits.shape[:-1]
+    return out, temperature.view(rows), entropy.view(rows)
 
 
 @torch.library.custom_op("rlloss::scale_logits_", mutates_args=("logits",))
@@ -252,7 +241,10 @@ def _scale_logits_op(logits: Tensor, mask: Tensor | None, rule: str, fields: Seq
     except RuntimeError:  # rows at more than one distance
         matrix = logits.reshape(-1, logits.shape[-1])
     selected = None if mask is None else mask.reshape(-1).contiguous()
-    temperature, entropy = _run(matrix, selected, matrix, RULES[rule](*fields))
+    of = RULES[rule](*fields)
+    temperature, entropy = backends.of(matrix).entropy_temperature(
+        matrix, selected, matrix, rule, of.constants(), MIN_TEMPERATURE
+    )
     if matrix.data_ptr() != logits.data_ptr():
         logits.copy_(matrix.view(logits.shape))
     return temperature.view(rows), entropy.view(rows)
@@ -262,39 +254,6 @@ def _scale_logits_op(logits: Tensor, mask: Tensor | None, rule: str, fields: Seq
 def _(logits, mask, rule, fields):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature, entropy = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(2))
-    return temperature, entropy
-
-
-def _run(matrix: Tensor, mask: Tensor | None, out: Tensor | None, rule: TemperatureRule) -> tuple[Tensor, Tensor]:
-    """(temperature, entropy) of the rows of a matrix; the scaled rows are left in `out`, which may be the matrix."""
-    if choose_backend(matrix) != "torch":
-        return triton_temperature.entropy_temperature(matrix, mask, out, rule.name, rule.constants(), MIN_TEMPERATURE)
-    N, V = matrix.shape
-    target = torch.zeros(N, dtype=torch.int64, device=matrix.device)
-    entropy = token_stats.token_stats_forward(matrix, target, mask, 1.0, None, 1.0)[1]
-    candidates = torch.ones_like(target)
-    step = max(1, token_stats.TILE_ENTRIES // V)
-    if mask is None:
-        parts = [slice(start, start + step) for start in range(0, N, step)]
-    else:
-        parts = mask.nonzero().squeeze(-1).split(step)
-    if isinstance(rule, DynamicTemperature):
-        for rows in parts:
-            candidates[rows] = (matrix[rows] > -math.inf).sum(-1)
-    temperature = rule.temperature(entropy, candidates)
-    if mask is not None:
-        temperature = torch.where(mask, temperature, 1.0)
-    if out is None:
-        return temperature, entropy
-    greedy = temperature == 0
-    inverse = torch.where(greedy, 1.0, temperature).reciprocal()
-    for rows in parts:
-        tile = matrix[rows].to(entropy.dtype)
-        scaled = tile * inverse[rows].unsqueeze(-1)
-        if greedy[rows].any():
-            dropped = greedy[rows].unsqueeze(-1) & (tile < tile.amax(-1, keepdim=True))
-            scaled = torch.where(dropped, -math.inf, scaled)
-        out[rows] = scaled.to(out.dtype)
     return temperature, entropy
 
 
@@ -321,7 +280,7 @@ def entropy_temperature(logits: Tensor, rule: TemperatureRule) -> tuple[Tensor, 
     """
     _check_logits(logits)
     _check_rule(rule)
-    return _entropy_temperature_op(logits, rule.name, _fields(rule), False)[1:]
+    return _entropy_temperature(logits, rule.name, _fields(rule), False)[1:]
 
 
 @torch.no_grad()
@@ -353,7 +312,7 @@ def scale_logits(
         checks.same_shape("mask", mask, logits.shape[:-1], "like logits without the vocabulary")
         checks.same_device("mask", mask, logits, "logits")
     if not inplace:
-        return ScaledLogits(*_entropy_temperature_op(logits, rule.name, _fields(rule), True))
+        return ScaledLogits(*_entropy_temperature(logits, rule.name, _fields(rule), True))
     shared = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
     checks.require(not shared, "inplace", f"strides {logits.stride()}", "logits whose rows do not share memory")
     return ScaledLogits(logits, *_scale_logits_op(logits, mask, rule.name, _fields(rule)))

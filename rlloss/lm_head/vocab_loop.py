@@ -16,8 +16,7 @@ from rlloss import backends
 from rlloss.lm_head.matmul import multiply
 from rlloss.lm_head.row_subset import Picked
 from rlloss.lm_head.vocab_parallel import Shard
-from rlloss.torch_kernels import logits_tile
-from rlloss.torch_kernels.token_stats import LOG2_E, row_scale
+from rlloss.torch_kernels.rows import LOG2_E, row_scale
 
 STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
 CPU_ROWS, CPU_WIDTH = 1024, 2048
@@ -145,7 +144,7 @@ def blocks(V: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _folder(x: Tensor):
-    return logits_tile if backends.choose_backend(x) == "torch" else backends.triton_linear
+    return backends.of(x)
 
 
 def fresh_gradient(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from rlloss.torch_kernels.token_stats import FLOOR
+from rlloss.torch_kernels.rows import FLOOR
 
 
 class Shard(NamedTuple):

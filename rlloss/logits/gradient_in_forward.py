@@ -54,7 +54,7 @@ def worthwhile(logits: Tensor) -> bool:
 class _SingleLaunch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, rows, scaling, advantage, mask, config, given, arguments):
-        grad, logp, entropy, saved, *coefs = backends.triton_gradient.loss_gradient(
+        grad, logp, entropy, saved, *coefs = backends.triton.gradient_in_forward(
             logits, *rows, *scaling, *arguments[:-1], **arguments[-1]
         )
         loss, metrics = policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
@@ -70,7 +70,7 @@ class _SingleLaunch(torch.autograd.Function):
         held, ctx.held = ctx.held, None
         factor = g_loss.to(torch.float32)
         coefs = (None if c is None else torch.where(c == 0.0, 0.0, c * factor) for c in coefs)
-        grad = backends.triton_backward.token_stats_backward(
+        grad = backends.triton.token_stats_backward(
             logits, *ctx.rows, *ctx.scaling, saved, entropy.view(-1), *coefs, None,
             held=None if held is None else (held, factor),
         )  # fmt: skip

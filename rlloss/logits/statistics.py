@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlloss import checks
-from rlloss.backends import backend, choose_backend, triton_backward, triton_forward
+from rlloss import backends, checks
+from rlloss.backends import backend, choose_backend
 from rlloss.operators import operator
-from rlloss.torch_kernels import token_stats as tiled
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 # The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
@@ -48,10 +47,9 @@ def _rows(target: Tensor, mask: Tensor | None, temperatures: Tensor | None, temp
 def _run_backward(
     logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, grads, inplace=False
 ):
-    run = tiled if choose_backend(logits) == "torch" else triton_backward
     rows = _rows(target, mask, temperatures, temperature, saved.dtype)
     grads = (None if g is None else _flat(g, saved.dtype) for g in grads)
-    return run.token_stats_backward(
+    return backends.of(logits).token_stats_backward(
         logits, *rows, softcap, logit_scale, saved.view(2, -1), entropy.view(-1), *grads, inplace=inplace
     )
 
@@ -70,9 +68,8 @@ def _forward(
     mean: bool,
     top1: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = tiled if choose_backend(logits) == "torch" else triton_forward
     rows = _rows(target, mask, temperatures, temperature, _stats_dtype(logits))
-    logp, entropy_out, lse, saved, extra = run.token_stats_forward(
+    logp, entropy_out, lse, saved, extra = backends.of(logits).token_stats_forward(
         logits, *rows, softcap, logit_scale, entropy=entropy, squares=squares, mean=mean, top1=top1
     )
     shape = target.shape

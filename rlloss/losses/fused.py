@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlloss.backends import choose_backend, triton_token_pass
+from rlloss import backends
 from rlloss.config import KL_ESTIMATORS, LossConfig
 from rlloss.loss_types import LOSSES, LossType
 from rlloss.losses import surrogates
@@ -12,7 +12,7 @@ from rlloss.operators import operator
 
 def fits(loss_type: LossType, logp: Tensor) -> bool:
     """Whether the kernel knows the loss and runs on the tensor."""
-    return loss_type.kernel is not None and logp.numel() > 0 and choose_backend(logp) != "torch"
+    return loss_type.kernel is not None and logp.numel() > 0 and backends.of(logp) is backends.triton
 
 
 def _run(
@@ -43,7 +43,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low, high, gain, loss_bound = bounds
     tensors = (advantage, mask, old_logp, ref_logp, sampler_ratio, behavior_logp, entropy, cutoff, last)
-    return triton_token_pass.clip_surrogate(
+    return backends.triton.token_pass(
         logp.contiguous(),
         *(None if x is None else x.contiguous() for x in tensors),
         number if denominator is None else denominator.to(torch.float32),
@@ -69,7 +69,7 @@ def _fake(logp, entropy, *settings):
     kept = logp.shape if settings[-1] != 0.0 else (0,)
     return (
         logp.new_empty(()),
-        logp.new_empty(len(triton_token_pass.SUMMARY)),
+        logp.new_empty(len(backends.triton.SUMMARY)),
         torch.empty_like(logp, memory_format=torch.contiguous_format),
         logp.new_empty(kept, dtype=torch.bool),
     )
@@ -79,7 +79,7 @@ def _fake_gradients(logp, summary, coef, kept, g_loss, entropy_coef):
     return torch.empty_like(coef), coef.new_empty(kept.shape)
 
 
-@operator("clip_surrogate_backward", fake=_fake_gradients)
+@operator("token_pass_backward", fake=_fake_gradients)
 def _gradients(
     logp: Tensor, summary: Tensor, coef: Tensor, kept: Tensor, g_loss: Tensor, entropy_coef: float
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def _backward(ctx, g_loss, *_):
     return g_logp, g_entropy if ctx.entropy_coef != 0.0 else None, *(None for _ in range(ctx.inputs - 2))
 
 
-_clip_surrogate = operator("clip_surrogate", fake=_fake, setup_context=_setup_context, backward=_backward)(_run)
+_token_pass = operator("token_pass", fake=_fake, setup_context=_setup_context, backward=_backward)(_run)
 
 
 def kernel_bounds(config: LossConfig) -> tuple[bool, list[float]]:
@@ -137,7 +137,7 @@ def token_pass(
     cutoff, last = (None, None) if selection is None else selection
     as_tensor = isinstance(denominator, Tensor)
     bonus = config.entropy_coef if entropy is not None else 0.0
-    loss, summary, _, _ = _clip_surrogate(
+    loss, summary, _, _ = _token_pass(
         logp,
         entropy if bonus != 0.0 or entropy is None else entropy.detach(),
         advantage,
@@ -163,7 +163,7 @@ def token_pass(
         None if config.off_policy_threshold is None else float(config.off_policy_threshold),
         float(bonus),
     )
-    metrics = dict(zip(triton_token_pass.SUMMARY, summary.detach().unbind(), strict=True))
+    metrics = dict(zip(backends.triton.SUMMARY, summary.detach().unbind(), strict=True))
     unwanted = {"loss", "scale", "kept_scale"}
     unwanted |= set() if ref_logp is not None else {"kl"}
     unwanted |= set() if entropy is not None else {"entropy", "entropy_kept"}

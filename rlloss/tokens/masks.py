@@ -2,13 +2,11 @@
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlloss import checks
-from rlloss.backends import choose_backend, triton_quantile
+from rlloss import backends, checks
 from rlloss.operators import operator
 from rlloss.tokens.exact_k import check_sequence_key, largest, token_key
 from rlloss.torch_kernels import entropy_quantile
@@ -38,7 +36,7 @@ def _is_eos(completion_ids: Tensor, eos_token_id: int) -> Tensor:
 
 @operator("entropy_quantile", fake=lambda entropy, mask, rho: entropy.new_empty(()))
 def _entropy_quantile(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
-    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION)
+    return backends.of(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION)
 
 
 def _fake_top_k(entropy, mask, rho):
@@ -47,11 +45,7 @@ def _fake_top_k(entropy, mask, rho):
 
 @operator("entropy_top_k", fake=_fake_top_k)
 def _entropy_top_k(entropy: Tensor, mask: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    return _launchers(entropy).entropy_top_k(*_rows(entropy, mask), rho)
-
-
-def _launchers(entropy: Tensor) -> Any:
-    return entropy_quantile if choose_backend(entropy) == "torch" else triton_quantile
+    return backends.of(entropy).entropy_top_k(*_rows(entropy, mask), rho)
 
 
 def _rows(entropy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +80,7 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
     if process_group is None:
         return _entropy_quantile(entropy, mask, rho)
     total = functools.partial(torch.distributed.all_reduce, group=process_group)
-    return _launchers(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION, reduce=total)
+    return backends.of(entropy).entropy_quantile(*_rows(entropy, mask), rho, **POSITION, reduce=total)
 
 
 def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlloss.torch_kernels.token_stats import FLOOR, LOG2_E, row_scale
+from rlloss.torch_kernels.rows import FLOOR, LOG2_E, row_scale
 
 PART_ENTRIES = 1 << 17  # of a part, for each thread
 

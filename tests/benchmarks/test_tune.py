@@ -12,9 +12,7 @@ from rlloss.kernels import launch_table
 from rlloss.kernels.launch_table import Choice, look_up
 
 ROOT = Path(__file__).resolve().parents[2]
-interpreted = pytest.mark.skipif(
-    not backends.triton_forward or torch.cuda.is_available(), reason="runs in the interpreter"
-)
+interpreted = pytest.mark.skipif(not backends.triton or torch.cuda.is_available(), reason="runs in the interpreter")
 CPU = torch.device("cpu")
 
 
@@ -70,13 +68,13 @@ def test_the_search_takes_the_fastest_and_leaves_the_table_as_it_was(monkeypatch
 @interpreted
 def test_a_candidate_that_gives_something_else_is_an_error(monkeypatch):
     monkeypatch.setitem(tune.CANDIDATES, "statistics", [(256, 1)])
-    run = backends.triton_forward.token_stats_forward
+    run = backends.triton.token_stats_forward
 
     def wrong(logits, *rest):
         spoiled = 0.01 if look_up("statistics", "", "fp32", 700) == (256, 1) else 0.0
         return run(logits * (1 + spoiled), *rest)
 
-    monkeypatch.setattr(backends.triton_forward, "token_stats_forward", wrong)
+    monkeypatch.setattr("rlloss.kernels.token_stats_forward.token_stats_forward", wrong)
     with backends.backend("interpreter"), pytest.raises(ArithmeticError, match=r"with \(256, 1\) another result"):
         tune.search(tune.Key("statistics", "", "fp32", 700), CPU, 3, 3, float("inf"), lambda run: 1.0)
 

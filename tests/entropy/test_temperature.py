@@ -15,12 +15,12 @@ from rlloss.entropy.temperature import (
     scale_logits,
     temperature_rule,
 )
-from rlloss.torch_kernels import token_stats as tiled
+from rlloss.torch_kernels.rows import TILE_ENTRIES
 from tests.support.rounding import FP32, assert_sums_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["interpreter", "torch"] if DEVICE == "cpu" else ["triton", "torch"]
-kernels = pytest.mark.skipif(not backends.triton_forward, reason="needs Triton")
+kernels = pytest.mark.skipif(not backends.triton, reason="needs Triton")
 RULES = [
     TwoLevelTemperature(high=1.3, low=0.8, cutoff=2.0),
     EDTemperature(base=1.1, theta=0.6),
@@ -37,7 +37,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    if request.param != "torch" and not backends.triton_forward:
+    if request.param != "torch" and not backends.triton:
         pytest.skip("needs Triton")
     with backends.backend(request.param):
         yield request.param
@@ -218,17 +218,15 @@ def test_the_kernel_gives_the_entropies_and_rows_of_token_stats_bit_for_bit(V, r
 def test_rows_of_several_chunks(block_v):
     logits = make_logits("-inf", 2, 5000)
     for rule in RULES:
-        from rlloss.backends import triton_temperature
-
         arguments = (logits, None, None, rule.name, rule.constants(), MIN_TEMPERATURE)
-        T, H = triton_temperature.entropy_temperature(*arguments, block_v=block_v)
+        T, H = backends.triton.entropy_temperature(*arguments, block_v=block_v)
         exact = oracle(logits, rule)
         for x, y in zip((T, H), exact, strict=True):
             assert_sums_close(x, y, 64)
 
 
 def test_many_rows_over_several_tiles_on_the_torch_backend():
-    V, N = 5000, 3 * tiled.TILE_ENTRIES // 5000 // 2
+    V, N = 5000, 3 * TILE_ENTRIES // 5000 // 2
     logits = make_logits("-inf", N, V)
     mask = (torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.6).to(DEVICE)
     for rule in RULES:

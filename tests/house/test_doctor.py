@@ -144,7 +144,7 @@ def test_without_triton_and_without_trl(tmp_path):
 
 def test_no_triton_on_a_gpu_is_said(monkeypatch):
     monkeypatch.setattr(doctor, "_place", lambda: "cuda")
-    monkeypatch.setattr(doctor.backends, "triton_forward", None)
+    monkeypatch.setattr(doctor.backends, "triton", None)
     monkeypatch.setattr(doctor.backends, "choose_backend", lambda x: "torch")
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: None)
     assert "pip install triton" in doctor._backend().remedy

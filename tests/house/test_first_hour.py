@@ -85,11 +85,11 @@ def test_the_look_first(newcomer):
 
 FILL_IN = """
 import json
-from rlloss import arithmetic
-arithmetic.make_model().save_pretrained("model")
-arithmetic.make_tokenizer().save_pretrained("model")
+from rlloss.integrations.trl.demo import task
+task.make_model().save_pretrained("model")
+task.make_tokenizer().save_pretrained("model")
 with open("prompts.jsonl", "w") as file:
-    for row in list(arithmetic.make_dataset(arithmetic.make_problems()[0]))[:64]:
+    for row in list(task.make_dataset(task.make_problems()[0]))[:64]:
         file.write(json.dumps(row) + "\\n")
 """
 

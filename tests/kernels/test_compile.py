@@ -194,11 +194,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from rlloss.kernels.token_pass import clip_surrogate
+from rlloss.kernels.token_pass import token_pass
 from rlloss.kernels.entropy_quantile import entropy_quantile, entropy_top_k
 from rlloss.kernels.entropy_temperature import RULES, entropy_temperature
 from rlloss.kernels.logits_tile import fold_tile, gradient_tile
-from rlloss.kernels.gradient_in_forward import loss_gradient
+from rlloss.kernels.gradient_in_forward import gradient_in_forward
 from rlloss.kernels.token_stats_forward import token_stats_forward
 from rlloss.kernels.token_stats_backward import token_stats_backward
 
@@ -224,10 +224,10 @@ for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
             "cispo": False, "low": 0.8 * temperature, "gain": 0.2, "loss_bound": 3.0, "max_log_ratio": None,
             "beta": 0.0, "kl_estimator": 3, "kl_bias_correction": False,
         }
-        loss_gradient(
+        gradient_in_forward(
             logits, target, mask, temperature, None, 1.0, x, x, None, None, None, torch.ones(2, B), bonus=False,
             **settings)
-        clip_surrogate(
+        token_pass(
             x, x[:, :1].contiguous(), mask, x, None, None, None, None, None, None, temperature, sequence=False,
             mean_of_sequence=False, kept_counts=False, high=1.2, delta=None, off_policy_threshold=None,
             entropy_coef=0.0, **settings)
@@ -258,8 +258,8 @@ def test_no_recompilation_when_rows_lengths_or_temperature_change():
     # temperature for each rule.
     assert counts == {
         "token_stats_forward_kernel": 2, "token_stats_merge_kernel": 1, "token_stats_backward_kernel": 1,
-        "fold_tile_kernel": 1, "gradient_tile_kernel": 1, "loss_gradient_kernel": 1,
-        "clip_surrogate_kernel": 1, "entropy_histogram_kernel": 1,
+        "fold_tile_kernel": 1, "gradient_tile_kernel": 1, "gradient_in_forward_kernel": 1,
+        "token_pass_kernel": 1, "entropy_histogram_kernel": 1,
         "entropy_narrow_kernel": 4, "entropy_ties_kernel": 1, "entropy_last_tie_kernel": 1,
         "entropy_temperature_kernel": 3,
     }  # fmt: skip

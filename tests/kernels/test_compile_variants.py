@@ -253,17 +253,17 @@ def launch_directly(g: random.Random, logits, target, mask, entropy) -> None:
         g.choice((None, 9.0)),
         1.0,
     )
-    backends.triton_forward.token_stats_forward(*rows, split=True, **flags)
+    backends.triton.token_stats_forward(*rows, split=True, **flags)
     numbers = torch.ones(len(target))
     coefs = [g.choice((None, numbers)) for _ in range(3)]
     coefs = coefs if any(c is not None for c in coefs) else [numbers, None, None]
     held = g.choice((None, (torch.zeros(logits.shape, dtype=logits.dtype), numbers[0])))
-    backends.triton_backward.token_stats_backward(*rows, torch.ones(2, len(target)), numbers, *coefs, held=held)
+    backends.triton.token_stats_backward(*rows, torch.ones(2, len(target)), numbers, *coefs, held=held)
     tile = torch.zeros(len(target), logits.shape[-1])
     g_rows = (coefs[0], None, numbers)
-    backends.triton_linear.gradient_tile(tile, 0, target, numbers, numbers, None, *g_rows, *rows[3:], logits.dtype)
-    backends.triton_quantile.entropy_quantile(entropy, None, 0.5, rounded_up_to=0)
-    backends.triton_quantile.entropy_top_k(entropy, None, 0.5)
+    backends.triton.gradient_tile(tile, 0, target, numbers, numbers, None, *g_rows, *rows[3:], logits.dtype)
+    backends.triton.entropy_quantile(entropy, None, 0.5, rounded_up_to=0)
+    backends.triton.entropy_top_k(entropy, None, 0.5)
 
 
 def differentiate(stats: TokenStats) -> None:

@@ -12,10 +12,10 @@ from rlloss.kernels import (
     gradient_in_forward,
     logits_tile,
     surrogates,
+    token_pass,
     token_stats_backward,
     token_stats_forward,
 )
-from rlloss.kernels import token_pass as clip_surrogate
 from tests.support.counting import READ, WRITE, assert_costs, counted, evaluated, needs_interpreter, stated
 
 pytestmark = needs_interpreter
@@ -148,7 +148,7 @@ def test_the_loss_and_its_gradient(monkeypatch, case):
     advantage = floats(case["advantage"])
     advantage[0] = 0.0  # a sequence without a gradient, as far as the loss goes
     with counted(monkeypatch) as traffic:
-        *_, coef, g_entropy = gradient_in_forward.loss_gradient(
+        *_, coef, g_entropy = gradient_in_forward.gradient_in_forward(
             rows.logits, rows.target, rows.mask.view(B, T), *rows.scaling, advantage,
             floats("token") if case["old"] else None, ref, sampler, torch.tensor(3.0) if case["select"] else None,
             torch.ones(2, B), cispo=case["cispo"], low=0.8, gain=1.2, loss_bound=5.0, max_log_ratio=None, beta=0.1,
@@ -245,7 +245,7 @@ def test_the_token_pass(monkeypatch, case):
     behavior = floats("token") if case["behavior"] else None
     kept_counts = case["kept_counts"] and cutoff is not None
     with counted(monkeypatch) as traffic:
-        clip_surrogate.clip_surrogate(
+        token_pass.token_pass(
             logp, advantage, mask, old, ref, sampler, behavior, entropy, cutoff, last, case["denominator"],
             cispo=case["cispo"], sequence=case["sequence"], mean_of_sequence=case["mean"], kept_counts=kept_counts,
             low=0.8, high=1.2, gain=1.2, loss_bound=5.0, delta=None, max_log_ratio=None, beta=0.1,
@@ -314,10 +314,10 @@ def test_the_order_statistic(monkeypatch, case):
 
 
 def test_each_kernel_states_its_costs():
-    for module in (clip_surrogate, entropy_quantile, entropy_temperature, logits_tile, gradient_in_forward,
+    for module in (token_pass, entropy_quantile, entropy_temperature, logits_tile, gradient_in_forward,
                    token_stats_forward, token_stats_backward):  # fmt: skip
         kernels = {name for name, x in vars(module).items() if name.endswith("_kernel") and hasattr(x, "fn")}
-        doc = surrogates.__doc__ if module is clip_surrogate else module.__doc__
+        doc = surrogates.__doc__ if module is token_pass else module.__doc__
         assert kernels and stated(doc).keys() == kernels
 
 

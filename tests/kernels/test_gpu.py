@@ -66,7 +66,7 @@ def test_statistics_and_gradient(N, V, dtype, softcap):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_are_split_have_the_same_bits(dtype):
     logits, target, _ = rows_of(ROWS, 151936, dtype)
-    launch = backends.triton_forward.token_stats_forward
+    launch = backends.triton.token_stats_forward
     whole, split = (launch(logits, target, None, 1.0, None, 1.0, split=s) for s in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True))
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rlloss import backends, reference, token_stats
-from rlloss.torch_kernels import token_stats as tiled
+from rlloss.torch_kernels.rows import TILE_ENTRIES
 from tests.support.rounding import FP32, assert_sums_close
 
-kernels = pytest.mark.skipif(not backends.triton_forward, reason="needs Triton")
+kernels = pytest.mark.skipif(not backends.triton, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_OUTPUT = {"entropy": True, "squares": True, "mean": True, "top1": True}
 
@@ -27,9 +27,9 @@ def logits_and_target(N: int, V: int, dtype=torch.float32, seed=0):
 def test_the_bits_of_a_row_do_not_depend_on_the_launch(dtype, V):
     logits, target = logits_and_target(3, V, dtype)
     flags = {"squares": True, "mean": True, "top1": True, "block_v": 256}
-    whole = backends.triton_forward.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=False, **flags)
-    split = backends.triton_forward.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=True, **flags)
-    alone = backends.triton_forward.token_stats_forward(logits[1:2], target[1:2], None, 0.9, None, 1.0, **flags)
+    whole = backends.triton.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=False, **flags)
+    split = backends.triton.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=True, **flags)
+    alone = backends.triton.token_stats_forward(logits[1:2], target[1:2], None, 0.9, None, 1.0, **flags)
     for x, y, z in zip(whole, split, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x[..., 1:2], z)
@@ -52,10 +52,9 @@ def test_split_rows_take_mask_temperature_softcap_and_strides(view):
     temperature = (torch.rand(shape, generator=g) + 0.5).to(DEVICE).flatten()
     arguments = (logits, target, mask, temperature, 20.0, 1.5)
     whole, split = (
-        backends.triton_forward.token_stats_forward(*arguments, **EVERY_OUTPUT, split=s, block_v=64)
-        for s in (False, True)
+        backends.triton.token_stats_forward(*arguments, **EVERY_OUTPUT, split=s, block_v=64) for s in (False, True)
     )
-    expected = tiled.token_stats_forward(*arguments, **EVERY_OUTPUT)
+    expected = backends.plain.token_stats_forward(*arguments, **EVERY_OUTPUT)
     for name, w, s, e in zip(("logp", "entropy", "lse", "saved", "extra"), whole, split, expected, strict=True):
         assert torch.equal(w, s), name
         counted = w[..., mask], e[..., mask]
@@ -81,7 +80,7 @@ def test_a_vocabulary_of_several_chunks_backward(backend):
 @pytest.mark.parametrize("mask", [None, "scattered", "block"])
 @pytest.mark.parametrize("V", [5000, 120])
 def test_the_torch_backend_over_several_tiles(V, mask):
-    N = 3 * tiled.TILE_ENTRIES // V // 2
+    N = 3 * TILE_ENTRIES // V // 2
     logits, target = logits_and_target(N, V)
     keep = torch.ones(N, dtype=torch.bool, device=DEVICE)
     if mask == "scattered":
@@ -102,10 +101,10 @@ def test_the_torch_backend_over_several_tiles(V, mask):
 @pytest.mark.parametrize("bad", [-1, -100, 300, 2**32 + 3])
 @pytest.mark.parametrize("twin", [False, True])
 def test_a_target_that_no_check_has_seen_poisons_its_own_row(twin, bad):
-    if not twin and not backends.triton_forward:
+    if not twin and not backends.triton:
         pytest.skip("needs Triton")
-    forward = (tiled if twin else backends.triton_forward).token_stats_forward
-    backward = (tiled if twin else backends.triton_backward).token_stats_backward
+    forward = (backends.plain if twin else backends.triton).token_stats_forward
+    backward = (backends.plain if twin else backends.triton).token_stats_backward
     logits, target = logits_and_target(3, 300)
     target[1] = bad
     logp, entropy, lse, saved, extra = forward(logits, target, None, 1.0, None, 1.0, **EVERY_OUTPUT)
@@ -141,7 +140,7 @@ def test_column_offsets_beyond_two_to_the_31():
     logits.requires_grad_()
     near = logits.detach().clone().contiguous().requires_grad_()
     target = torch.tensor([2])
-    for backend in ("interpreter", "torch") if backends.triton_forward else ("torch",):
+    for backend in ("interpreter", "torch") if backends.triton else ("torch",):
         with backends.backend(backend):
             far_logp, near_logp = token_stats(logits, target).logp, token_stats(near, target).logp
             assert torch.equal(far_logp, near_logp)

@@ -64,7 +64,7 @@ def test_the_name_of_a_generation(monkeypatch, properties, hip, expected):
     launch_table._generation.cache_clear()
 
 
-@pytest.mark.skipif(not backends.triton_forward, reason="needs Triton")
+@pytest.mark.skipif(not backends.triton, reason="needs Triton")
 @pytest.mark.parametrize("chosen, V, expected", [
     ((2048, 8), 151936, (2048, 16384, 10, 8)), ((2048, 8), 300, (512, 4096, 1, 2)), ((2048, 8), 5, (256, 2048, 1, 1)),
     ((4096, 8), 151936, (4096, 32768, 5, 8)), ((2048, 4), 300, (512, 4096, 1, 1)),
@@ -95,7 +95,7 @@ def test_the_launchers_obey_the_table(table, monkeypatch):
     assert blocks == {
         "token_stats_forward_kernel": 256,
         "token_stats_backward_kernel": 512,
-        "loss_gradient_kernel": 256,
+        "gradient_in_forward_kernel": 256,
     }
 
 

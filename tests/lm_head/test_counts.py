@@ -34,7 +34,7 @@ def forward(config, batch, **switches):
     return logits, GRPOLoss(config, **switches)(logits, batch["target"], batch["advantage"], **given)
 
 
-TOKEN_PASS = {"clip_surrogate_kernel": 1}
+TOKEN_PASS = {"token_pass_kernel": 1}
 
 
 @pytest.mark.parametrize("settings", [
@@ -68,7 +68,7 @@ def test_each_logit_is_read_once_forward_and_live_ones_once_backward(monkeypatch
 def test_the_single_launch(monkeypatch, batch, factor):
     with counted(monkeypatch) as traffic:
         logits, (loss, metrics) = forward(LossConfig(), batch, single_launch=True)
-    assert traffic.launches == {"loss_gradient_kernel": 1, **TOKEN_PASS}
+    assert traffic.launches == {"gradient_in_forward_kernel": 1, **TOKEN_PASS}
     reads = traffic.of(logits, READ)
     factor = torch.tensor(factor)
     with counted(monkeypatch) as later:

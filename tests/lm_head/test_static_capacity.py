@@ -19,7 +19,7 @@ from tests.support.host_reads import host_reads
 from tests.support.rounding import assert_sums_close
 
 B, T, D, V = 3, 7, 8, 50
-BACKENDS = ["torch", *(["interpreter"] if backends.triton_forward and not torch.cuda.is_available() else [])]
+BACKENDS = ["torch", *(["interpreter"] if backends.triton and not torch.cuda.is_available() else [])]
 
 
 def batch(dtype=torch.float32, seed=0, poison=True):

@@ -12,7 +12,7 @@ from rlloss.logits.gradient_in_forward import why_two_launches, worthwhile
 from tests.support.devices import DEVICE, FUSED
 from tests.support.rounding import assert_sums_close
 
-pytestmark = pytest.mark.skipif(not backends.triton_gradient, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not backends.triton, reason="needs Triton")
 
 
 @pytest.fixture(autouse=True)
@@ -159,8 +159,10 @@ def test_a_broken_row_poisons_no_other():
 
 def test_it_is_taken_where_it_can_be(monkeypatch):
     seen = []
-    launch = backends.triton_gradient.loss_gradient
-    monkeypatch.setattr(backends.triton_gradient, "loss_gradient", lambda *a, **k: seen.append(1) or launch(*a, **k))
+    launch = backends.triton.gradient_in_forward
+    monkeypatch.setattr(
+        "rlloss.kernels.gradient_in_forward.gradient_in_forward", lambda *a, **k: seen.append(1) or launch(*a, **k)
+    )
     x = batch()
     monkeypatch.setattr("rlloss.modules.worthwhile", lambda logits: True)  # on a GPU: so few rows are split instead
     arguments = {name: x[name] for name in ("mask", "old_logp")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlloss import LossConfig, policy_loss
-from rlloss.backends import backend, triton_token_pass
+from rlloss.backends import backend, triton
 from tests.support.loss_cases import LOSS_TYPES
 
 LOG_RATIOS = [20.0, -20.0, 88.0, -88.0, 100.0, -100.0, math.inf, -math.inf, math.nan]
@@ -16,7 +16,7 @@ ONE_LEVEL = {"gspo": ("sequence",), "vespo": ("token",), "clip_cov": ("token",),
 CASES = [(loss_type, level) for loss_type in LOSS_TYPES for level in ONE_LEVEL.get(loss_type, ("token", "sequence"))]
 FUSED = "triton" if torch.cuda.is_available() else "interpreter"
 IN_THE_KERNEL = [("dapo", "token"), ("grpo", "sequence"), ("cispo", "token"), ("cispo", "sequence")]
-needs_triton = pytest.mark.skipif(not triton_token_pass, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not triton, reason="needs Triton")
 
 
 def run(loss_type, level, log_ratio, sign, on="torch", *, settings=None, **given):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlloss import GRPOLoss, LossConfig, policy_loss, token_stats
-from rlloss.backends import backend, triton_token_pass
+from rlloss.backends import backend, triton
 from rlloss.config import KL_ESTIMATORS, CovarianceConfig, SapoConfig, VespoConfig
 from rlloss.tokens.masks import top_entropy_mask
 from tests.support.loss_cases import BACKENDS, FUSED, LENGTH, LOSS_TYPES, READ_BY, converted, make_config
@@ -113,7 +113,7 @@ def test_the_drawn_settings_reach_every_value():
         assert {x.get(name) is None for _, x in drawn} == {True, False}
 
 
-@pytest.mark.skipif(not triton_token_pass, reason="needs Triton")
+@pytest.mark.skipif(not triton, reason="needs Triton")
 def test_live_counts_in_the_kernel_too():
     for seed in range(0, 1800, 131):
         config, x = draw(seed)
@@ -173,9 +173,7 @@ def test_permuting_the_sequences_permutes_the_gradients(seed):
     assert permuted[3]["live"] == plain[3]["live"]
 
 
-@pytest.mark.parametrize(
-    "on", ["torch", pytest.param(FUSED, marks=pytest.mark.skipif(not triton_token_pass, reason=""))]
-)
+@pytest.mark.parametrize("on", ["torch", pytest.param(FUSED, marks=pytest.mark.skipif(not triton, reason=""))])
 @pytest.mark.parametrize("seed", range(len(LOSS_TYPES)))
 def test_twice_the_same_bits(seed, on):
     config, x = draw(seed, B=5, T=7)

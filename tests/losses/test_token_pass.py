@@ -12,7 +12,7 @@ from rlloss.loss_types import LOSSES
 from tests.support.devices import DEVICE, FUSED
 from tests.support.loss_cases import READ_BY
 
-pytestmark = pytest.mark.skipif(not backends.triton_token_pass, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not backends.triton, reason="needs Triton")
 
 TYPES = [name for name, loss_type in LOSSES.items() if loss_type.kernel]
 SETTINGS = 160
@@ -209,7 +209,7 @@ def test_a_second_derivative_is_refused():
     with backends.backend(FUSED):
         loss = policy_loss(logp, **x).loss
     (gradient,) = torch.autograd.grad(loss, logp, create_graph=True)
-    with pytest.raises(RuntimeError, match="clip_surrogate_backward"):
+    with pytest.raises(RuntimeError, match="token_pass_backward"):
         torch.autograd.grad(gradient.sum(), logp)
 
 
@@ -234,4 +234,4 @@ def test_the_registered_operators_are_sound():
         None, None, None, None, None, None, None, False, False, True, False, [0.8, 1.28, 1.28, math.inf], None, None,
         0.0, 3, False, None, 0.1,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.rlloss.clip_surrogate.default, arguments)
+    torch.library.opcheck(torch.ops.rlloss.token_pass.default, arguments)

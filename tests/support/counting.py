@@ -15,7 +15,7 @@ import torch
 from rlloss import backends
 
 needs_interpreter = pytest.mark.skipif(
-    backends.triton_forward is None or torch.cuda.is_available(), reason="counts in Triton's interpreter"
+    backends.triton is None or torch.cuda.is_available(), reason="counts in Triton's interpreter"
 )
 READ, WRITE = 1, 2
 QUANTITIES = ("read", "again", "written", "exponentials")

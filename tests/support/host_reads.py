@@ -48,7 +48,7 @@ def host_reads(monkeypatch):
             return tolist(x)
 
         patch.setattr(torch.Tensor, "tolist", listed)
-        if backends.triton_forward is not None:
+        if backends.triton is not None:
             from triton.runtime.interpreter import GridExecutor
 
             launch = GridExecutor.__call__

@@ -6,7 +6,7 @@ import math
 import torch
 
 from rlloss import LossConfig, policy_loss, reference
-from rlloss.backends import backend, triton_token_pass
+from rlloss.backends import backend, triton
 from rlloss.config import CovarianceConfig, SapoConfig, VespoConfig
 from rlloss.loss_types import LOSSES
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED = "triton" if DEVICE == "cuda" else "interpreter"  # the backend of the kernel for the losses that clip
 LENGTH = 9  # max_completion_length of dr_grpo
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo")
-BACKENDS = ("torch", FUSED) if triton_token_pass else ("torch",)
+BACKENDS = ("torch", FUSED) if triton else ("torch",)
 # Which ratios a loss type can be asked for; gspo and vespo have their own.
 _OWN_LEVELS = {"gspo": ("sequence",), "vespo": (None,), "clip_cov": ("token",), "kl_cov": ("token",)}
 # Of LossConfig's settings, those that each loss reads. And over what its papers and codes take the mean, written

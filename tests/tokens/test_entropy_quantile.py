@@ -14,7 +14,7 @@ from rlloss import backends, entropy_cutoff
 from rlloss.tokens.masks import POSITION, top_entropy_mask, top_entropy_selection
 from rlloss.torch_kernels import entropy_quantile
 
-pytestmark = pytest.mark.skipif(not backends.triton_quantile, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not backends.triton, reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = "triton" if DEVICE == "cuda" else "interpreter"
@@ -124,7 +124,7 @@ def test_hand_worked_cutoffs():
 def test_without_a_mask_everything_counts():
     values = random_values(2100, seed=5)
     x, all_of_them = values.to(DEVICE), torch.ones(2100, dtype=torch.bool, device=DEVICE)
-    for module in (backends.triton_quantile, entropy_quantile):
+    for module in (backends.triton, entropy_quantile):
         assert_is_the_quantile(module.entropy_quantile(x, None, 0.2, **POSITION).cpu(), values, 0.2)
         for a, b in zip(module.entropy_top_k(x, None, 0.2), module.entropy_top_k(x, all_of_them, 0.2), strict=True):
             assert torch.equal(a, b)
@@ -140,7 +140,7 @@ def test_the_position_before_and_since_torch_2_14(rounded_up_to):
             position = float(np.float32(position)) if rounded_up_to else position
             low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
             expected = low.lerp(high, torch.tensor(position - math.floor(position), dtype=torch.float32))
-            for module in (backends.triton_quantile, entropy_quantile):
+            for module in (backends.triton, entropy_quantile):
                 cutoff = module.entropy_quantile(values.to(DEVICE), None, rho, rounded_up_to=rounded_up_to)
                 assert torch.equal(cutoff.cpu(), expected), (module, n, rho)
 
@@ -209,7 +209,7 @@ def test_exact_k_whose_last_tie_lies_in_any_tile(n):
 
 
 def test_more_tiles_than_the_last_tie_takes_in_one_step(monkeypatch):
-    monkeypatch.setattr(backends.triton_quantile, "BLOCK", 16)
+    monkeypatch.setattr("rlloss.kernels.entropy_quantile.BLOCK", 16)
     entropy = torch.randint(0, 3, (300,), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
     for rho in (0.1, 0.95):  # 19 tiles, 16 a step
         assert_exact_k(entropy, some(300, 8).to(DEVICE), rho)
@@ -269,7 +269,7 @@ def kernel_shards(shards, rho):
                 turn.acquire()
 
         with turn:
-            return backends.triton_quantile.entropy_quantile(entropy, mask, rho, reduce=between_turns, **POSITION)
+            return backends.triton.entropy_quantile(entropy, mask, rho, reduce=between_turns, **POSITION)
 
     return in_shards(select, shards, rho)
 
@@ -292,7 +292,7 @@ def test_shards_find_the_cutoff_of_the_whole(case, run):
 def test_more_values_than_fp32_counts(c):
     """Histograms multiplied by c are those of every value c times: past 2^24 of them positions are fp64 always."""
     values = torch.tensor([1.0, 2.0, 4.0, 8.0], device=DEVICE)
-    for module in (backends.triton_quantile, entropy_quantile):
+    for module in (backends.triton, entropy_quantile):
         # Positions 2 c - 1/2, between the last of the twos and the first of the fours, and 3 c - 3/4.
         for rho, expected in ((0.5, 3.0), (0.25, 5.0)):
             assert module.entropy_quantile(values, None, rho, reduce=lambda h: h.mul_(c), **POSITION) == expected

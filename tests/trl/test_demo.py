@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rlloss import cli
 from rlloss.integrations.trl.demo import run as demo
-from rlloss.integrations.trl.demo import task as arithmetic
+from rlloss.integrations.trl.demo import task
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,22 +170,22 @@ def test_bad_sizes_are_named(tmp_path, name):
     ],
 )
 def test_the_two_rewards_are_independent(completion, right, formed):
-    assert arithmetic.answer_right(completions=[completion], answer=[42]) == [right]
-    assert arithmetic.format_right(completions=[completion], answer=[42]) == [formed]
+    assert task.answer_right(completions=[completion], answer=[42]) == [right]
+    assert task.format_right(completions=[completion], answer=[42]) == [formed]
 
 
 def test_problems_are_right_and_held_out_ones_are_not_trained_on():
-    training, held_out = arithmetic.make_problems(operand_limit=12, seed=5)
+    training, held_out = task.make_problems(operand_limit=12, seed=5)
     for problem in training + held_out:
         assert eval(problem.prompt.rstrip("=")) == problem.answer >= 0
     assert len(training) + len(held_out) == 144 + 78
     assert not {p.prompt for p in training} & {p.prompt for p in held_out}
-    assert arithmetic.make_problems(operand_limit=12, seed=5) == (training, held_out)
+    assert task.make_problems(operand_limit=12, seed=5) == (training, held_out)
 
 
 def test_the_tokenizer_keeps_every_character():
-    tokenizer = arithmetic.make_tokenizer()
-    text = "27+15=<a>42</a>" + arithmetic.EOS
+    tokenizer = task.make_tokenizer()
+    text = "27+15=<a>42</a>" + task.EOS
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == 16 and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == text and tokenizer.decode(ids, skip_special_tokens=True) == "27+15=<a>42</a>"
@@ -193,21 +193,21 @@ def test_the_tokenizer_keeps_every_character():
 
 def test_the_warm_start_text_is_imperfect_in_the_announced_shares():
     rng = random.Random(0)
-    problem = arithmetic.Problem("27+15=", 42)
-    texts = [arithmetic.imperfect_completion(problem, rng) for _ in range(4000)]
-    wrong = 1 - sum(arithmetic.answer_right(completions=texts, answer=[42] * 4000)) / 4000
-    broken = 1 - sum(arithmetic.format_right(completions=texts)) / 4000
-    assert wrong == pytest.approx(arithmetic.WRONG_ANSWER_SHARE, abs=0.03)  # 4 standard errors
-    assert broken == pytest.approx(arithmetic.BROKEN_FORMAT_SHARE, abs=0.035)
+    problem = task.Problem("27+15=", 42)
+    texts = [task.imperfect_completion(problem, rng) for _ in range(4000)]
+    wrong = 1 - sum(task.answer_right(completions=texts, answer=[42] * 4000)) / 4000
+    broken = 1 - sum(task.format_right(completions=texts)) / 4000
+    assert wrong == pytest.approx(task.WRONG_ANSWER_SHARE, abs=0.03)  # 4 standard errors
+    assert broken == pytest.approx(task.BROKEN_FORMAT_SHARE, abs=0.035)
 
 
 def test_the_warm_start_learns_and_repeats():
-    tokenizer = arithmetic.make_tokenizer()
-    training, _ = arithmetic.make_problems(operand_limit=8)
+    tokenizer = task.make_tokenizer()
+    training, _ = task.make_problems(operand_limit=8)
     losses = []
     for _ in range(2):
-        model = arithmetic.make_model(hidden_size=32, layers=1)
-        losses.append(list(arithmetic.warm_start(model, tokenizer, training, steps=30, batch_size=16)))
+        model = task.make_model(hidden_size=32, layers=1)
+        losses.append(list(task.warm_start(model, tokenizer, training, steps=30, batch_size=16)))
     assert losses[0] == losses[1]
     assert losses[0][0] == pytest.approx(math.log(len(tokenizer)), abs=0.5)  # nothing known: uniform
     assert losses[0][-1] < 0.5 * losses[0][0]
@@ -223,10 +223,10 @@ def test_the_warm_start_runs_in_fp32_alone():
             dtypes.update(x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor))
             return result
 
-    training, _ = arithmetic.make_problems(operand_limit=8)
-    model = arithmetic.make_model(hidden_size=32, layers=1)
+    training, _ = task.make_problems(operand_limit=8)
+    model = task.make_model(hidden_size=32, layers=1)
     with Record():
-        list(arithmetic.warm_start(model, arithmetic.make_tokenizer(), training, steps=1, batch_size=4))
+        list(task.warm_start(model, task.make_tokenizer(), training, steps=1, batch_size=4))
     assert {dtype for dtype in dtypes if dtype.is_floating_point} == {torch.float32}
 
 
@@ -237,7 +237,7 @@ def test_muon_is_torchs_but_for_bf16():
     g = torch.Generator().manual_seed(0)
     for shape in ((16, 16), (24, 8), (8, 24)):
         ours, theirs = (torch.zeros(shape, requires_grad=True) for _ in range(2))
-        optimizers = arithmetic._Muon([ours], {"lr": 0.02}), torch_muon([theirs], lr=0.02, weight_decay=0.0)
+        optimizers = task._Muon([ours], {"lr": 0.02}), torch_muon([theirs], lr=0.02, weight_decay=0.0)
         for _ in range(3):
             ours.grad = theirs.grad = torch.randn(shape, generator=g)
             for optimizer in optimizers:
@@ -247,16 +247,16 @@ def test_muon_is_torchs_but_for_bf16():
 
 
 def test_scoring_repeats_and_leaves_the_generator_alone():
-    tokenizer, model = arithmetic.make_tokenizer(), arithmetic.make_model(hidden_size=32, layers=1)
-    _, held_out = arithmetic.make_problems(operand_limit=8)
+    tokenizer, model = task.make_tokenizer(), task.make_model(hidden_size=32, layers=1)
+    _, held_out = task.make_problems(operand_limit=8)
     before = torch.get_rng_state()
-    first = arithmetic.evaluate(model, tokenizer, held_out, samples=2, seed=1)
-    assert first == arithmetic.evaluate(model, tokenizer, held_out, samples=2, seed=1)
+    first = task.evaluate(model, tokenizer, held_out, samples=2, seed=1)
+    assert first == task.evaluate(model, tokenizer, held_out, samples=2, seed=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_default_model_has_half_a_million_parameters():
-    assert 0.4e6 < sum(p.numel() for p in arithmetic.make_model().parameters()) < 0.6e6
+    assert 0.4e6 < sum(p.numel() for p in task.make_model().parameters()) < 0.6e6
 
 
 def test_each_arm_is_the_folder_of_a_run(ran):

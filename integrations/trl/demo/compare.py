@@ -23,7 +23,7 @@ from rich.table import Table as TerminalTable
 
 from rlloss import __version__, report
 from rlloss.entropy.temperature import DynamicTemperature, entropy_temperature
-from rlloss.integrations.trl.demo import task as arithmetic
+from rlloss.integrations.trl.demo import task
 from rlloss.integrations.trl.demo.arms import (
     ARMS,
     PERCENTILE_80,
@@ -138,12 +138,12 @@ class _Start:
 
     def __init__(self, seed: int, warm_start_steps: int):
         self.seed = seed
-        self.tokenizer = arithmetic.make_tokenizer()
-        training, self.held_out = arithmetic.make_problems(seed=seed)
-        self.dataset = arithmetic.make_dataset(training)
-        self.model: Any = arithmetic.make_model(seed=seed)
+        self.tokenizer = task.make_tokenizer()
+        training, self.held_out = task.make_problems(seed=seed)
+        self.dataset = task.make_dataset(training)
+        self.model: Any = task.make_model(seed=seed)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        for _ in arithmetic.warm_start(self.model, self.tokenizer, training, steps=warm_start_steps, seed=seed):
+        for _ in task.warm_start(self.model, self.tokenizer, training, steps=warm_start_steps, seed=seed):
             pass
         self.weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.cutoff = entropy_percentile(self.model, self.tokenizer, training[:128], seed=seed)
@@ -159,7 +159,7 @@ class _Start:
         )
         warned = [f"step {finding.step}: {finding.kind}" for finding in found]
         seconds = time.perf_counter() - began
-        scores = arithmetic.evaluate(self.model, self.tokenizer, self.held_out, samples=samples, seed=self.seed)
+        scores = task.evaluate(self.model, self.tokenizer, self.held_out, samples=samples, seed=self.seed)
         inactive = what_never_acted(history, options)
         return ArmResult(spec.name, options, history, scores, seconds, inactive, warned)
 
@@ -173,7 +173,7 @@ def entropy_percentile(model: Any, tokenizer: Any, problems: list, *, seed: int,
         torch.manual_seed(seed)
         made = model.generate(
             **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, output_logits=True,
-            max_new_tokens=arithmetic.MAX_COMPLETION_LENGTH, return_dict_in_generate=True,
+            max_new_tokens=task.MAX_COMPLETION_LENGTH, return_dict_in_generate=True,
         )  # fmt: skip
     _, entropy = entropy_temperature(torch.stack(made.logits, dim=1), DynamicTemperature(low=1.0, high=1.0))
     ids = made.sequences[:, batch["input_ids"].shape[1] :]

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from rlloss import __version__, report
 from rlloss.integrations.transformers.collapse_monitor import CollapseMonitor, Finding
 from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
-from rlloss.integrations.trl.demo import task as arithmetic
+from rlloss.integrations.trl.demo import task
 from rlloss.integrations.trl.demo.arms import ARMS as ARMS
 from rlloss.integrations.trl.demo.arms import ArmResult as ArmResult
 from rlloss.integrations.trl.demo.arms import ArmSpec as ArmSpec
@@ -48,7 +48,7 @@ STEPS_PER_GENERATION, NUM_ITERATIONS = 4, 2
 UPDATES_PER_GENERATION = STEPS_PER_GENERATION * NUM_ITERATIONS
 """With one update per generation every ratio is exactly 1 and no clip can act."""
 
-REWARD_METRICS = {f"rewards/{reward.__name__}/mean": reward.__name__ for reward in arithmetic.REWARDS}
+REWARD_METRICS = {f"rewards/{reward.__name__}/mean": reward.__name__ for reward in task.REWARDS}
 
 
 @dataclass
@@ -87,25 +87,25 @@ def run_demo(
     console = console or Console()
     output = report.make_folder(output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = arithmetic.make_tokenizer()
-    training, held_out = arithmetic.make_problems(seed=seed)
-    dataset = arithmetic.make_dataset(training)
-    model: Any = arithmetic.make_model(seed=seed)
+    tokenizer = task.make_tokenizer()
+    training, held_out = task.make_problems(seed=seed)
+    dataset = task.make_dataset(training)
+    model: Any = task.make_model(seed=seed)
     model.to(device)
     results: list[ArmResult] = []
     began = time.perf_counter()
     with one_thread(), quiet(), progress_bars(console) as progress:
-        task = progress.add_task("warm start", total=warm_start_steps, note="")
-        for loss in arithmetic.warm_start(model, tokenizer, training, steps=warm_start_steps, seed=seed):
-            progress.update(task, advance=1, note=f"loss {loss:.2f}")
+        bar = progress.add_task("warm start", total=warm_start_steps, note="")
+        for loss in task.warm_start(model, tokenizer, training, steps=warm_start_steps, seed=seed):
+            progress.update(bar, advance=1, note=f"loss {loss:.2f}")
         seconds = {"warm start": time.perf_counter() - began}
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        start_scores = arithmetic.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
+        start_scores = task.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
         for arm in arms:
-            task = progress.add_task(arm.name, total=steps, note="")
+            bar = progress.add_task(arm.name, total=steps, note="")
             arm_began = time.perf_counter()
             model.load_state_dict(weights)
-            callback = ShowProgress(progress, task)
+            callback = ShowProgress(progress, bar)
             result = ArmResult(arm.name, arm.options, [], {}, 0.0)
             folder = fresh_run_folder(output / result.folder)
             result.history, found = train_arm(
@@ -121,7 +121,7 @@ def run_demo(
             )
             arm_seconds = time.perf_counter() - arm_began
             result.warnings = [f"Step {finding.step}: {finding.message}" for finding in found]
-            result.held_out = arithmetic.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
+            result.held_out = task.evaluate(model, tokenizer, held_out, samples=held_out_samples, seed=seed)
             result.inactive, result.seconds = what_never_acted(result.history, arm.options), arm_seconds
             results.append(result)
             seconds[arm.name] = arm_seconds
@@ -165,7 +165,7 @@ def train_arm(
         per_device_train_batch_size=64,
         steps_per_generation=STEPS_PER_GENERATION,
         num_iterations=NUM_ITERATIONS,
-        max_completion_length=arithmetic.MAX_COMPLETION_LENGTH,
+        max_completion_length=task.MAX_COMPLETION_LENGTH,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
         temperature=1.0,
@@ -181,7 +181,7 @@ def train_arm(
     )
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=list(arithmetic.REWARDS),
+        reward_funcs=list(task.REWARDS),
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,

@@ -1,0 +1,87 @@
+"""Rows of logits, a cache-sized tile at a time: where they lie, how they are read and written."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.0 / math.log(2.0)
+TILE_ENTRIES = 1 << 19  # entries of a tile: 2 MiB in fp32
+FLOOR = {torch.float32: -200.0, torch.float64: -1100.0}  # below it 2^t is 0: then t 2^t reads 0 * FLOOR, not 0 * -inf
+WIDE_ROW = 4096  # from here on, copying scattered rows one by one beats one indexed write
+
+
+def tiles(rows: int | Tensor, V: int) -> Iterator[slice | Tensor]:
+    """Rows 0..rows-1, or the given ascending row numbers: slices where they are consecutive, index tensors elsewhere.
+
+    A slice is read and written in place, without the copies that an index costs.
+    """
+    step = max(1, TILE_ENTRIES // V)
+    if isinstance(rows, int):
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+    elif len(rows):
+        parts = rows.split(step)
+        ends = torch.stack([part[[0, -1]] for part in parts]).tolist()
+        for part, (first, last) in zip(parts, ends, strict=True):
+            yield slice(first, last + 1) if last - first + 1 == len(part) else part
+
+
+def as_matrix(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The memory of logits [..., V] as a matrix, and which of its rows they are, in order (None: all of them)."""
+    V = logits.shape[-1]
+    try:
+        return logits.view(-1, V), None
+    except RuntimeError:
+        *dims, (_, stride_v) = zip(logits.shape, logits.stride(), strict=True)
+        dims = [(n, stride) for n, stride in dims if n > 1]
+        pitch = math.gcd(*(stride for _, stride in dims)) or 1
+        places = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        for n, stride in dims:
+            places = (places.unsqueeze(-1) + torch.arange(n, device=logits.device) * (stride // pitch)).flatten()
+        rows = 1 + sum((n - 1) * (stride // pitch) for n, stride in dims)
+        return logits.as_strided((rows, V), (pitch, stride_v)), places
+
+
+def reader(logits: Tensor, dtype: torch.dtype):
+    """A function from row numbers to a row-major tile [rows, V], which may be the logits' own memory: read only."""
+    matrix, places = as_matrix(logits)
+
+    def read(rows: slice | Tensor) -> Tensor:
+        if places is not None:
+            rows = places[rows]
+            if (rows.diff() == 1).all():
+                rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        tile = matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)
+        # The sums of a column-major tile would run in another order and end in other bits.
+        return tile.to(dtype) if tile.stride(-1) == 1 else tile.to(dtype).contiguous()
+
+    return read
+
+
+def write(matrix: Tensor, rows: slice | Tensor, tile: Tensor) -> None:
+    """matrix[rows] = tile."""
+    if isinstance(rows, slice):
+        matrix[rows] = tile
+    elif matrix.shape[-1] < WIDE_ROW:
+        matrix[rows] = tile.to(matrix.dtype)
+    else:
+        for row, values in zip(rows.tolist(), tile, strict=True):
+            matrix[row] = values
+
+
+def softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    return tile if softcap is None else torch.tanh(tile * (logit_scale / softcap)).mul_(softcap)
+
+
+def row_scale(temperature: Tensor | float, softcap: float | None, logit_scale: float) -> Tensor | float:
+    """What a row is multiplied by after the softcap, as [N] or a number."""
+    return (1.0 if softcap is not None else logit_scale) / temperature
+
+
+def exponents(u: Tensor, m: Tensor, scale: Tensor | float, rows: slice | Tensor) -> Tensor:
+    """log2 of e^(scale (u - m)), in memory of its own. m [rows], scale [N] or a number."""
+    k = scale[rows].unsqueeze(-1) * LOG2_E if isinstance(scale, Tensor) else scale * LOG2_E
+    shift = torch.where(m == -math.inf, 0.0, m)
+    return (u - shift.unsqueeze(-1)).mul_(k)

@@ -1,0 +1,65 @@
+"""The twin of `rlloss.kernels.token_stats_forward`; fp64 logits are computed in fp64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlloss.torch_kernels.rows import exponents, reader, row_scale, softcapped, tiles
+
+
+def token_stats_forward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | float,
+    softcap: float | None,
+    logit_scale: float,
+    *,
+    entropy: bool = True,
+    squares: bool = False,
+    mean: bool = False,
+    top1: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `rlloss.kernels.token_stats_forward.token_stats_forward`."""
+    N, V = target.numel(), logits.shape[-1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    read = reader(logits, dtype)
+    scale = row_scale(temperature, softcap, logit_scale)
+    inside = (target >= 0) & (target < V)
+    place = torch.where(inside, target, 0).long()
+    u_target, m, w, total = (logits.new_zeros(N, dtype=dtype) for _ in range(4))
+    s, q = (logits.new_ones(N, dtype=dtype) for _ in range(2))
+    first = torch.zeros_like(place)
+    for rows in tiles(N if mask is None else mask.nonzero().squeeze(-1), V):
+        u = softcapped(read(rows), softcap, logit_scale)
+        u_target[rows] = u.gather(-1, place[rows].unsqueeze(-1)).squeeze(-1)
+        m[rows] = m_tile = u.amax(-1)
+        t = exponents(u, m_tile, scale, rows)
+        e = torch.exp2(t)
+        s[rows] = e.sum(-1)
+        if squares:
+            q[rows] = (e * e).sum(-1)
+        if entropy:
+            # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
+            w[rows] = t.mul_(e).nansum(-1)
+        if mean:
+            total[rows] = u.mean(-1)
+        if top1:
+            first[rows] = u.argmax(-1)
+
+    def where_counted(x: Tensor) -> Tensor:
+        return x if mask is None else torch.where(mask, x, 0.0)
+
+    log_s = torch.log2(s)
+    logp = where_counted(torch.where(inside, (u_target - m) * scale - log_s * math.log(2), math.nan))
+    entropy_out = where_counted((log_s - w / s) * math.log(2)) if entropy else torch.zeros_like(logp)
+    lse = where_counted(m * scale + log_s * math.log(2))
+    extra = logits.new_zeros((3, N if squares or mean or top1 else 0), dtype=dtype)
+    if mean:
+        extra[0] = where_counted(total * scale)
+    if squares:
+        extra[1] = where_counted((torch.log2(q) - 2 * log_s) * math.log(2))
+    if top1:
+        extra[2] = where_counted((inside & (first == place) & (u_target >= m)).to(dtype))
+    return logp, entropy_out, lse, torch.stack((m, log_s)), extra
