@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from rlloss.lm_head.matmul import count_products as count_products
     from rlloss.lm_head.statistics import linear_token_stats as linear_token_stats
     from rlloss.logits.statistics import token_stats as token_stats
-    from rlloss.losses.loss import means as means
     from rlloss.losses.loss import policy_loss as policy_loss
+    from rlloss.losses.metrics import means as means
     from rlloss.losses.ratios import sampler_ratio as sampler_ratio
     from rlloss.modules import GRPOLoss as GRPOLoss
     from rlloss.modules import LinearGRPOLoss as LinearGRPOLoss
@@ -64,7 +64,7 @@ __getattr__, __dir__, __all__ = attach(
         "explain_plan": "rlloss.lm_head.explain",
         "group_advantage": "rlloss.rewards.advantages",
         "linear_token_stats": "rlloss.lm_head.statistics",
-        "means": "rlloss.losses.loss",
+        "means": "rlloss.losses.metrics",
         "policy_loss": "rlloss.losses.loss",
         "sampler_ratio": "rlloss.losses.ratios",
         "token_stats": "rlloss.logits.statistics",

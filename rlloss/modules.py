@@ -10,7 +10,8 @@ from rlloss.lm_head.gradient_in_forward import gradient_in_forward, prepare_loss
 from rlloss.lm_head.statistics import check_capacity, check_options
 from rlloss.logits.gradient_in_forward import single_launch_loss, why_two_launches, worthwhile
 from rlloss.logits.statistics import token_stats
-from rlloss.losses.loss import PolicyLoss, policy_loss
+from rlloss.losses.loss import policy_loss
+from rlloss.losses.metrics import PolicyLoss
 
 
 def _config(config: LossConfig | str | None, settings: dict[str, Any]) -> LossConfig:

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rlloss import checks
 from rlloss.lm_head.statistics import linear_token_stats
 from rlloss.logits.statistics import TokenStats
-from rlloss.losses.loss import PolicyLoss
+from rlloss.losses.metrics import PolicyLoss
 from rlloss.modules import LinearGRPOLoss
 
 # Where configs say what follows the product with the head. The first that is there counts.

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlloss.entropy.bonus import adapted
 from rlloss.entropy.diagnostics import EntropyFit, gauges, pack, unpack
 from rlloss.loss_types import LOSSES
-from rlloss.losses.loss import means
+from rlloss.losses.metrics import means
 
 # What is not added up over ranks: how their numbers become one.
 OVER_RANKS = {"clip_low_min": min, "clip_high_max": max, "policy_loss": statistics.fmean}

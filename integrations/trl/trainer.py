@@ -44,7 +44,9 @@ from rlloss.integrations.trl.model_card import about_run, complete_card, dataset
 from rlloss.integrations.trl.run_summary import RunSummary
 from rlloss.integrations.trl.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.loss_types import LOSSES
-from rlloss.losses.loss import default_denominator, means, policy_loss
+from rlloss.losses.aggregate import default_denominator
+from rlloss.losses.loss import policy_loss
+from rlloss.losses.metrics import means
 from rlloss.losses.token_states import token_states
 from rlloss.rewards.resolution import group_accuracy
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask

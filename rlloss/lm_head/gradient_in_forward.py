@@ -21,7 +21,9 @@ from rlloss.lm_head.row_subset import Picked
 from rlloss.lm_head.statistics import Call, check_head, prepare
 from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.loss_types import LOSSES
-from rlloss.losses.loss import PolicyLoss, policy_loss, row_local
+from rlloss.losses.aggregate import row_local
+from rlloss.losses.loss import policy_loss
+from rlloss.losses.metrics import PolicyLoss
 
 _PART = 4096  # rows of the weight's gradient that are multiplied at a time
 

@@ -15,9 +15,11 @@ from rlloss import backends
 from rlloss.config import KL_ESTIMATORS, LossConfig
 from rlloss.logits.statistics import check_call
 from rlloss.loss_types import LOSSES
-from rlloss.losses.fused import fits, kernel_bounds
-from rlloss.losses.inputs import as_scalar
-from rlloss.losses.loss import PolicyLoss, checked, default_denominator, policy_loss, row_local
+from rlloss.losses.aggregate import default_denominator, row_local
+from rlloss.losses.fused import kernel_bounds, knows
+from rlloss.losses.inputs import LossInputs, as_scalar, check
+from rlloss.losses.loss import policy_loss
+from rlloss.losses.metrics import PolicyLoss
 
 
 def why_two_launches(
@@ -28,7 +30,7 @@ def why_two_launches(
         return "a call inside torch.compile"
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return "logits without a gradient"
-    if not fits(LOSSES[config.loss_type], logits):
+    if not knows(LOSSES[config.loss_type], logits):
         return f"loss_type={config.loss_type!r} and {logits.dtype} logits {tuple(logits.shape)} on {logits.device}"
     if not row_local(config, cutoff, denominator):
         return "settings by which a token's coefficient depends on other tokens"
@@ -93,10 +95,8 @@ def single_launch_loss(
     check_call(logits, target, mask, temperature, softcap, logit_scale)
     stand_in = torch.empty(mask.shape, dtype=torch.float32, device=logits.device)  # only shape and dtype are looked at
     with torch.no_grad():
-        _, *tensors, _, _ = checked(
-            stand_in, advantage, mask, config, given["old_logp"], given["ref_logp"], given["sampler_ratio"],
-            given["sampler_logp"], stand_in, given["cutoff"], given["denominator"],
-        )  # fmt: skip
+        inputs = check(LossInputs(stand_in, advantage, mask, config, entropy=stand_in, **given))
+        tensors = (inputs.advantage, inputs.old_logp, inputs.ref_logp, inputs.sampler_ratio)
     cispo, (low, _, gain, loss_bound) = kernel_bounds(config)
     cutoff = given["cutoff"]
     if cutoff is not None:

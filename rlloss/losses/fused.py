@@ -7,12 +7,20 @@ from rlloss import backends
 from rlloss.config import KL_ESTIMATORS, LossConfig
 from rlloss.loss_types import LOSSES, LossType
 from rlloss.losses import surrogates
+from rlloss.losses.acting_tokens import Tokens
+from rlloss.losses.aggregate import default_denominator
+from rlloss.losses.inputs import LossInputs
 from rlloss.operators import operator
 
 
-def fits(loss_type: LossType, logp: Tensor) -> bool:
-    """Whether the kernel knows the loss and runs on the tensor."""
-    return loss_type.kernel is not None and logp.numel() > 0 and backends.of(logp) is backends.triton
+def fits(inputs: LossInputs) -> bool:
+    """Whether the kernel knows the loss and its settings, and runs on the tensors."""
+    alone = inputs.kept is None and inputs.config.entropy_bonus_tokens == "kept"
+    return alone and knows(inputs.loss_type, inputs.logp)
+
+
+def knows(loss_type: LossType, x: Tensor) -> bool:
+    return loss_type.kernel is not None and x.numel() > 0 and backends.of(x) is backends.triton
 
 
 def _run(
@@ -117,42 +125,31 @@ def kernel_bounds(config: LossConfig) -> tuple[bool, list[float]]:
     return False, [low, 1.0 + config.epsilon_high, gain, loss_bound]
 
 
-def token_pass(
-    logp: Tensor,
-    entropy: Tensor | None,
-    advantage: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampler_ratio: Tensor | None,
-    behavior_logp: Tensor | None,
-    selection: tuple[Tensor, Tensor | None] | None,
-    denominator: Tensor | float | None,
-    *,
-    level: str,
-    config: LossConfig,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of `policy_loss`, whose arguments these are after its checks; selection: (cutoff, last tie)."""
+def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of `policy_loss`."""
+    config, entropy, denominator = inputs.config, inputs.entropy, inputs.denominator
+    if denominator is None and inputs.loss_type.divided_by != "tokens":
+        denominator = default_denominator(inputs.mask, inputs.loss_type, config)
     cispo, bounds = kernel_bounds(config)
-    cutoff, last = (None, None) if selection is None else selection
+    cutoff, last = (None, None) if tokens.selection is None else tokens.selection
     as_tensor = isinstance(denominator, Tensor)
     bonus = config.entropy_coef if entropy is not None else 0.0
     loss, summary, _, _ = _token_pass(
-        logp,
+        inputs.logp,
         entropy if bonus != 0.0 or entropy is None else entropy.detach(),
-        advantage,
-        mask,
-        old_logp,
-        ref_logp,
-        sampler_ratio,
-        behavior_logp if config.off_policy_threshold is not None else None,
+        inputs.advantage,
+        inputs.mask,
+        inputs.old_logp,
+        inputs.ref_logp,
+        tokens.sampler_ratio,
+        inputs.behavior_logp if config.off_policy_threshold is not None else None,
         cutoff,
         last,
         denominator if as_tensor else None,
         None if as_tensor or denominator is None else float(denominator),
         cispo,
-        level == "sequence",
-        LOSSES[config.loss_type].mean_of_sequence,
+        inputs.level == "sequence",
+        inputs.loss_type.mean_of_sequence,
         config.entropy_denominator == "kept",
         bounds,
         None if config.delta is None else float(config.delta),
@@ -165,7 +162,8 @@ def token_pass(
     )
     metrics = dict(zip(backends.triton.SUMMARY, summary.detach().unbind(), strict=True))
     unwanted = {"loss", "scale", "kept_scale"}
-    unwanted |= set() if ref_logp is not None else {"kl"}
+    unwanted |= set() if inputs.ref_logp is not None else {"kl"}
     unwanted |= set() if entropy is not None else {"entropy", "entropy_kept"}
-    unwanted |= set() if cutoff is not None and last is None else {"entropy_cutoff"}
-    return loss, {name: value for name, value in metrics.items() if name not in unwanted}
+    unwanted |= set() if tokens.cutoff is not None else {"entropy_cutoff"}
+    metrics = {name: value for name, value in metrics.items() if name not in unwanted}
+    return loss, metrics if tokens.picked is None else metrics | {"selected": tokens.picked.sum().float()}

@@ -1,18 +1,54 @@
-"""The arguments of a loss, checked against each other and its settings."""
+"""The arguments of a loss as one bundle, checked against each other and its settings where it is made."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss import checks
 from rlloss.config import LossConfig
-from rlloss.loss_types import LOSSES
+from rlloss.loss_types import LOSSES, LossType
 
 
-def checked(
-    logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator,
-    kept=None, selected=None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Check the arguments against each other; return them in fp32 or better, detached, the advantage as [B, 1 or T]."""
+class LossInputs(NamedTuple):
+    """The arguments of `policy_loss`, which describes them. After `check`: in fp32 or better, all but logp and entropy
+    without gradient, the advantage `[B, 1]` or `[B, T]`."""
+
+    logp: Tensor
+    advantage: Tensor
+    mask: Tensor
+    config: LossConfig
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    sampler_ratio: Tensor | None = None
+    sampler_logp: Tensor | None = None
+    entropy: Tensor | None = None
+    cutoff: Tensor | float | None = None
+    denominator: Tensor | float | None = None
+    kept: Tensor | None = None
+    selected: Tensor | None = None
+
+    @property
+    def loss_type(self) -> LossType:
+        return LOSSES[self.config.loss_type]
+
+    @property
+    def level(self) -> str:
+        """Of the importance ratio: "token", "sequence" or "product"."""
+        return self.loss_type.level or self.config.ratio_level
+
+    @property
+    def behavior_logp(self) -> Tensor | None:
+        """Of the policy that sampled, as far as it is known; None: this one."""
+        return self.old_logp if self.sampler_logp is None else self.sampler_logp
+
+
+def check(given: LossInputs) -> LossInputs:
+    """Raise, naming the argument, where one does not fit; else return them as `LossInputs` says."""
+    (
+        logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator,
+        kept, selected,
+    ) = given  # fmt: skip
     checks.of_type("config", config, LossConfig, "a LossConfig")
     check_scalars(cutoff, denominator)
     checks.tokens(logp, advantage, mask)
@@ -76,14 +112,21 @@ def checked(
         "a [B, T] tensor with covariance.scope='generation': `rlloss.tokens.covariance_selection` of the whole batch",
     )  # fmt: skip
     _check_divisor(denominator, mask, config)
-    logp = logp if logp.dtype == torch.float64 else logp.float()
-    if entropy is not None and entropy.dtype != torch.float64:
-        entropy = entropy.float()
-    advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
-    old_logp, ref_logp, sampler_ratio, sampler_logp = (
-        None if x is None else x.detach().to(logp.dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
+    precise = logp.dtype == torch.float64
+    dtype = torch.float64 if precise else torch.float32
+    rest = {
+        name: None if x is None else x.detach().to(dtype)
+        for name, x in (
+            ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_ratio", sampler_ratio),
+            ("sampler_logp", sampler_logp),
+        )
+    }  # fmt: skip
+    return given._replace(
+        logp=logp if precise else logp.float(),
+        advantage=(advantage if advantage.dim() == 2 else advantage.unsqueeze(1)).detach().to(dtype),
+        entropy=entropy if entropy is None or entropy.dtype == torch.float64 else entropy.float(),
+        **rest,
     )
-    return logp, advantage.detach().to(logp.dtype), old_logp, ref_logp, sampler_ratio, sampler_logp, entropy
 
 
 def check_scalars(cutoff: Tensor | float | None, denominator: Tensor | float | None) -> None:

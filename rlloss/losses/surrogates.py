@@ -1,6 +1,6 @@
 """Surrogates: what a token's log-ratio and advantage make of its loss, before weights and means.
 
-A token that is not selected or is clipped, or whose advantage is 0, gets a gradient of exactly 0 whatever its
+A token that does not act or is clipped, or whose advantage is 0, gets a gradient of exactly 0 whatever its
 log-ratio: its log-ratio is replaced before the exponential, because 0 * inf is NaN.
 """
 
@@ -17,16 +17,16 @@ _FAR = 80.0  # e^80 and e^-80 are normal numbers of fp32
 
 
 class Inputs(NamedTuple):
-    """What a surrogate may look at. selected: bool of the shape that log_ratio and advantage have together.
+    """What a surrogate may look at. acts: bool of the shape that log_ratio and advantage have together.
 
     picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio. It multiplies the
     loss; 0 removes a token.
     """
 
-    logp: Tensor  # [B, T], with gradient, 0 where not selected
+    logp: Tensor  # [B, T], with gradient, 0 where it does not act
     log_ratio: Tensor  # [B, T] or [B, 1], with the gradient of logp
     advantage: Tensor  # [B, T] or [B, 1]
-    selected: Tensor
+    acts: Tensor
     picked: Tensor | None = None
     weight: Tensor | None = None  # [B, T] or [B, 1]
 
@@ -80,7 +80,7 @@ def clip(x: Inputs, config: LossConfig) -> Surrogate:
     lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
     # Written so that a NaN ratio or advantage is live.
     exponent, scale, weight = _apart(x)
-    live = x.selected & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & (exponent.detach().exp() * scale != 0)
+    live = x.acts & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & (exponent.detach().exp() * scale != 0)
     live = live & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
     frozen = torch.where(advantage == 0, 1.0, torch.minimum(torch.maximum(ratio, lower), upper))
     moving = -advantage * torch.where(live, exponent, 0.0).exp() * scale
@@ -104,7 +104,7 @@ def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
     """
     assert x.picked is not None
     advantage, log_ratio, c = x.advantage, x.log_ratio.detach(), config.covariance
-    ratio, moves = log_ratio.exp(), x.selected & ~ratios.bounded(log_ratio, config.max_log_ratio)
+    ratio, moves = log_ratio.exp(), x.acts & ~ratios.bounded(log_ratio, config.max_log_ratio)
     exponent, scale, weight = _apart(x)
     is_abs = c.penalty == "abs"
     penalised = moves & x.picked & ((log_ratio != 0) if is_abs else (ratio != 1))
@@ -134,7 +134,7 @@ def sapo(x: Inputs, config: LossConfig) -> Surrogate:
 
     value, small = gate(x.log_ratio.detach())
     flat = (x.log_ratio.detach().exp() == 0) | (small == 0)  # the slope is r * sigmoid(g) * sigmoid(-g)
-    live = x.selected & (advantage != 0) & ~flat & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
+    live = x.acts & (advantage != 0) & ~flat & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
     moving, _ = gate(torch.where(live, x.log_ratio, 0.0))
     loss = -advantage * torch.where(live, moving, torch.where(advantage == 0, 1.0, value)) * (4.0 / t)
     return Surrogate(loss, live, True)
@@ -164,7 +164,7 @@ def vespo(x: Inputs, config: LossConfig) -> Surrogate:
 
 
 def _weighted_logp(weight: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
-    live = x.selected & (x.advantage != 0) & (weight != 0)
+    live = x.acts & (x.advantage != 0) & (weight != 0)
     return torch.where(live, -(weight * x.advantage) * torch.where(live, x.logp, 0.0), 0.0), live
 
 

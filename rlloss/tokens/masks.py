@@ -146,6 +146,11 @@ def top_entropy_mask(
         return largest(entropy, known, k, key=key, process_group=process_group) | (mask & ~known)
     else:
         cutoff = entropy_cutoff(entropy, mask, rho, process_group=process_group)
+    return kept_by_entropy(entropy, mask, cutoff, last)
+
+
+def kept_by_entropy(entropy: Tensor, mask: Tensor, cutoff: Tensor | float, last: Tensor | None) -> Tensor:
+    """Tokens [B, T] that count and that (cutoff, last) of `top_entropy_selection` keep."""
     kept = (entropy >= cutoff) | entropy.isnan()
     if last is not None:
         index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)

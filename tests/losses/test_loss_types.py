@@ -12,8 +12,8 @@ from rlloss.losses.surrogates import SURROGATES, Surrogate
 
 def toy(x, config):
     """-r A, without a clip."""
-    ratio = torch.where(x.selected, x.log_ratio, 0.0).exp()
-    return Surrogate(-ratio * x.advantage, x.selected & (x.advantage != 0), through_ratio=True)
+    ratio = torch.where(x.acts, x.log_ratio, 0.0).exp()
+    return Surrogate(-ratio * x.advantage, x.acts & (x.advantage != 0), through_ratio=True)
 
 
 @pytest.fixture(autouse=True)

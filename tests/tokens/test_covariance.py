@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, means, policy_loss, reference
-from rlloss.losses import CovarianceConfig
+from rlloss.losses import CovarianceConfig, acting_tokens
 from rlloss.tokens import covariance_selection, token_covariance
 from rlloss.tokens.exact_k import sequence_key
 from tests.support.loss_cases import batch, make_config
@@ -255,7 +255,7 @@ def test_the_modules_take_what_was_picked_and_kept():
 
 
 def test_kl_cov_says_once_that_on_policy_it_does_nothing(monkeypatch):
-    monkeypatch.setattr("rlloss.losses.loss._said", [])
+    acting_tokens._say_on_policy.cache_clear()
     x = batch(1)
     config = make_config("kl_cov")
     with pytest.warns(UserWarning, match="kl_cov without old_logp: on-policy every ratio is 1"):

@@ -16,7 +16,7 @@ from rlloss import entropy_cutoff, reference
 from rlloss.entropy.temperature import EDTemperature, TwoLevelTemperature
 from rlloss.integrations.trl.generation_batch import content_key
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
-from rlloss.losses import CovarianceConfig
+from rlloss.losses import CovarianceConfig, acting_tokens
 from rlloss.tokens import covariance_selection
 from rlloss.tokens.masks import top_entropy_mask
 from tests.support.trl_harness import (
@@ -371,7 +371,7 @@ def test_vllm_is_told_the_rule(tmp_path):
 
 
 def test_kl_cov_on_policy_says_so_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlloss.losses.loss._said", [])
+    acting_tokens._say_on_policy.cache_clear()
     trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, distinct, loss_type="kl_cov", max_steps=3)
     with pytest.warns(UserWarning, match="kl_cov without old_logp") as caught:
         trainer.train()

@@ -1,0 +1,97 @@
+"""Which tokens a loss acts on: decided once, before the token pass.
+
+A token *counts* (mask), is *kept* (by its entropy), *acts* (neither the off-policy mask nor a sampler's ratio of 0
+silences its surrogate), and is *picked* (by its covariance).
+"""
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss.losses import ratios
+from rlloss.losses.inputs import LossInputs, as_scalar
+from rlloss.losses.surrogates import clipped
+from rlloss.tokens import covariance
+from rlloss.tokens.masks import kept_by_entropy, off_policy_mask, top_entropy_selection
+
+
+class Tokens(NamedTuple):
+    """selection: (cutoff, flat index of the last tie to keep or None) by entropy; None: every token that counts, or the
+    kept ones were given. picked: `[B, T]` bool, None where the loss picks none. sampler_ratio: that of the inputs, 0
+    for picked tokens that are left out."""
+
+    selection: tuple[Tensor, Tensor | None] | None
+    picked: Tensor | None
+    sampler_ratio: Tensor | None
+
+    @property
+    def cutoff(self) -> Tensor | None:
+        """The entropy at which the kept tokens begin, where it alone decides."""
+        return self.selection[0] if self.selection is not None and self.selection[1] is None else None
+
+
+def choose_tokens(inputs: LossInputs) -> Tokens:
+    selection = _by_entropy(inputs)
+    if inputs.loss_type.picks is None:
+        return Tokens(selection, None, inputs.sampler_ratio)
+    tokens = Tokens(selection, None, inputs.sampler_ratio)
+    picked = _picked(inputs, tokens) if inputs.selected is None else inputs.mask & inputs.selected
+    if inputs.loss_type.picked == "left out":  # as a token that the sampler's ratio leaves out
+        one = inputs.logp.new_ones(()) if inputs.sampler_ratio is None else inputs.sampler_ratio
+        return Tokens(selection, picked, torch.where(picked, 0.0, one))
+    if inputs.old_logp is None and not torch.compiler.is_compiling():
+        _say_on_policy()
+    return tokens._replace(picked=picked)
+
+
+def kept(inputs: LossInputs, tokens: Tokens) -> Tensor:
+    """`[B, T]` bool."""
+    if inputs.kept is not None:
+        return inputs.mask & inputs.kept
+    if tokens.selection is None or inputs.entropy is None:
+        return inputs.mask
+    return kept_by_entropy(inputs.entropy.detach(), inputs.mask, *tokens.selection)
+
+
+def acting(inputs: LossInputs, tokens: Tokens, kept: Tensor) -> Tensor:
+    """`[B, T]` bool: where the surrogate acts."""
+    acts, config = kept, inputs.config
+    if config.off_policy_threshold is not None:
+        behavior = inputs.logp.detach() if inputs.behavior_logp is None else inputs.behavior_logp
+        acts = acts & off_policy_mask(inputs.advantage, inputs.logp, behavior, inputs.mask, config.off_policy_threshold)
+    ratio = tokens.sampler_ratio
+    return acts if ratio is None or inputs.level == "product" else acts & (ratio != 0)
+
+
+def _by_entropy(inputs: LossInputs) -> tuple[Tensor, Tensor | None] | None:
+    rho = inputs.config.top_entropy_quantile
+    if inputs.entropy is None or rho == 1.0 or inputs.kept is not None:
+        return None
+    if inputs.cutoff is not None:
+        return as_scalar(inputs.cutoff, inputs.entropy), None
+    return top_entropy_selection(inputs.entropy, inputs.mask, rho, exact_k=inputs.config.exact_k)
+
+
+def _picked(inputs: LossInputs, tokens: Tokens) -> Tensor:
+    candidates, config = acting(inputs, tokens, kept(inputs, tokens)), inputs.config
+    if inputs.loss_type.picked == "left out":
+        log_ratio = ratios.log_ratio(
+            inputs.logp, inputs.old_logp, inputs.mask, inputs.level, None, config.max_log_ratio
+        )
+        flat = clipped(log_ratio, inputs.advantage, config)
+        candidates = candidates & ~flat & ~log_ratio.isnan()  # a NaN must show
+    return covariance.select(
+        inputs.logp, inputs.advantage, inputs.mask, candidates, config.loss_type, config.covariance
+    )
+
+
+@functools.cache
+def _say_on_policy() -> None:
+    warnings.warn(
+        "kl_cov without old_logp: on-policy every ratio is 1, where the penalty has no gradient, so that it cannot "
+        "act; train more than one step on a batch",
+        stacklevel=4,
+    )

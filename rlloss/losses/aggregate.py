@@ -1,0 +1,41 @@
+"""From the losses of tokens to one number."""
+
+import torch
+from torch import Tensor
+
+from rlloss.config import LossConfig
+from rlloss.loss_types import LOSSES, LossType
+
+
+def default_denominator(counted: Tensor, loss_type: LossType, config: LossConfig) -> Tensor | float:
+    """What this call's own tokens give: see the `denominator` of `policy_loss`."""
+    B = max(counted.shape[0], 1)
+    if loss_type.divided_by == "tokens":
+        return counted.sum().clamp(min=1)
+    return B if loss_type.divided_by == "sequences" else B * (config.max_completion_length or 1)
+
+
+def aggregate(
+    loss: Tensor, counted: Tensor, loss_type: LossType, denominator: Tensor | float | None, config: LossConfig
+) -> Tensor:
+    """One number from token losses [B, T] that are 0 where they do not count."""
+    if loss_type.mean_of_sequence:
+        loss = loss / counted.sum(-1, keepdim=True).clamp(min=1)
+    if denominator is None:
+        denominator = default_denominator(counted, loss_type, config)
+    elif isinstance(denominator, Tensor):
+        denominator = torch.where(counted.any(), denominator.reshape(()), 1.0)  # 0 of nothing is a loss of 0
+    return loss.sum() / denominator
+
+
+def row_local(config: LossConfig, cutoff: object, denominator: object) -> bool:
+    """Whether a token's coefficient follows from its own row, the mask and what is given."""
+    loss_type = LOSSES[config.loss_type]
+    selects = config.top_entropy_quantile < 1.0
+    counts_kept = config.entropy_denominator == "kept" and (denominator is None or loss_type.mean_of_sequence)
+    return (
+        loss_type.row_local
+        and config.ratio_level == "token"
+        and config.off_policy_threshold is None
+        and not (selects and (cutoff is None or config.entropy_coef != 0.0 or counts_kept))
+    )

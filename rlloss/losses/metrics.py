@@ -1,0 +1,68 @@
+"""What a loss counts, and its means."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.losses.surrogates import Surrogate
+
+
+class PolicyLoss(NamedTuple):
+    """loss: 0-d, differentiable. metrics: name -> detached fp32 tensor on the device, a sum over what it counts.
+
+    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a gradient, also where those of a sequence
+    cancel), for "clip_cov" and "kl_cov" `selected` (picked by covariance), `ratios` (importance ratios: tokens, or
+    sequences where the loss has one ratio and one advantage per sequence). Sums over tokens:
+    `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`; for the losses that
+    clip `clip_low`, `clip_high`, `clip_region`; for "vespo" `weight`. The exceptions are `clip_low_min` and
+    `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each sum divided by its count (reduce the sums over ranks and micro-batches first), and kept and live shares."""
+    checks.tensors("metrics", metrics, ("tokens", "kept", "live"))
+    over = {
+        "tokens": ("surrogate", "kl", "entropy", "entropy_cutoff"),
+        "ratios": ("ratio", "clip_low", "clip_high", "clip_region", "weight"),
+        "kept": ("entropy_kept",),
+    }
+    result = {
+        name: metrics[name] / metrics[count].clamp(min=1)
+        for count, names in over.items()
+        for name in names
+        if name in metrics
+    }
+    for share in ("kept", "live", *(("selected",) if "selected" in metrics else ())):
+        result[f"{share}_share"] = metrics[share] / metrics["tokens"].clamp(min=1)
+    return result
+
+
+def ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_sequence: bool) -> dict[str, Tensor]:
+    """Sums over ratios; one per sequence where neither the ratio nor the advantage differs within it."""
+    counted = mask.new_ones(mask.shape[0], 1) if per_sequence and mask.shape[1] != 1 else mask
+    count = counted.sum(-1)
+    result = {"ratios": count.sum(), "ratio": torch.where(counted, log_ratio.detach().exp(), 0.0).sum()}
+    if surrogate.weight is not None:
+        result["weight"] = torch.where(counted, surrogate.weight, 0.0).sum()
+    if surrogate.clip_low is None or surrogate.clip_high is None:
+        return result
+    low, high = surrogate.clip_low & counted, surrogate.clip_high & counted
+
+    def share(clipped: Tensor, missing: float) -> Tensor:
+        shares = torch.where(count > 0, clipped.sum(-1).float() / count.clamp(min=1), missing)
+        return torch.cat([shares, shares.new_full((1,), missing)])  # the least and the greatest of no sequence
+
+    nothing = ~(count > 0).any()
+    return result | {
+        "clip_low": low.sum(),
+        "clip_high": high.sum(),
+        "clip_region": (low | high).sum(),
+        "clip_low_min": torch.where(nothing, torch.nan, share(low, torch.inf).amin()),
+        "clip_high_max": torch.where(nothing, torch.nan, share(high, -torch.inf).amax()),
+    }
