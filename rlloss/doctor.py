@@ -173,11 +173,12 @@ def _trl() -> Check:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plugin = importlib.import_module("rlloss.integrations.trl.trainer")
+            importlib.import_module("rlloss.integrations.trl.trainer")
+            plugin = importlib.import_module("rlloss.integrations.trl.compat")
     except Exception as error:  # TRL and the libraries that it imports may raise anything
         text = f"cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
         return Check("TRL plugin", text[:300], CONSTRAINTS)
-    low, below = plugin.TESTED_TRL
+    low, below = plugin.TESTED
     text = f"tested with TRL >= {low}, < {below}; found {plugin.trl.__version__}"
     if not plugin.IN_TESTED_RANGE:
         return Check("TRL plugin", text, f'pip install "trl>={low},<{below}"')

@@ -1,6 +1,5 @@
 """What happens in a trainer of TRL between rewards and advantages: options of GRPOConfig, and gauges of the rewards."""
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rlloss import checks
+from rlloss.integrations.trl import compat
+from rlloss.integrations.trl.config import given, options
 from rlloss.integrations.trl.dynamic_sampling import DynamicSampling
 from rlloss.integrations.trl.zero_advantage import counted_tokens
 from rlloss.rewards.advantages import Condition, group_advantage
@@ -19,7 +20,7 @@ from rlloss.rewards.resolution import reward_resolution
 
 def add_soft_overlong(trainer: Any) -> None:
     """The option `soft_overlong_cache`: one more reward function, with weight 1."""
-    cache = getattr(trainer.args, "soft_overlong_cache", None)
+    cache = options(trainer.args).soft_overlong_cache
     if cache is None:
         return
     penalty = SoftOverlongPenalty(trainer.args.max_completion_length, cache)
@@ -111,7 +112,7 @@ class RewardsToAdvantages:
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
         self.trainer = trainer
         add_soft_overlong(trainer)
-        conditions = getattr(trainer.args, "reward_conditions", None)
+        conditions = given(options(trainer.args).reward_conditions)
         self.conditions = conditions_by_index(conditions, trainer.reward_func_names)
         self.dynamic_sampling = DynamicSampling(trainer, multimodal)
         self.dynamic_sampling.check()
@@ -120,7 +121,7 @@ class RewardsToAdvantages:
 
     @property
     def token_weighted(self) -> bool:
-        return getattr(self.trainer.args, "gdpo_token_weighted", False)
+        return options(self.trainer.args).gdpo_token_weighted
 
     def complete(self, inputs: list[dict], generate: Callable[[list[dict]], dict]) -> dict:
         """A generation batch of TRL, `generate(inputs)`, with the advantages that the options ask for.
@@ -134,7 +135,7 @@ class RewardsToAdvantages:
         samples = mode == "train" and self.dynamic_sampling.rounds > 0
 
         def draw(inputs: list[dict]) -> tuple[dict, Tensor | None]:
-            with self._kept_rewards() as kept:
+            with compat.kept_rewards(self.trainer) as kept:
                 output = generate(inputs)
             one = len(kept) == 1
             expected = "one per generation batch with options that read its rewards"
@@ -161,7 +162,7 @@ class RewardsToAdvantages:
 
     def _log_advantages(self, advantages: Tensor) -> None:
         """In the place of those that TRL has put into its table of completions."""
-        logged = self.trainer._logs["advantages"]
+        logged = compat.logged_advantages(self.trainer)
         for i, advantage in enumerate(advantages.tolist()[::-1][: len(logged)], start=1):
             logged[-i] = advantage
 
@@ -181,24 +182,6 @@ class RewardsToAdvantages:
                     "completion without a score."
                 )
         return rewards
-
-    @contextlib.contextmanager
-    def _kept_rewards(self):
-        """What `_calculate_rewards` returns, a subclass's too."""
-        trainer, kept = self.trainer, []
-        calculate, own = trainer._calculate_rewards, vars(trainer).get("_calculate_rewards")
-
-        def keep(*args, **kwargs):
-            kept.append(calculate(*args, **kwargs))
-            return kept[-1]
-
-        trainer._calculate_rewards = keep
-        try:
-            yield kept
-        finally:
-            del trainer._calculate_rewards
-            if own is not None:
-                trainer._calculate_rewards = own
 
     def _method(self) -> tuple[str, str]:
         """Of `group_advantage`: (method, scale)."""
@@ -240,4 +223,4 @@ class RewardsToAdvantages:
             rewards, num_generations=G, weights=weights, method=method, names=names, conditions=self.conditions
         )
         for name, value in gauges.items():
-            trainer._metrics[mode][f"reward_resolution/{name}"].append(value)
+            compat.log_of(trainer, mode)[f"reward_resolution/{name}"].append(value)

@@ -29,7 +29,7 @@ OPTIONS = {
         trainer.args.vespo_k_pos, trainer.args.vespo_lambda_pos,
         trainer.args.vespo_k_neg, trainer.args.vespo_lambda_neg,
     ),
-    "covariance": lambda trainer: CovarianceConfig(**(getattr(trainer.args, "covariance", None) or {})),
+    "covariance": lambda trainer: CovarianceConfig(**(given(options(trainer.args).covariance) or {})),
 }  # fmt: skip
 # TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do
 # not read without a word.)
@@ -63,12 +63,9 @@ def _naming_unknown_options(cls: type) -> type:
     return cls
 
 
-@_naming_unknown_options
 @dataclasses.dataclass
-class GRPOConfig(TrlGRPOConfig):
-    """TRL's GRPOConfig, its defaults unchanged, and options of rlloss."""
-
-    _VALID_DICT_FIELDS = TrlGRPOConfig._VALID_DICT_FIELDS + ["covariance", "dynamic_temperature", "reward_conditions"]
+class PluginOptions:
+    """What rlloss adds to TRL's options."""
 
     epsilon_low: float | None = dataclasses.field(
         default=None,
@@ -214,6 +211,24 @@ class GRPOConfig(TrlGRPOConfig):
         metadata={"help": "Bytes of logits that 'keep' may hold, also as a size such as '1GiB'. None: 2 V D."},
     )
 
+
+def given(option: dict | str | None) -> dict | None:
+    """An option that is a dict, or None; text has been read by then."""
+    return option if isinstance(option, dict) else None
+
+
+def options(args: Any) -> PluginOptions:
+    """rlloss's options among those of a trainer; at their defaults where it has TRL's own GRPOConfig."""
+    return args if isinstance(args, PluginOptions) else PluginOptions()
+
+
+@_naming_unknown_options
+@dataclasses.dataclass
+class GRPOConfig(PluginOptions, TrlGRPOConfig):
+    """TRL's GRPOConfig, its defaults unchanged, and options of rlloss."""
+
+    _VALID_DICT_FIELDS = TrlGRPOConfig._VALID_DICT_FIELDS + ["covariance", "dynamic_temperature", "reward_conditions"]
+
     def __post_init__(self):
         for name, choices in CHOICES.items():
             checks.one_of(name, getattr(self, name), choices)
@@ -310,19 +325,3 @@ def trls_settings(trainer: Any) -> dict[str, Any]:
         entropy_coef=trainer._entropy_coef_now(),
         **{name: option(trainer) for name, option in OPTIONS.items() if name in read},
     )
-
-
-def set_before_loading(trainer: Any, args: Any) -> None:
-    """What TRL's trainer sets of its options, so that they can be checked before it loads a model."""
-    for name in (
-        "loss_type", "importance_sampling_level", "beta", "top_entropy_quantile", "off_policy_mask_threshold",
-        "max_completion_length", "use_vllm", "entropy_coef", "use_adaptive_entropy", "multi_objective_aggregation",
-    ):  # fmt: skip
-        if hasattr(args, name):
-            setattr(trainer, name, getattr(args, name))
-    trainer.args, trainer.epsilon_low = args, args.epsilon
-    trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    trainer._entropy_bonus_enabled = bool(
-        getattr(args, "entropy_coef", 0.0) or getattr(args, "use_adaptive_entropy", False)
-    )
-    trainer._last_world_entropy = float("inf")

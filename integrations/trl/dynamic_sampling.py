@@ -1,7 +1,5 @@
 """Dynamic sampling in a trainer of TRL: fresh prompts for groups without a signal (DAPO, 2503.14476)."""
 
-import collections
-import contextlib
 import copy
 import json
 import random
@@ -17,6 +15,8 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl.dynamic_sampling needs accelerate: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
+from rlloss.integrations.trl import compat
+from rlloss.integrations.trl.config import options
 from rlloss.integrations.trl.zero_advantage import counted_tokens, has_rows
 
 # What stands where nothing counts, if not 0 (or the pad token, in ids): as TRL pads, and temperatures divide logits.
@@ -101,20 +101,6 @@ def prompt_key(row: dict) -> str:
     return json.dumps(row["prompt"], sort_keys=True, default=str)
 
 
-@contextlib.contextmanager
-def unlogged(trainer: Any, mode: str):
-    """What TRL logs meanwhile is dropped, except the number of tokens seen, which is a running total."""
-    metrics, logs = trainer._metrics, trainer._logs
-    trainer._metrics = {name: collections.defaultdict(list) for name in metrics}
-    trainer._logs = copy.deepcopy(logs)
-    try:
-        yield
-    finally:
-        if "num_tokens" in trainer._metrics[mode]:
-            metrics[mode]["num_tokens"] = trainer._metrics[mode]["num_tokens"]
-        trainer._metrics, trainer._logs = metrics, logs
-
-
 def match(dead: list[bool], dead_fresh: list[bool], processes: int) -> list[tuple[int, int]]:
     """(group without a signal, fresh group with one that takes its place): in order, each process its own.
 
@@ -139,7 +125,7 @@ class DynamicSampling:
 
     @property
     def rounds(self) -> int:
-        return getattr(self.trainer.args, "dynamic_sampling_rounds", 0)
+        return options(self.trainer.args).dynamic_sampling_rounds
 
     def check(self) -> None:
         """Raise where the option cannot act."""
@@ -183,7 +169,7 @@ class DynamicSampling:
             rounds += 1
             # Reward functions may write into their rows.
             drawn = [{name: copy.deepcopy(row[name]) for name in inputs[0]} for row in fresh for _ in range(G)]
-            with unlogged(trainer, "train"):
+            with compat.unlogged(trainer, "train"):
                 more, more_rewards = draw(drawn)
             self._require_text(more)
             pairs = match(dead, dead_groups(more_rewards), processes)
@@ -200,7 +186,7 @@ class DynamicSampling:
         if sum(dead) < first and "num_items_in_batch" in output:
             output = dict(output)
             output["num_items_in_batch"] = trainer.accelerator.gather(counted_tokens(output).sum()).sum()
-        log = trainer._metrics["train"]
+        log = compat.log_of(trainer, "train")
         log["dynamic_sampling/rounds"].append(float(rounds))
         log["dynamic_sampling/without_signal_share"].append(first / total)
         log["dynamic_sampling/replaced_share"].append((first - sum(dead)) / total)
@@ -211,7 +197,7 @@ class DynamicSampling:
         trainer = self.trainer
         seen = set(gather_object(sorted({prompt_key(row) for row in inputs})))
         # A step may generate several times. The step of a resumed run starts where an accumulation window does.
-        within = trainer._step % trainer.args.gradient_accumulation_steps
+        within = compat.micro_batches(trainer) % trainer.args.gradient_accumulation_steps
         seed = f"{trainer.args.seed} {trainer.state.global_step} {within}"
         return FreshPrompts(trainer.train_dataset, seen, seed)
 
@@ -221,4 +207,4 @@ class DynamicSampling:
 
 
 def _pad_token_id(trainer: Any) -> int:
-    return getattr(trainer, "_tokenizer", trainer.processing_class).pad_token_id
+    return compat.tokenizer(trainer).pad_token_id

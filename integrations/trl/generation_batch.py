@@ -23,8 +23,9 @@ from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.entropy.temperature import temperature_rule
 from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
+from rlloss.integrations.trl import compat
+from rlloss.integrations.trl.config import given, options
 from rlloss.integrations.trl.lm_head import token_temperatures
-from rlloss.integrations.trl.lm_head import why_not as why_no_patch
 from rlloss.integrations.trl.zero_advantage import PartedModel, counted_tokens
 from rlloss.loss_types import LOSSES
 from rlloss.tokens.covariance import covariance_selection
@@ -72,8 +73,8 @@ class Rollout:
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
         self.trainer, self.multimodal = trainer, multimodal
-        settings = getattr(trainer.args, "dynamic_temperature", None)
-        self.rule = None if settings is None else temperature_rule(settings)
+        settings = given(options(trainer.args).dynamic_temperature)
+        self.rule = temperature_rule(settings) if settings is not None else None
         self._recorded: Tensor | None = None  # temperatures of the generation that is not complete yet
         self._generating = False
         self._pass: tuple[Tensor, Tensor] | None = None  # logp and entropy of the first pass without gradient
@@ -86,7 +87,7 @@ class Rollout:
 
     @property
     def entropy_scope(self) -> str:
-        return getattr(self.trainer.args, "entropy_scope", "microbatch")
+        return options(self.trainer.args).entropy_scope
 
     def check(self, config: LossConfig | None, trls_own: str | None) -> None:
         """Raise where an option would be ignored. trls_own: why the loss is TRL's own, or None."""
@@ -94,7 +95,7 @@ class Rollout:
         checks.one_of("entropy_scope", scope, ENTROPY_SCOPES)
         if trls_own is not None:
             where = f"with {trls_own}, where the loss is TRL's own"
-            checks.require(self.rule is None, "dynamic_temperature", getattr(args, "dynamic_temperature", None),
+            checks.require(self.rule is None, "dynamic_temperature", options(trainer.args).dynamic_temperature,
                            f"None {where}")  # fmt: skip
             checks.require(scope == "microbatch", "entropy_scope", repr(scope), f"'microbatch' {where}")
             return
@@ -111,12 +112,12 @@ class Rollout:
         )  # fmt: skip
         if self.rule is None:
             return
-        plan = getattr(args, "lm_head_plan", "auto")
+        plan = options(trainer.args).lm_head_plan
         name, found = "dynamic_temperature", args.dynamic_temperature
         checks.require(args.temperature == 1.0, "temperature", args.temperature,
                        "1.0 with dynamic_temperature, which is the temperature itself")  # fmt: skip
         checks.require(plan != "trl", name, found, "None with lm_head_plan='trl', whose head has one temperature")
-        why = trainer._why_trls_call() or why_no_patch()
+        why = trainer._why_trls_call() or compat.why_no_lm_head()
         checks.require(why is None, name, found, f"None with {why}")
         checks.require(self.rule.lowest > 0.0, name, found,
                        "temperatures above 0: a greedy token has no log-probability to train on")  # fmt: skip
@@ -235,7 +236,7 @@ class Rollout:
         trainer = self.trainer
         t = torch.where(mask, temperatures, 0.0).double()
         n, total, squares = trainer.accelerator.reduce(torch.stack([mask.sum(), t.sum(), t.square().sum()])).tolist()
-        log, mean = trainer._metrics["train" if trainer.model.training else "eval"], total / max(n, 1.0)
+        log, mean = compat.log_of(trainer), total / max(n, 1.0)
         log["sampling/temperature/mean"].append(mean)
         log["sampling/temperature/std"].append(max(squares / max(n, 1.0) - mean**2, 0.0) ** 0.5)
 
@@ -243,8 +244,8 @@ class Rollout:
         args, training = self.trainer.args, self.trainer.model.training
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         with torch.no_grad():
-            return self.trainer._get_per_token_logps_and_entropies(
-                self.trainer.model, ids, attention_mask, T, size, compute_entropy=True, **more
+            return compat.token_stats(
+                self.trainer, self.trainer.model, ids, attention_mask, T, size, compute_entropy=True, **more
             )[:2]
 
     def select(self, batches: list[dict], config: LossConfig, draw: int) -> None:
@@ -268,10 +269,10 @@ class Rollout:
         trainer = self.trainer
         if self.entropy_scope != "window" or any(inputs is known for known in self._window):
             return
-        args, buffered = trainer.args, trainer._buffered_inputs
+        args, buffered = trainer.args, compat.buffered(trainer)
         self._window = [inputs]
         if trainer.model.training and buffered is not None:
-            place = trainer._step % args.steps_per_generation
+            place = compat.micro_batches(trainer) % args.steps_per_generation
             self._window = buffered[place : place + args.gradient_accumulation_steps]
         entropies = []
         for member in self._window:

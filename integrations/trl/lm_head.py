@@ -13,50 +13,23 @@ is rlloss's: the same outputs and gradients, with no product in the backward for
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-try:
-    import trl
-    import trl.trainer.utils as trl_utils
-except ImportError as error:
-    raise ImportError('rlloss.integrations.trl.lm_head needs TRL: pip install "rlloss[trl]"') from error
-
 from rlloss import checks
+from rlloss.integrations.trl import compat
 from rlloss.lm_head.plans import PlanReport
 from rlloss.lm_head.statistics import prepare
 
 PLANS = ("auto", "recompute", "keep")
-NEEDED = ("add_fused_lm_head", "_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx")
-# The second decides whether masked tokens are left out, the third which heads TRL gathers.
-REPLACED = ("_ChunkedLogProbFunction", "_use_triton", "DTensor")
 # TRL's name of an output -> ours, in the order in which TRL unpacks them.
 OUTPUTS = {
     "log_probs": "logp", "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }  # fmt: skip
-
-
-def why_not() -> str | None:
-    """Why this TRL cannot be patched, or None."""
-    missing = [name for name in NEEDED if not hasattr(trl_utils, name)]
-    if missing:
-        return f"TRL {trl.__version__} has no {' and no '.join(missing)} in trl.trainer.utils; expected TRL >= 1.15"
-    if "_ChunkedLogProbFunction" not in _names(trl_utils.add_fused_lm_head.__code__):
-        return f"add_fused_lm_head of TRL {trl.__version__} does not call _ChunkedLogProbFunction; expected TRL < 1.17"
-    return None
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """The globals and attributes that a function and those inside it look up."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 _temperatures: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("temperatures", default=None)
@@ -98,7 +71,7 @@ class LmHead:
             hidden, weight, targets, bias, None, temperature if per_row is None else per_row,
             final_logit_softcapping, logit_scale, self.plan, self.memory_budget, self.batch_invariant,
             # Looked up in the backward again, where an engine that shards the weight has taken it apart.
-            gather=lambda: trl_utils.maybe_gather_lm_head_ctx(weight, bias),  # type: ignore[arg-type]
+            gather=lambda: compat.utils.maybe_gather_lm_head_ctx(weight, bias),  # type: ignore[arg-type]
         )  # fmt: skip
         if call.report is not None and self.on_call is not None:
             self.on_call(call.report)
@@ -149,13 +122,13 @@ def _install() -> None:
     if _patches:
         if not _trls:
             # TRL 1.15 has no `_use_triton` here and leaves masked tokens out on every device.
-            _trls.update({n: getattr(trl_utils, n) for n in REPLACED if hasattr(trl_utils, n)})
-        ours: dict[str, Any] = dict(zip(REPLACED, (_patches[-1].head, _everywhere, _NoTensor), strict=True))
+            _trls.update({n: getattr(compat.utils, n) for n in compat.REPLACED if hasattr(compat.utils, n)})
+        ours: dict[str, Any] = dict(zip(compat.REPLACED, (_patches[-1].head, _everywhere, _NoTensor), strict=True))
         for name in _trls:
-            setattr(trl_utils, name, ours[name])
+            setattr(compat.utils, name, ours[name])
     else:
         while _trls:
-            setattr(trl_utils, *_trls.popitem())
+            setattr(compat.utils, *_trls.popitem())
 
 
 def _everywhere(device: torch.device) -> bool:
@@ -183,7 +156,7 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, bat
     checks.one_of("plan", plan, PLANS)
     budget = checks.memory_budget("memory_budget", memory_budget)
     checks.flag("batch_invariant", batch_invariant)
-    if (reason := why_not()) is not None:
+    if (reason := compat.why_no_lm_head()) is not None:
         raise RuntimeError(f"patch_trl: {reason}")
     patch = Patch(LmHead(plan, budget, batch_invariant))
     _patches.append(patch)

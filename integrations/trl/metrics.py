@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rlloss.entropy.bonus import adapted
 from rlloss.entropy.diagnostics import EntropyFit, gauges, pack, unpack
+from rlloss.integrations.trl import compat
+from rlloss.integrations.trl.config import options
 from rlloss.loss_types import LOSSES
 from rlloss.losses.metrics import means
 
@@ -100,7 +102,7 @@ class LossMetrics:
     def log(self, mode: str, metrics: dict[str, Tensor], gauge_sums: dict[str, Tensor]) -> None:
         """Of this micro-batch: one reduction of sums, at most one gather of the rest."""
         trainer = self.trainer
-        log, own = trainer._metrics[mode], LOSSES[trainer.loss_type].logs
+        log, own = compat.log_of(trainer, mode), LOSSES[trainer.loss_type].logs
         sums = {name: value for name, value in metrics.items() if name not in OVER_RANKS}
         sums |= self._entropy_window(mode, metrics)
         vector = torch.cat([torch.stack(list(sums.values())).double(), pack(gauge_sums)])
@@ -166,25 +168,20 @@ class LossMetrics:
             log["cov/entropy_change_correlation"].append(self.fit.correlation)
 
     def _entropy_window(self, mode: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over this rank's window that end with this micro-batch, if it ends one; {} otherwise.
-
-        The attributes are TRL's, which writes and reads them with its checkpoints.
-        """
+        """The sums over this rank's window that end with this micro-batch, if it ends one; {} otherwise."""
         trainer = self.trainer
         if mode != "train" or not (trainer._has_entropy_bonus() and trainer.use_adaptive_entropy):
             return {}
-        on_kept = getattr(trainer.args, "entropy_bonus_tokens", "kept") == "kept"
+        on_kept = options(trainer.args).entropy_bonus_tokens == "kept"
         names = ("entropy_kept", "kept") if on_kept else ("entropy", "tokens")
         stats = torch.stack([metrics[name] for name in names])
-        if trainer._entropy_window_stats is not None:
-            stats = trainer._entropy_window_stats + stats
         ends = trainer.accelerator.sync_gradients
-        trainer._entropy_window_stats = None if ends else stats
+        stats = compat.add_to_entropy_window(trainer, stats, ends)
         return dict(zip(("window_entropy", "window_kept"), stats, strict=True)) if ends else {}
 
     def _adapt_entropy_coef(self, world_entropy: float) -> None:
         trainer, args = self.trainer, self.trainer.args
-        trainer._last_world_entropy = world_entropy
+        compat.set_world_entropy(trainer, world_entropy)
         trainer.entropy_coef = adapted(
             trainer.entropy_coef, world_entropy, args.entropy_target, args.entropy_coef_delta, args.entropy_coef_min,
             args.entropy_coef_max,

@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError('rlloss.integrations.trl.model_card needs transformers: pip install "rlloss[trl]"') from error
 
 from rlloss import __version__
+from rlloss.integrations.trl.config import options
 from rlloss.report import replace_file
 
 # Options against a collapse of the entropy, clipped tokens that matter, and rewards without a signal.
@@ -52,7 +53,7 @@ def options_that_differ(args: Any) -> dict[str, Any]:
             default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
         if name == "steps_per_generation":
             default = args.gradient_accumulation_steps
-        if name == "epsilon" and getattr(args, "epsilon_low", None) is not None:
+        if name == "epsilon" and options(args).epsilon_low is not None:
             continue  # another name for it
         if value != default:
             found[name] = getattr(value, "value", value)  # of an enumeration

@@ -16,7 +16,8 @@ except ImportError as error:
 
 from rlloss import __version__, backends
 from rlloss.integrations.transformers.notice import say
-from rlloss.integrations.trl.lm_head import why_not as why_no_patch
+from rlloss.integrations.trl import compat
+from rlloss.integrations.trl.config import options
 from rlloss.lm_head.explain import explain_plan
 from rlloss.lm_head.matmul import Products, count_products
 from rlloss.lm_head.plans import PlanReport
@@ -104,8 +105,8 @@ class RunSummary(TrainerCallback):
 
     def _plan(self) -> str:
         args, head = self.trainer.args, self.head
-        plan = getattr(args, "lm_head_plan", "auto")
-        theirs = "lm_head_plan='trl'" if plan == "trl" else self.trainer._why_trls_call() or why_no_patch()
+        plan = options(args).lm_head_plan
+        theirs = "lm_head_plan='trl'" if plan == "trl" else self.trainer._why_trls_call() or compat.why_no_lm_head()
         if theirs is not None:
             return f"TRL's own ({theirs})"
         if head is None:
@@ -117,7 +118,7 @@ class RunSummary(TrainerCallback):
             hidden.requires_grad_()
             weight.requires_grad_(head.gradients > 1)
             # A plan that is asked for need not fit the largest micro-batch before there is one.
-            budget = getattr(args, "lm_head_memory_budget", None) if plan == "auto" else None
+            budget = options(args).lm_head_memory_budget if plan == "auto" else None
             report = explain_plan(hidden, weight, plan=plan, memory_budget=budget)
         self._tile_bytes = report.tile_bytes
         why_not = report.alternatives["keep"][2]
@@ -220,7 +221,7 @@ class RunSummary(TrainerCallback):
                 f"at most {run.held / MIB:.3g} MiB of logits at a time instead of {run.plain_held / MIB:.3g} MiB"
             )
         report = f"`rlloss report {args.output_dir}`"
-        written = getattr(args, "token_log_steps", 0) > 0
+        written = options(args).token_log_steps > 0
         say(args, f"rlloss: {'; '.join(parts)}. Next: {report if written else f'token_log_steps=20, then {report}'}.")
 
 

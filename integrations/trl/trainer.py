@@ -8,18 +8,10 @@ Same options, same metrics.
 
 import contextlib
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-
-try:
-    from packaging.version import Version
-
-    import trl
-except ImportError as error:
-    raise ImportError('rlloss.integrations.trl.trainer needs TRL: pip install "rlloss[trl]"') from error
 
 from rlloss import checks
 from rlloss.config import RATIO_LEVELS, LossConfig
@@ -27,18 +19,18 @@ from rlloss.entropy.bonus import bonus_now
 from rlloss.entropy.diagnostics import diagnose
 from rlloss.integrations.transformers.collapse_monitor import CollapseMonitor, Finding
 from rlloss.integrations.transformers.token_log import MetricsLog, TokenLog
+from rlloss.integrations.trl import compat
 from rlloss.integrations.trl.advantages import RewardsToAdvantages
 from rlloss.integrations.trl.config import (
     NOT_READ_BY_COVARIANCE,
     OPTIONS,
     TrlLossConfig,
-    set_before_loading,
+    options,
     trls_settings,
 )
 from rlloss.integrations.trl.config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl.generation_batch import Rollout, ScaledModel, content_key
 from rlloss.integrations.trl.lm_head import patch_trl
-from rlloss.integrations.trl.lm_head import why_not as why_no_patch
 from rlloss.integrations.trl.metrics import LogOrder, LossMetrics
 from rlloss.integrations.trl.model_card import about_run, complete_card, dataset_of
 from rlloss.integrations.trl.run_summary import RunSummary
@@ -51,7 +43,6 @@ from rlloss.losses.token_states import token_states
 from rlloss.rewards.resolution import group_accuracy
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
 
-TESTED_TRL = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
 # What `_get_per_token_logps_and_entropies` takes for models that see more than text.
 MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -59,41 +50,8 @@ MULTIMODAL = (
 )  # fmt: skip
 logger = logging.getLogger(__name__)
 
-_missing = [
-    name
-    for name in ("_compute_loss", "_get_per_token_logps_and_entropies")
-    if not hasattr(getattr(trl, "GRPOTrainer", None), name)
-]
-if _missing:
-    raise ImportError(
-        f"TRL {trl.__version__} does not fit rlloss: its GRPOTrainer has no {' and no '.join(_missing)}; expected "
-        f"TRL >= {TESTED_TRL[0]}, < {TESTED_TRL[1]}"
-    )
-IN_TESTED_RANGE = TESTED_TRL[0] <= Version(Version(trl.__version__).base_version) < TESTED_TRL[1]
-if not IN_TESTED_RANGE:
-    warnings.warn(
-        f"rlloss is tested with TRL >= {TESTED_TRL[0]}, < {TESTED_TRL[1]}; found {trl.__version__}", stacklevel=2
-    )
 
-
-# Functions that TRL's loss calls. None: not there, or replaced before this import.
-TRLS = {
-    name: function if getattr(function, "__module__", None) == trl.GRPOTrainer.__module__ else None
-    for name in (
-        "get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights", "get_sapo_token_loss",
-        "_get_per_token_logps_and_entropies",
-    )
-    for function in [getattr(trl.GRPOTrainer, name, None)]
-}  # fmt: skip
-
-
-def _function(owner: object, name: str) -> Any:
-    """What `owner` calls by this name, a method as its function; None: nothing."""
-    found = getattr(owner, name, None)
-    return getattr(found, "__func__", found)
-
-
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(compat.trl.GRPOTrainer):
     """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
 
     Logs TRL's metrics under their names, and `rlloss/live_share` (tokens with a nonzero gradient),
@@ -110,6 +68,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._said: set[str] = set()
         self._check_before_loading(kwargs.get("args", args[2] if len(args) > 2 else None))
         super().__init__(*args, **kwargs)
+        compat.check(self)
         checks.require(
             any(p.requires_grad for p in self.model.parameters()), "model",
             f"{type(self.model).__name__} ({self.model.config._name_or_path!r}), none of whose parameters requires a "
@@ -122,7 +81,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.add_callback(self._summary)
         self._loss_metrics, self._log_order = LossMetrics(self, self._summary.tokens), LogOrder()
         self._token_log = self._make_token_log()
-        watches = getattr(self.args, "collapse_monitor", True)
+        watches = options(self.args).collapse_monitor
         if watches and not any(isinstance(c, CollapseMonitor) for c in self.callback_handler.callbacks):
             self.add_callback(CollapseMonitor())
         if (theirs := self._why_trls_own()) is not None:
@@ -133,7 +92,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Settings that do not fit raise now and not after the weights have been loaded."""
         if args is None:
             return
-        set_before_loading(self, args)
+        compat.before_loading(self, args)
         self._zero_advantage, self._rollout = ZeroAdvantage(self, MULTIMODAL), Rollout(self, MULTIMODAL)
         with contextlib.suppress(AttributeError):  # what looks at the model is checked when there is one
             self._make_loss_config()
@@ -147,7 +106,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                 logger.warning("%s", message)
 
     def _make_token_log(self) -> TokenLog | None:
-        if getattr(self.args, "token_log_steps", 0) == 0:
+        if options(self.args).token_log_steps == 0:
             return None
         checks.require(
             self._why_trls_own() is None, "token_log_steps", self.args.token_log_steps,
@@ -156,8 +115,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         folder = str(self.args.output_dir)
         if self.accelerator.is_main_process:
             self.add_callback(MetricsLog(folder, lambda: about_run(self), self._findings))
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor
-        log = TokenLog(folder, tokenizer, self.accelerator.process_index)
+        log = TokenLog(folder, compat.tokenizer(self), self.accelerator.process_index)
         self.add_callback(log)
         return log
 
@@ -168,7 +126,9 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _why_trls_own(self) -> str | None:
         """Why the loss is TRL's own: an unknown loss type, a replaced hook, or a setting that rlloss alone refuses."""
-        if IN_TESTED_RANGE and not self._overrides("_compute_loss"):  # what else has more says itself what is unknown
+        if compat.IN_TESTED_RANGE and not self._overrides(
+            "_compute_loss"
+        ):  # what else has more says itself what is unknown
             checks.one_of("loss_type", self.loss_type, tuple(LOSSES))
         if self.loss_type not in LOSSES:
             return f"loss_type={self.loss_type!r}"
@@ -180,7 +140,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             "get_sapo_token_loss": "sapo" in loss_type.reads,
         }
         for name, is_called in called.items():
-            if is_called and _function(self, name) is not TRLS[name]:
+            if is_called and compat.is_replaced(self, name):
                 return f"{name} overridden"
         checks.one_of("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
         if not loss_type.in_trl:
@@ -200,12 +160,12 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _make_loss_config(self) -> LossConfig | None:
         """The trainer's options as a LossConfig; None where the loss is TRL's own."""
-        entropy_denominator = getattr(self.args, "entropy_denominator", "all")
+        entropy_denominator = options(self.args).entropy_denominator
         theirs = self._why_trls_own()
         self._zero_advantage.check(theirs)
-        exact_k = getattr(self.args, "exact_k", False)
-        bonus_tokens = getattr(self.args, "entropy_bonus_tokens", "kept")
-        max_log_ratio = getattr(self.args, "max_log_ratio", None)
+        exact_k = options(self.args).exact_k
+        bonus_tokens = options(self.args).entropy_bonus_tokens
+        max_log_ratio = options(self.args).max_log_ratio
         if theirs is not None:
             for name, found, expected in (
                 ("entropy_denominator", entropy_denominator, "all"),
@@ -288,7 +248,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         loss = loss / accumulation
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+            compat.log_of(self, mode)["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         dead = dead_completions(whole).float()
         metrics |= {"dead": dead.sum(), "completions": torch.ones_like(dead).sum()}
         metrics["counted"] = mask.sum().float() if inputs is whole else counted_tokens(whole).sum().float()
@@ -304,8 +264,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
         if mode == "train":
-            self._summary.log(self._metrics["train"])
-        self._log_order.bring(self._metrics[mode], getattr(self.args, "gauges", "basic"))
+            self._summary.log(compat.log_of(self, "train"))
+        self._log_order.bring(compat.log_of(self, mode), options(self.args).gauges)
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
@@ -328,7 +288,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision)) or of_model
 
     def _write_tokens(self, logp, inputs, mask, given):
-        steps = getattr(self.args, "token_log_steps", 0)
+        steps = options(self.args).token_log_steps
         if self._token_log is None or not self.model.training or self.state.global_step % steps:
             return
         states = token_states(logp, inputs["advantages"], mask, **given)
@@ -339,15 +299,15 @@ class GRPOTrainer(trl.GRPOTrainer):
         )  # fmt: skip
 
     def _prepare_inputs(self, generation_batch):
-        before = self._buffered_inputs
+        before = compat.buffered(self)
         inputs = super()._prepare_inputs(generation_batch)
-        config, buffered = self._make_loss_config(), self._buffered_inputs
+        config, buffered = self._make_loss_config(), compat.buffered(self)
         if config is None:
             return inputs
         if not self.model.training:
-            self._rollout.select([inputs], config, self._step)
+            self._rollout.select([inputs], config, compat.micro_batches(self))
         elif buffered is not None and buffered is not before:
-            self._rollout.select(buffered, config, self._step)
+            self._rollout.select(buffered, config, compat.micro_batches(self))
             self._zero_advantage.look_ahead(buffered)
         return inputs
 
@@ -375,23 +335,23 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _why_trls_call(self) -> str | None:
         """Why the model has to be called by TRL or a subclass itself."""
-        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-            return f"TRL {trl.__version__}, whose model returns logits"
+        if (reason := compat.why_returns_logits()) is not None:
+            return reason
         for name in ("_get_per_token_logps_and_entropies", "_token_stats"):
             if self._overrides(name):
                 return f"{name} overridden"
         name = "_get_per_token_logps_and_entropies"
-        return f"{name} overridden" if _function(trl.GRPOTrainer, name) is not TRLS[name] else None
+        return f"{name} overridden" if compat.is_replaced(compat.trl.GRPOTrainer, name) else None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""
         if self._rollout.wants_entropy:
             kwargs["compute_entropy"] = True
         model = self._rollout.fed(model, input_ids, attention_mask, logits_to_keep)
-        plan = getattr(self.args, "lm_head_plan", "auto")
+        plan = options(self.args).lm_head_plan
         patch = contextlib.nullcontext()
-        if plan != "trl" and why_no_patch() is None:
-            patch = patch_trl(plan=plan, memory_budget=getattr(self.args, "lm_head_memory_budget", None))
+        if plan != "trl" and compat.why_no_lm_head() is None:
+            patch = patch_trl(plan=plan, memory_budget=options(self.args).lm_head_memory_budget)
             patch.head.on_call = self._summary.saw
         with patch:
             result = super()._get_per_token_logps_and_entropies(
@@ -451,7 +411,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return denominator
 
     def _has_entropy_bonus(self) -> bool:
-        return getattr(self, "_entropy_bonus_enabled", False)
+        return compat.has_entropy_bonus(self)
 
     def _entropy_coef_now(self) -> float:
         """Of the bonus in this accumulation window. Adaptive: none while the last window's entropy is above target."""
@@ -459,4 +419,4 @@ class GRPOTrainer(trl.GRPOTrainer):
             return 0.0
         if not self.use_adaptive_entropy:
             return self.entropy_coef
-        return bonus_now(self.entropy_coef, self._last_world_entropy, self.args.entropy_target)
+        return bonus_now(self.entropy_coef, compat.world_entropy(self), self.args.entropy_target)

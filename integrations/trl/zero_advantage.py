@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.integrations.trl.batch_dependence import BatchDependence
+from rlloss.integrations.trl.config import given, options
 from rlloss.loss_types import LOSSES
 
 CHOICES = ("forward_only", "drop", "keep")
@@ -248,11 +249,11 @@ class ZeroAdvantage:
 
     @property
     def choice(self) -> str:
-        return getattr(self.trainer.args, "zero_advantage", "forward_only")
+        return options(self.trainer.args).zero_advantage
 
     @property
     def spreads(self) -> bool:
-        return getattr(self.trainer.args, "spread_live_rows", False)
+        return options(self.trainer.args).spread_live_rows
 
     def check(self, trls_own: str | None) -> None:
         """Raise where an option would be ignored or would change the loss. trls_own: why that is TRL's, or None."""
@@ -266,7 +267,7 @@ class ZeroAdvantage:
         quantile = (
             f"top_entropy_quantile={trainer.top_entropy_quantile}" if trainer.top_entropy_quantile < 1.0 else None
         )
-        if getattr(trainer.args, "entropy_scope", "microbatch") != "microbatch":
+        if options(trainer.args).entropy_scope != "microbatch":
             quantile = None  # the cutoff is known before the micro-batch
         looks = quantile or self._why_picks_here()
         checks.require(
@@ -385,7 +386,7 @@ class ZeroAdvantage:
 
     def _why_picks_here(self) -> str | None:
         """A loss that picks tokens among those of one micro-batch."""
-        settings = getattr(self.trainer.args, "covariance", None) or {}
+        settings = given(options(self.trainer.args).covariance) or {}
         row = LOSSES.get(self.trainer.loss_type)
         picks = row is not None and row.picks is not None and settings.get("scope") != "generation"
         return f"loss_type={self.trainer.loss_type!r}" if picks else None

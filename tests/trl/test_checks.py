@@ -110,11 +110,11 @@ def test_the_constructor_stays_that_of_a_dataclass(tmp_path):
 def test_a_size_is_bytes(tmp_path, size, found):
     from rlloss import LinearGRPOLoss
     from rlloss.integrations.trl import patch_trl
-    from rlloss.integrations.trl.lm_head import why_not
+    from rlloss.integrations.trl.compat import why_no_lm_head
 
     assert config(tmp_path, lm_head_memory_budget=size).lm_head_memory_budget == found
     assert LinearGRPOLoss(memory_budget=size).memory_budget == found
-    if why_not() is None:
+    if why_no_lm_head() is None:
         with patch_trl(memory_budget=size):
             pass
 

@@ -177,7 +177,7 @@ def test_a_subclass_with_a_loss_of_its_own_may_have_a_loss_type_of_its_own(tmp_p
 
 
 def test_a_call_of_the_model_that_is_patched_into_trl_gets_the_whole_micro_batch(trainer, monkeypatch):
-    assert trainer._why_trls_call() == trl_grpo.why_no_patch()
+    assert trainer._why_trls_call() == trl_grpo.compat.why_no_lm_head()
     name = "_get_per_token_logps_and_entropies"
     monkeypatch.setattr(trl.GRPOTrainer, name, lambda *args, **kwargs: None)
     assert trainer._why_trls_call() == f"{name} overridden"

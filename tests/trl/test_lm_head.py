@@ -23,7 +23,7 @@ from rlloss.integrations.trl.lm_head import OUTPUTS, patch_trl
 from tests.support.rounding import FP32
 from tests.support.trl_harness import _COMMON, ROUNDING, VOCABULARY, build_trainer, tiny_model, tiny_tokenizer
 
-TRLS = {name: getattr(utils, name) for name in trl_lm_head.REPLACED if hasattr(utils, name)}
+TRLS = {name: getattr(utils, name) for name in trl_lm_head.compat.REPLACED if hasattr(utils, name)}
 EXTRA = [name for name in OUTPUTS if name != "log_probs"]
 
 

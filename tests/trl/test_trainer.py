@@ -13,8 +13,8 @@ import torch
 import trl
 
 from rlloss.integrations.trl import trainer as trl_grpo
+from rlloss.integrations.trl.compat import why_no_lm_head as why_no_patch
 from rlloss.integrations.trl.config import OPTIONS
-from rlloss.integrations.trl.lm_head import why_not as why_no_patch
 from rlloss.integrations.trl.trainer import MULTIMODAL, GRPOConfig, GRPOTrainer
 from rlloss.lm_head.matmul import count_products
 from tests.support.loss_cases import READ_BY
@@ -228,7 +228,7 @@ def test_a_loss_type_that_only_a_newer_trl_knows_is_that_trls(trainer, monkeypat
     inputs = apply_setting(trainer, draw_setting(0) | PLAIN | {"loss_type": "gmpo"}, 0)
     with pytest.raises(ValueError, match="loss_type: found 'gmpo'"):
         trainer._compute_loss(trainer.model, inputs)
-    monkeypatch.setattr(trl_grpo, "IN_TESTED_RANGE", False)
+    monkeypatch.setattr(trl_grpo.compat, "IN_TESTED_RANGE", False)
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda *_: "theirs")
     assert trainer._compute_loss(trainer.model, inputs) == "theirs"
     monkeypatch.setattr(trainer.args, "entropy_denominator", "kept")
@@ -257,7 +257,7 @@ def test_trls_own_config_works_too(tmp_path):
 
 
 def load_plugin_again(monkeypatch):
-    spec = importlib.util.find_spec("rlloss.integrations.trl.trainer")
+    spec = importlib.util.find_spec("rlloss.integrations.trl.compat")
     assert spec is not None and spec.loader is not None
     monkeypatch.setitem(sys.modules, "again", module := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(module)
