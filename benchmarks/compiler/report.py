@@ -1,27 +1,23 @@
 """Compile the kernels for GPUs that need not be present, and hold what the compiler made of them against what they are
 meant to be: no spills, 16-byte accesses to the vocabulary, one exponential an entry, room for enough threads.
 
-    python -m benchmarks.compiler.report [--json | --check | --write] [--everywhere] [TARGET, KERNEL or FLAGS ...]
+    python -m benchmarks.compiler.report [--json | --check] [--everywhere] [TARGET, KERNEL or FLAGS ...]
 
 --check: list what falls short and exit 1, unless it is known of this version of Triton (`known`).
---write: the table of the installed Triton in benchmarks/results/compile/.
---everywhere: any two settings meet on each target, and not only on some (--write implies it).
+--everywhere: any two settings meet on each target, and not only on some.
 
 Not under TRITON_INTERPRET=1: kernels imported under it cannot be compiled. What a GPU would do with them is not
 measured here. For another Triton: `pip install --no-deps --target FOLDER triton==VERSION`, and PYTHONPATH=FOLDER.
 """
 
 import argparse
-import datetime
 import fractions
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -30,9 +26,7 @@ from benchmarks.compiler import assembly
 from benchmarks.compiler import variants as compile_variants
 from benchmarks.compiler.assembly import Assembly, Loop
 from benchmarks.compiler.variants import KERNELS, TARGETS, Variant
-from rlloss.report import replace_file
 
-RESULTS = Path(__file__).parents[1] / "results" / "compile"
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 # Threads of a multiprocessor at most, and 32-bit registers: of a quarter of it (NVIDIA) or a lane of a SIMD (AMD).
 THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
@@ -192,13 +186,6 @@ def per_entry(found: list[dict[str, Any]]) -> str:
     return "; ".join(f"{of} {', '.join(map(str, sorted(values)))}" for of, values in sorted(shares.items()))
 
 
-def tails(found: list[dict[str, Any]]) -> str:
-    """How a thread of NVIDIA's reads the rest of an aligned row, which is less than a block."""
-    widths = {(n, bits // 8) for r in found if r["aligned"] for bits, n in r.get("tail", {}).items()}
-    counts, sizes = (", ".join(map(str, sorted(set(of)))) for of in zip(*widths, strict=True))
-    return f"{counts} loads of {sizes} bytes"
-
-
 def shortfalls(found: list[dict[str, Any]]) -> list[str]:
     return [f"{r['name']}: {'; '.join(r['violations'])}" for r in found if r["violations"]]
 
@@ -210,72 +197,22 @@ def known(r: dict[str, Any]) -> bool:
     return version < (3, 7) and "strided" in r["flags"]
 
 
-def version_of(tool: str) -> str:
-    said = subprocess.run([os.path.join(assembly.TOOLS, tool), "--version"], capture_output=True, text=True, check=True)
-    return said.stdout.strip().splitlines()[-2].rpartition(", V")[2]
-
-
-def conditions() -> dict[str, str]:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "../../kernels")
-    return {
-        "triton": triton.__version__,
-        "ptxas": version_of("ptxas"),
-        "ptxas-blackwell (sm_100, sm_120)": version_of("ptxas-blackwell"),
-        "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" and changes to the kernels" if changed else ""),
-    }
-
-
-def write(found: list[dict[str, Any]]) -> None:
-    """The table as Markdown and, to be compared with, the registers of each variant as JSON."""
-    given, short = conditions(), shortfalls(found)
-    registers: dict[str, Any] = {}
-    for r in found:
-        of = registers.setdefault(r["kernel"], {}).setdefault(r["target"], {}).setdefault(r["dtype"], {})
-        of[r["flags"]] = r.get("registers")
-    path = RESULTS / f"triton-{triton.__version__}"
-    text = json.dumps({"conditions": given, "registers": registers, "falling short": short}, indent=1)
-    replace_file(path.with_name(path.name + ".json"), text + "\n")
-    replace_file(
-        path.with_name(path.name + ".md"),
-        "\n".join([
-            f"# What Triton {triton.__version__} makes of the kernels", "",
-            "Compiled without a GPU, by `python -m benchmarks.compiler.report --write`; nothing here was run.",
-            f"{len(found)} variants: on each target any two settings of a kernel that a launcher can ask for together.",
-            "", *(f"- {name}: {value}" for name, value in given.items()), "",
-            "Threads: of whole programs whose registers fit a multiprocessor, 65,536, and 131,072 on gfx942. Spilling:",
-            "variants that do. Bytes an access: in loops over the vocabulary. The rest of a row, less than a block,",
-            f"is read entry by entry, where there is one, in each pass: {tails(found)} a thread.",
-            "Exponentials an entry: without a softcap, which adds one; statistics (read) have one more for each 16",
-            "bytes of entries, the rescale of a running result.", "", table(found), "",
-            "## What falls short", "", *(f"- {line}" for line in short or ["nothing"]), "",
-        ]),
-    )  # fmt: skip
-
-
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1: found set, expected unset; interpreted kernels cannot be compiled")
     parser = argparse.ArgumentParser()
-    for option in ("--json", "--check", "--write", "--everywhere"):
+    for option in ("--json", "--check", "--everywhere"):
         parser.add_argument(option, action="store_true")
     parser.add_argument("asked", nargs="*", metavar="TARGET, KERNEL or FLAGS")
     arguments = parser.parse_args()
     asked = set(arguments.asked)
-    chosen = compile_variants.variants(everywhere=arguments.everywhere or arguments.write)
+    chosen = compile_variants.variants(everywhere=arguments.everywhere)
     kinds = [dict.fromkeys(getattr(v, name) for v in chosen) for name in ("target", "kernel", "flags")]
     if unknown := asked.difference(*kinds):
         sys.exit(f"found {', '.join(sorted(unknown))}, expected some of {', '.join([*kinds[0], *kinds[1]])}, or flags")
-    if asked and arguments.write:
-        sys.exit(f"--write: found {', '.join(sorted(asked))}, expected nothing else: the table is of all variants")
     # Of each kind those that are asked for; all of a kind none of which is.
     targets, names, flags = ([x for x in kind if x in asked] or kind for kind in kinds)
     found = list(rows([v for v in chosen if v.target in targets and v.kernel in names and v.flags in flags]))
-    if arguments.write:
-        write(found)
     if arguments.json:
         print(json.dumps(found))
     elif not arguments.check:
