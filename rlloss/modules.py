@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from rlloss import checks
 from rlloss.config import LossConfig
+from rlloss.lm_head.call import HeadInputs, head_options
 from rlloss.lm_head.gradient_in_forward import gradient_in_forward, prepare_loss
-from rlloss.lm_head.statistics import check_capacity, check_options
 from rlloss.logits.gradient_in_forward import single_launch_loss, why_two_launches, worthwhile
 from rlloss.logits.statistics import token_stats
 from rlloss.losses.loss import policy_loss
@@ -179,13 +179,10 @@ class LinearGRPOLoss(nn.Module):
     ):
         super().__init__()
         self.config = _config(config, settings)
-        budget = check_options(plan, memory_budget, batch_invariant, vocab_group)
-        check_capacity(static_capacity)
-        self.plan, self.memory_budget, self.batch_invariant = plan, budget, batch_invariant
-        self.vocab_group, self.static_capacity = vocab_group, static_capacity
+        self.options = head_options(plan, memory_budget, batch_invariant, vocab_group, static_capacity)
 
     def extra_repr(self) -> str:
-        return f"{self.config!r}, plan={self.plan!r}"
+        return f"{self.config!r}, plan={self.options.plan!r}"
 
     def forward(
         self,
@@ -241,11 +238,8 @@ class LinearGRPOLoss(nn.Module):
             "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
             "cutoff": cutoff, "denominator": denominator, "kept": kept, "selected": selected,
         }  # fmt: skip
-        call = prepare_loss(
-            hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, self.plan,
-            self.memory_budget, self.batch_invariant, self.vocab_group, self.static_capacity, self.config, cutoff,
-            denominator,
-        )  # fmt: skip
+        inputs = HeadInputs(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
+        call = prepare_loss(inputs, self.options, advantage, self.config, cutoff, denominator)
         if call.report is not None and call.report.plan == "gradient_in_forward":
             return gradient_in_forward(call, advantage, mask, self.config, given)
         stats = call.stats(("logp", "entropy"), self.config.entropy_coef != 0.0)

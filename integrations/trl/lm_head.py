@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 from rlloss import checks
 from rlloss.integrations.trl import compat
+from rlloss.lm_head.call import HeadInputs, HeadOptions, prepare
 from rlloss.lm_head.plans import PlanReport
-from rlloss.lm_head.statistics import prepare
 
 PLANS = ("auto", "recompute", "keep")
 # TRL's name of an output -> ours, in the order in which TRL unpacks them.
@@ -67,12 +67,13 @@ class LmHead:
     ) -> tuple[Tensor | None, ...]:
         """hidden [N, D], weight [V, D], bias [V], targets [N] -> a tensor [N] per output of OUTPUTS, or None."""
         per_row, weight, bias = _temperatures.get(), _whole(weight), _whole(bias)
-        call = prepare(
-            hidden, weight, targets, bias, None, temperature if per_row is None else per_row,
-            final_logit_softcapping, logit_scale, self.plan, self.memory_budget, self.batch_invariant,
-            # Looked up in the backward again, where an engine that shards the weight has taken it apart.
-            gather=lambda: compat.utils.maybe_gather_lm_head_ctx(weight, bias),  # type: ignore[arg-type]
+        inputs = HeadInputs(
+            hidden, weight, targets, bias, None, temperature if per_row is None else per_row, final_logit_softcapping,
+            logit_scale,
         )  # fmt: skip
+        options = HeadOptions(self.plan, self.memory_budget, self.batch_invariant)
+        # Looked up in the backward again, where an engine that shards the weight has taken it apart.
+        call = prepare(inputs, options, gather=lambda: compat.utils.maybe_gather_lm_head_ctx(weight, bias))  # type: ignore[arg-type]
         if call.report is not None and self.on_call is not None:
             self.on_call(call.report)
         if not torch.is_autocast_enabled(hidden.device.type):

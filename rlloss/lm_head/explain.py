@@ -1,13 +1,20 @@
 """What a call from hidden states would do, without doing it."""
 
-import torch
 from torch import Tensor
 
 from rlloss import checks
 from rlloss.config import LossConfig
+from rlloss.lm_head.call import (
+    ONLY_WITH_A_LOSS,
+    Expected,
+    HeadInputs,
+    check_capacity,
+    check_head,
+    choose,
+    head_options,
+)
 from rlloss.lm_head.gradient_in_forward import candidates, why_not_in_forward
 from rlloss.lm_head.plans import PlanReport
-from rlloss.lm_head.statistics import ONLY_WITH_A_LOSS, check_capacity, check_head, check_options, choose
 from rlloss.losses.inputs import check_scalars
 
 
@@ -45,7 +52,7 @@ def explain_plan(
     Raises:
         ValueError: the plan that is asked for cannot be taken; why.
     """
-    budget = check_options(plan, memory_budget, batch_invariant, None)
+    options = head_options(plan, memory_budget, batch_invariant, None, static_capacity)
     check_head(hidden, weight, bias)
     if mask is not None:
         checks.boolean("mask", mask)
@@ -64,11 +71,10 @@ def explain_plan(
         why_not = why_not_in_forward(hidden, weight, config, cutoff, denominator)
         if advantage is not None and mask is not None and checks.has_values(advantage):
             some = candidates(advantage, mask, config)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    V, D = weight.shape
-    target = hidden[..., 0]
-    return choose(
-        hidden, weight, (V, D), target, mask if readable else None, some if needs_gradient else None,
-        None if config is None else config.top_entropy_quantile, plan, budget, batch_invariant, needs_gradient,
-        why_not, live_share, check_capacity(static_capacity, target, mask),
-    )[0]  # fmt: skip
+    inputs = HeadInputs(hidden, weight, hidden[..., 0], bias, mask if readable else None)
+    expected = Expected(
+        some if inputs.needs_gradient else None, None if config is None else config.top_entropy_quantile, why_not,
+        live_share,
+    )  # fmt: skip
+    capacity = check_capacity(static_capacity, inputs.target, mask)
+    return choose(inputs, (weight.shape[0], weight.shape[1]), options, expected, capacity)[0]

@@ -16,9 +16,9 @@ from rlloss.backends import backend, choose_backend
 from rlloss.config import LossConfig
 from rlloss.lm_head import vocab_loop
 from rlloss.lm_head.autograd import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
+from rlloss.lm_head.call import Call, Expected, HeadInputs, HeadOptions, check_head, prepare
 from rlloss.lm_head.matmul import count_unit
 from rlloss.lm_head.row_subset import Picked
-from rlloss.lm_head.statistics import Call, check_head, prepare
 from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import row_local
@@ -181,22 +181,27 @@ class _Made:
 
 
 def prepare_loss(
-    hidden, weight, target, advantage, bias, mask, temperature, softcap, logit_scale, plan, memory_budget,
-    batch_invariant, vocab_group, static_capacity: tuple[int, int] | None, config: LossConfig, cutoff, denominator,
-) -> Call:  # fmt: skip
-    """`linear.prepare` with what the loss says about the gradient before there is one."""
-    check_head(hidden, weight, bias)
+    inputs: HeadInputs,
+    options: HeadOptions,
+    advantage: Tensor,
+    config: LossConfig,
+    cutoff: Tensor | float | None,
+    denominator: Tensor | float | None,
+) -> Call:
+    """`call.prepare` with what the loss says about the gradient before there is one."""
+    hidden, weight = inputs.hidden, inputs.weight
+    mask: Any = inputs.mask
+    check_head(hidden, weight, inputs.bias)
     checks.require(hidden.dim() == 3, "hidden", f"shape {tuple(hidden.shape)}", "[B, T, D]")
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, hidden.shape[:-1], "like hidden without its last dimension")
     checks.advantage(advantage, mask.shape)
     checks.same_device("advantage", advantage, mask, "mask")
-    return prepare(
-        hidden, weight, target, bias, mask, temperature, softcap, logit_scale, plan, memory_budget, batch_invariant,
-        vocab_group, static_capacity, candidates=candidates(advantage, mask, config),
-        live_share=config.top_entropy_quantile,
-        no_gradient_in_forward=why_not_in_forward(hidden, weight, config, cutoff, denominator),
+    expected = Expected(
+        candidates(advantage, mask, config), config.top_entropy_quantile,
+        why_not_in_forward(hidden, weight, config, cutoff, denominator),
     )  # fmt: skip
+    return prepare(inputs, options, expected)
 
 
 def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlloss import backends, count_products, linear_token_stats, reference, token_stats
 from rlloss.lm_head import vocab_loop
-from rlloss.lm_head.statistics import prepare
+from rlloss.lm_head.call import Expected, HeadInputs, HeadOptions, prepare
 from rlloss.logits.statistics import OUTPUTS
 from rlloss.torch_kernels import logits_tile
 from tests.support.heads import NAMES, problem
@@ -328,10 +328,8 @@ def test_the_bits_depend_neither_on_the_plan_nor_on_the_gradient(small_tiles, dt
     for plan in PLANS:
         for share in (None, 0.0, 0.02, 0.5, 1.0):  # None: all are candidates
             candidates = None if share is None else torch.arange(45) % 50 < 50 * share
-            call = prepare(
-                x["hidden"], x["weight"], x["target"], x["bias"], mask, 1.0, softcap, 1.0, plan, None, False,
-                candidates=candidates,
-            )  # fmt: skip
+            inputs = HeadInputs(x["hidden"], x["weight"], x["target"], x["bias"], mask, softcap=softcap)
+            call = prepare(inputs, HeadOptions(plan), Expected(candidates))
             stats = call.stats(OUTPUTS, True)
             assert all(torch.equal(stats[i], expected[i]) for i in range(3)), (plan, share)
             live = mask if candidates is None else mask & candidates

@@ -1,0 +1,251 @@
+"""A call from hidden states: its arguments as bundles, checked where they are made, and its plan."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss import checks
+from rlloss.lm_head import vocab_loop
+from rlloss.lm_head.autograd import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, linear_token_stats_op
+from rlloss.lm_head.plans import PLANS, PlanReport, Work, make_plan
+from rlloss.lm_head.row_subset import Capacity, Picked, Survey
+from rlloss.lm_head.vocab_loop import Settings, Wanted
+from rlloss.lm_head.vocab_parallel import shard_of
+from rlloss.logits.statistics import LOCAL_ROWS, TokenStats, check_outputs, check_rows
+
+ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
+# FSDP takes the mean of the ranks' gradients; full_tensor() alone drops those of the others.
+WHOLE = (
+    "call inside the forward of FSDP2's root module, which gathers it; or give .to_local() with vocab_group, where the "
+    "ranks have the same tokens; or .full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), where each has its own"
+)
+
+
+class HeadInputs(NamedTuple):
+    """What `linear_token_stats` computes from, and describes."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def needs_gradient(self) -> bool:
+        leaves = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+
+
+class HeadOptions(NamedTuple):
+    """How `linear_token_stats` computes, see there. memory_budget: in bytes."""
+
+    plan: str = "auto"
+    memory_budget: int | None = None
+    batch_invariant: bool = False
+    vocab_group: Any = None
+    static_capacity: tuple[int, int] | None = None
+
+
+class Expected(NamedTuple):
+    """What a loss says before there is a gradient. candidates: bool, like target: rows that may get one; None: all.
+    live_share: the share of these expected to get one, known_share: of the rows that count. no_gradient_in_forward:
+    what forbids that plan, or None."""
+
+    candidates: Tensor | None = None
+    live_share: float | None = None
+    no_gradient_in_forward: str | None = ONLY_WITH_A_LOSS
+    known_share: float | None = None
+
+
+NOTHING_EXPECTED = Expected()
+
+
+def head_options(
+    plan: str,
+    memory_budget: int | str | None,
+    batch_invariant: bool,
+    vocab_group: Any = None,
+    static_capacity: tuple[int, int] | None = None,
+) -> HeadOptions:
+    """Raises, naming the argument, where one does not fit."""
+    checks.one_of("plan", plan, ("auto", *PLANS))
+    budget = checks.memory_budget("memory_budget", memory_budget)
+    checks.flag("batch_invariant", batch_invariant)
+    checks.process_group("vocab_group", vocab_group)
+    check_capacity(static_capacity)
+    return HeadOptions(plan, budget, batch_invariant, vocab_group, static_capacity)
+
+
+class Call(NamedTuple):
+    """Arguments that fit each other, the rows that count and the plan. The last three are not known while compiling,
+    and of tensors without values.
+
+    keep: what the forward keeps: the candidates among the rows counted, True for all of them, False; and how many of
+    them come before each chunk of rows.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    rows: Rows
+    settings: Settings
+    gather: Gather
+    counted: Picked | None = None
+    report: PlanReport | None = None
+    keep: tuple[Picked | bool, list[int] | None] = (False, None)
+
+    def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
+        check_outputs(outputs, entropy_grad)
+        wanted = Wanted(
+            "entropy" in outputs, "log_sum_sq_probs" in outputs, "mean_logit" in outputs, "is_top1" in outputs
+        )
+        if self.report is None:
+            target, temperature, softcap, logit_scale, capacity = self.rows
+            per_token = isinstance(temperature, Tensor)
+            logp, entropy, lse, _, extra = linear_token_stats_op(
+                self.hidden, self.weight, self.bias, target, self.mask, temperature if per_token else None,
+                1.0 if per_token else temperature, softcap, logit_scale, *self.settings[:2],
+                wanted.entropy, entropy_grad, wanted.squares, wanted.mean, wanted.top1,
+                None if capacity is None else list(capacity),
+            )  # fmt: skip
+        else:
+            logp, entropy, lse, extra = LinearTokenStats.apply(
+                self.hidden, self.weight, self.bias, self.rows, self.counted, self.keep, wanted, entropy_grad,
+                self.settings, self.gather,
+            )  # type: ignore[misc]  # fmt: skip
+        return TokenStats(
+            logp=logp if "logp" in outputs else None,
+            entropy=(entropy if entropy_grad else entropy.detach()) if wanted.entropy else None,
+            lse=lse if "lse" in outputs else None,
+            mean_logit=extra[0] if wanted.mean else None,
+            log_sum_sq_probs=extra[1] if wanted.squares else None,
+            is_top1=extra[2] > 0 if wanted.top1 else None,
+        )
+
+
+def prepare(
+    inputs: HeadInputs,
+    options: HeadOptions,
+    expected: Expected = NOTHING_EXPECTED,
+    *,
+    gather: Gather = contextlib.nullcontext,
+) -> Call:
+    """Check the inputs and choose the plan. gather: a context in which the weight, sharded elsewhere, is whole."""
+    hidden, weight, target, bias, mask, temperature, softcap, logit_scale = inputs
+    shard, compiling = None, torch.compiler.is_compiling()
+    with gather():
+        check_head(hidden, weight, bias)
+        has_values = compiling or checks.has_values(hidden)
+        V, D = weight.shape
+        if options.vocab_group is not None:
+            checks.require(
+                has_values and not compiling, "vocab_group", "a process group",
+                "None inside torch.compile and for meta and fake tensors",
+            )  # fmt: skip
+            shard = shard_of(weight, options.vocab_group)
+    check_rows(
+        hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale,
+        V if shard is None else shard.total,
+    )  # fmt: skip
+    capacity = check_capacity(options.static_capacity, target, mask)
+    dtype = compute_dtype(hidden, weight)
+    per_token = isinstance(temperature, Tensor)
+    rows = Rows(
+        target,
+        temperature.detach().to(torch.promote_types(dtype, torch.float32)) if per_token else float(temperature),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        capacity,
+    )
+    call = Call(hidden, weight, bias, mask, rows, Settings(dtype, options.batch_invariant, shard), gather)
+    if compiling:
+        possible = options.plan in ("auto", "recompute")
+        checks.require(possible, "plan", repr(options.plan), "'auto' or 'recompute' inside torch.compile")
+        return call
+    if not has_values or not inputs.needs_gradient:
+        expected = expected._replace(candidates=None)
+    known = inputs if has_values else inputs._replace(mask=None)
+    report, counted, keep = choose(known, (V if shard is None else shard.largest, D), options, expected, capacity)
+    # Without values there is nothing to compute. The operator gives the shapes, which every plan shares.
+    return call._replace(counted=counted, report=report, keep=keep) if has_values else call
+
+
+def choose(
+    inputs: HeadInputs,
+    shape: tuple[int, int],
+    options: HeadOptions,
+    expected: Expected,
+    capacity: Capacity | None,
+) -> tuple[PlanReport, Picked | None, tuple[Picked | bool, list[int] | None]]:
+    """The plan of a call, the rows that count and what its forward keeps (see `Call`). One host sync at most.
+
+    shape: (V, D) of the weight, or of the largest shard. Of the target only its shape matters.
+    """
+    hidden, weight, target, mask = inputs.hidden, inputs.weight, inputs.target, inputs.mask
+    N, why_not = target.numel(), expected.no_gradient_in_forward
+    if capacity is None:
+        chunk = vocab_loop.chunk_rows(hidden.device, shape[0], options.batch_invariant)
+        survey = Survey(N, mask, expected.candidates, chunk)
+        counted, rows, count = survey.rows(), survey.n, survey.count
+        share = count / max(rows, 1)
+        live = share if expected.live_share is None else expected.live_share * share
+    else:
+        survey, counted = None, counted_rows(target, mask, capacity)
+        rows = count = N if counted is None else len(counted)
+        live = min(capacity.live, rows) / max(rows, 1)
+        why_not = why_not or "its chunks of rows have no static_capacity of their own"
+    work = Work(
+        rows, count, *shape, live if expected.known_share is None else expected.known_share,
+        (hidden.requires_grad, weight.requires_grad), weight.element_size(), 8 if hidden.dtype == torch.float64 else 4,
+        hidden.device, options.batch_invariant,
+    )  # fmt: skip
+    forbidden = {"gradient_in_forward": why_not}
+    report = make_plan(work, options.plan, options.memory_budget, forbidden, needs_gradient=inputs.needs_gradient)
+    if report.plan != "keep" or count == 0:
+        return report, counted, (False, None)
+    some = None if survey is None else survey.candidates(counted)
+    return report, counted, (True, None) if some is None or survey is None else (some, survey.edges)
+
+
+def check_capacity(
+    static_capacity: tuple[int, int] | None, target: Tensor | None = None, mask: Tensor | None = None
+) -> Capacity | None:
+    """(rows, live) as `Capacity`. Raises, naming the argument, where it does not fit."""
+    if static_capacity is None:
+        return None
+    pair = list(static_capacity) if isinstance(static_capacity, tuple | list) else []
+    checks.require(
+        len(pair) == 2 and all(type(n) is int for n in pair) and 1 <= pair[1] <= pair[0],
+        "static_capacity", static_capacity, "(rows, live), two whole numbers with rows >= live >= 1",
+    )  # fmt: skip
+    if mask is None and target is not None:
+        checks.require(
+            pair[0] >= target.numel(), "static_capacity", static_capacity,
+            f"room for all {target.numel()} rows without a mask",
+        )  # fmt: skip
+    return Capacity(*pair)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise, naming the argument, where one does not fit."""
+    for name, x, ways_out in (("hidden", hidden, LOCAL_ROWS), ("weight", weight, WHOLE), ("bias", bias, WHOLE)):
+        checks.local(name, x, ways_out)
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        checks.of_dtype(name, x, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
+    checks.require(hidden.dim() >= 1 and hidden.shape[-1] >= 1, "hidden", tuple(hidden.shape), "[..., D] with D >= 1")
+    D = hidden.shape[-1]
+    checks.require(
+        weight.dim() == 2 and weight.shape[0] >= 1 and weight.shape[1] == D, "weight", tuple(weight.shape),
+        f"[V, D] with V >= 1 and D = {D}, the last dimension of hidden",
+    )  # fmt: skip
+    checks.same_device("weight", weight, hidden, "hidden")
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.same_shape("bias", bias, weight.shape[:1], "[V]")
+        checks.same_device("bias", bias, hidden, "hidden")
