@@ -218,14 +218,16 @@ class LossConfig:
         return LOSSES[self.loss_type]
 
     def _reject_settings_without_effect(self) -> None:
-        reads, some = self._row.reads, read_by_some()
+        reads = self._row.reads
+        also = self._also_read()
         if "max_completion_length" in reads:
             checks.require(
                 self.max_completion_length is not None, "max_completion_length", None,
                 f"a positive number of tokens with {self.loss_type!r}",
             )  # fmt: skip
         for field in fields(self):
-            if field.name in some and field.name not in reads | self._also_read():
+            given = getattr(self, field.name) != field.default
+            if given and field.name not in reads and field.name not in also and read_by_some(field.name):
                 self._without_effect(field.name, field.default, f"loss_type={self.loss_type!r}")
         if self.top_entropy_quantile == 1.0:
             self._without_effect("entropy_denominator", "all", "top_entropy_quantile=1.0")
@@ -240,7 +242,7 @@ class LossConfig:
             for field in fields(CovarianceConfig):
                 found, name = getattr(self.covariance, field.name), f"covariance.{field.name}"
                 checks.require(
-                    name not in some or name in reads or found == field.default, name, found,
+                    found == field.default or name in reads or not read_by_some(name), name, found,
                     f"{field.default!r}: it has no effect with loss_type={self.loss_type!r}",
                 )  # fmt: skip
             checks.require(

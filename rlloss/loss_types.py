@@ -95,6 +95,6 @@ LOSSES: dict[str, LossType] = {
 }  # fmt: skip
 
 
-def read_by_some() -> frozenset[str]:
-    """The settings that only some losses read."""
-    return frozenset().union(*(row.reads for row in LOSSES.values()))
+def read_by_some(setting: str) -> bool:
+    """Whether it is a setting that only some losses read."""
+    return any(setting in row.reads for row in LOSSES.values())
