@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.rows import device_of, on_16_bytes, processors
+from rlloss.kernels.launch import device_of, on_16_bytes, processors
 
 BITS = 8  # a warp counts every bin in its registers: 11 bits would take three passes, and spill
 BINS = 1 << BITS
@@ -115,9 +115,9 @@ def entropy_histogram_kernel(
     mask_ptr,
     state_ptr,
     histogram_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
-    shift: "i32",  # type: ignore  # noqa: F821
-    known: "i32",  # type: ignore  # noqa: F821
+    N: tl.int64,
+    shift: tl.int32,
+    known: tl.int32,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
@@ -150,9 +150,9 @@ def entropy_narrow_kernel(
     state_ptr,
     next_state_ptr,
     cutoff_ptr,
-    shift: "i32",  # type: ignore  # noqa: F821
-    fraction: "fp64",  # type: ignore  # noqa: F821
-    rounded_up_to: "i64",  # type: ignore  # noqa: F821
+    shift: tl.int32,
+    fraction: tl.float64,
+    rounded_up_to: tl.int64,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     INTERPOLATE: tl.constexpr,
@@ -197,7 +197,7 @@ def entropy_ties_kernel(
     mask_ptr,
     state_ptr,
     ties_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
+    N: tl.int64,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -215,8 +215,8 @@ def entropy_last_tie_kernel(
     state_ptr,
     ties_ptr,
     last_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
-    tiles: "i64",  # type: ignore  # noqa: F821
+    N: tl.int64,
+    tiles: tl.int64,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, LOG2_E, collapse, fold, merge
-from rlloss.kernels.rows import as_rows, device_of, launch_shape, registers, tile_offsets
+from rlloss.kernels.rows import as_rows, tile_offsets
 
 RULES = ("two_level", "edt", "dynatemp")
 
@@ -105,16 +106,16 @@ def entropy_temperature_kernel(
     temperature_ptr,
     entropy_ptr,
     out_ptr,
-    V: "i32",  # type: ignore  # noqa: F821
-    stride_row: "i64",  # type: ignore  # noqa: F821
+    V: tl.int32,
+    stride_row: tl.int64,
     stride_v,
-    out_row: "i64",  # type: ignore  # noqa: F821
+    out_row: tl.int64,
     out_v,
-    chunks: "i32",  # type: ignore  # noqa: F821
-    a: "fp32",  # type: ignore  # noqa: F821
-    b: "fp32",  # type: ignore  # noqa: F821
-    c: "fp32",  # type: ignore  # noqa: F821
-    least: "fp32",  # type: ignore  # noqa: F821
+    chunks: tl.int32,
+    a: tl.float32,
+    b: tl.float32,
+    c: tl.float32,
+    least: tl.float32,
     RULE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WRITE: tl.constexpr,

@@ -27,9 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
+from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, merge, softcapped
-from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, row_offset, scales
-from rlloss.kernels.surrogates import clamped, divergence, minus, selected, surrogate
+from rlloss.kernels.rows import Rows, row_offset, scales
+from rlloss.kernels.surrogates import clamped, divergence, is_kept, minus, surrogate
 from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
 from rlloss.kernels.token_stats_forward import chunk_stats
 
@@ -40,24 +41,24 @@ from rlloss.kernels.token_stats_forward import chunk_stats
 def gradient_in_forward_kernel(
     logits_ptr, target_ptr, mask_ptr, temperature_ptr, advantage_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, cutoff_ptr,
     weight_ptr, logp_ptr, entropy_ptr, saved_ptr, coef_ptr, g_entropy_ptr, grad_ptr,
-    V: "i32",  # type: ignore  # noqa: F821
-    T: "i64",  # type: ignore  # noqa: F821
-    rows_inner: "i64",  # type: ignore  # noqa: F821
-    stride_outer: "i64",  # type: ignore  # noqa: F821
-    stride_inner: "i64",  # type: ignore  # noqa: F821
+    V: tl.int32,
+    T: tl.int64,
+    rows_inner: tl.int64,
+    stride_outer: tl.int64,
+    stride_inner: tl.int64,
     stride_v,
-    out_outer: "i64",  # type: ignore  # noqa: F821
-    out_inner: "i64",  # type: ignore  # noqa: F821
+    out_outer: tl.int64,
+    out_inner: tl.int64,
     out_v,
-    chunks: "i32",  # type: ignore  # noqa: F821
-    temperature: "fp32",  # type: ignore  # noqa: F821
-    softcap: "fp32",  # type: ignore  # noqa: F821
-    logit_scale: "fp32",  # type: ignore  # noqa: F821
-    low: "fp32",  # type: ignore  # noqa: F821
-    gain: "fp32",  # type: ignore  # noqa: F821
-    loss_bound: "fp32",  # type: ignore  # noqa: F821
-    max_log_ratio: "fp32",  # type: ignore  # noqa: F821
-    beta: "fp32",  # type: ignore  # noqa: F821
+    chunks: tl.int32,
+    temperature: tl.float32,
+    softcap: tl.float32,
+    logit_scale: tl.float32,
+    low: tl.float32,
+    gain: tl.float32,
+    loss_bound: tl.float32,
+    max_log_ratio: tl.float32,
+    beta: tl.float32,
     PER_ROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     CISPO: tl.constexpr,
@@ -118,7 +119,7 @@ def gradient_in_forward_kernel(
         acts = log_ratio == log_ratio
         acts = acts | (acts == 0)
         if SELECT:
-            acts = selected(entropy, row, tl.load(cutoff_ptr), row, False)
+            acts = is_kept(entropy, row, tl.load(cutoff_ptr), row, False)
         kept = acts
         sampler = 1.0
         if HAS_SAMPLER_RATIO:

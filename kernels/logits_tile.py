@@ -28,8 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
+from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import merge, softcapped
-from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, scales
+from rlloss.kernels.rows import Rows, scales
 from rlloss.kernels.token_stats_backward import write_gradient
 from rlloss.kernels.token_stats_forward import chunk_stats
 
@@ -40,14 +41,14 @@ def fold_tile_kernel(
     target_ptr,
     temperature_ptr,
     running_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
-    V: "i32",  # type: ignore  # noqa: F821
-    stride_row: "i64",  # type: ignore  # noqa: F821
-    first: "i64",  # type: ignore  # noqa: F821
-    chunks: "i32",  # type: ignore  # noqa: F821
-    temperature: "fp32",  # type: ignore  # noqa: F821
-    softcap: "fp32",  # type: ignore  # noqa: F821
-    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    N: tl.int64,
+    V: tl.int32,
+    stride_row: tl.int64,
+    first: tl.int64,
+    chunks: tl.int32,
+    temperature: tl.float32,
+    softcap: tl.float32,
+    logit_scale: tl.float32,
     PER_ROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -106,14 +107,14 @@ def gradient_tile_kernel(
     g_entropy_ptr,
     g_lse_ptr,
     out_ptr,
-    V: "i32",  # type: ignore  # noqa: F821
-    stride_row: "i64",  # type: ignore  # noqa: F821
-    out_row: "i64",  # type: ignore  # noqa: F821
-    first: "i64",  # type: ignore  # noqa: F821
-    chunks: "i32",  # type: ignore  # noqa: F821
-    temperature: "fp32",  # type: ignore  # noqa: F821
-    softcap: "fp32",  # type: ignore  # noqa: F821
-    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    V: tl.int32,
+    stride_row: tl.int64,
+    out_row: tl.int64,
+    first: tl.int64,
+    chunks: tl.int32,
+    temperature: tl.float32,
+    softcap: tl.float32,
+    logit_scale: tl.float32,
     PER_ROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     LOGP_GRAD: tl.constexpr,

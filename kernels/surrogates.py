@@ -146,8 +146,8 @@ def divergence(
 
 
 @triton.jit
-def selected(entropy, index, cutoff, last, EXACT_K: tl.constexpr):
-    """Tokens of the highest entropies; a NaN entropy is selected, so that it shows."""
+def is_kept(entropy, index, cutoff, last, EXACT_K: tl.constexpr):
+    """Tokens of the highest entropies; a NaN entropy is kept, so that it shows."""
     broken = entropy != entropy
     if EXACT_K:
         return (entropy > cutoff) | ((entropy == cutoff) & (index <= last)) | broken

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.rows import device_of, registers
-from rlloss.kernels.surrogates import clamped, clip_flags, divergence, minus, selected, surrogate
+from rlloss.kernels.launch import device_of, registers
+from rlloss.kernels.surrogates import clamped, clip_flags, divergence, is_kept, minus, surrogate
 
 BLOCK_T = 512
 NUM_WARPS = 8
@@ -82,18 +82,18 @@ def _finish(
 def token_pass_kernel(
     logp_ptr, advantage_ptr, mask_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, behavior_ptr, entropy_ptr, cutoff_ptr,
     last_ptr, denominator_ptr, coef_ptr, kept_ptr, partial_ptr, ticket_ptr, loss_ptr, summary_ptr,
-    B: "i32",  # type: ignore  # noqa: F821
-    T: "i32",  # type: ignore  # noqa: F821
-    denominator: "fp32",  # type: ignore  # noqa: F821
-    low: "fp32",  # type: ignore  # noqa: F821
-    high: "fp32",  # type: ignore  # noqa: F821
-    gain: "fp32",  # type: ignore  # noqa: F821
-    loss_bound: "fp32",  # type: ignore  # noqa: F821
-    delta: "fp32",  # type: ignore  # noqa: F821
-    max_log_ratio: "fp32",  # type: ignore  # noqa: F821
-    beta: "fp32",  # type: ignore  # noqa: F821
-    off_policy_threshold: "fp32",  # type: ignore  # noqa: F821
-    entropy_coef: "fp32",  # type: ignore  # noqa: F821
+    B: tl.int32,
+    T: tl.int32,
+    denominator: tl.float32,
+    low: tl.float32,
+    high: tl.float32,
+    gain: tl.float32,
+    loss_bound: tl.float32,
+    delta: tl.float32,
+    max_log_ratio: tl.float32,
+    beta: tl.float32,
+    off_policy_threshold: tl.float32,
+    entropy_coef: tl.float32,
     CISPO: tl.constexpr,
     SEQUENCE: tl.constexpr,
     MEAN_OF_SEQUENCE: tl.constexpr,
@@ -143,7 +143,7 @@ def token_pass_kernel(
             count += counts.to(tl.int32)
             if KEPT_COUNTS:
                 entropy = tl.load(entropy_ptr + base + t, mask=counts, other=0.0)
-                kept = counts & selected(entropy, base + t, cutoff, last, EXACT_K)
+                kept = counts & is_kept(entropy, base + t, cutoff, last, EXACT_K)
                 count_kept += kept.to(tl.int32)
             if HAS_OLD and SEQUENCE:
                 logp = tl.load(logp_ptr + base + t, mask=counts, other=0.0)
@@ -198,7 +198,7 @@ def token_pass_kernel(
         if HAS_ENTROPY:
             entropy = tl.load(entropy_ptr + base + t, mask=counts, other=0.0)
             if SELECT:
-                kept = counts & selected(entropy, base + t, cutoff, last, EXACT_K)
+                kept = counts & is_kept(entropy, base + t, cutoff, last, EXACT_K)
             s_entropy += entropy
             s_entropy_kept += tl.where(kept, entropy, 0.0)
         acts = kept

@@ -26,8 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
+from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, floored, softcapped, tanh
-from rlloss.kernels.rows import Rows, device_of, launch_shape, registers, row_offset, scales
+from rlloss.kernels.rows import Rows, row_offset, scales
 
 
 @triton.jit
@@ -120,19 +121,19 @@ def token_stats_backward_kernel(
     g_lse_ptr,
     factor_ptr,
     grad_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
-    V: "i32",  # type: ignore  # noqa: F821
-    rows_inner: "i64",  # type: ignore  # noqa: F821
-    stride_outer: "i64",  # type: ignore  # noqa: F821
-    stride_inner: "i64",  # type: ignore  # noqa: F821
+    N: tl.int64,
+    V: tl.int32,
+    rows_inner: tl.int64,
+    stride_outer: tl.int64,
+    stride_inner: tl.int64,
     stride_v,
-    out_outer: "i64",  # type: ignore  # noqa: F821
-    out_inner: "i64",  # type: ignore  # noqa: F821
+    out_outer: tl.int64,
+    out_inner: tl.int64,
     out_v,
-    chunks: "i32",  # type: ignore  # noqa: F821
-    temperature: "fp32",  # type: ignore  # noqa: F821
-    softcap: "fp32",  # type: ignore  # noqa: F821
-    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    chunks: tl.int32,
+    temperature: tl.float32,
+    softcap: tl.float32,
+    logit_scale: tl.float32,
     HAS_MASK: tl.constexpr,
     PER_ROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,

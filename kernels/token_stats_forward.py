@@ -27,19 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
+from rlloss.kernels.launch import device_of, launch_shape, processors, registers
 from rlloss.kernels.launch_table import choice
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
-from rlloss.kernels.rows import (
-    Rows,
-    as_rows,
-    device_of,
-    launch_shape,
-    processors,
-    registers,
-    row_offset,
-    scales,
-    tile_offsets,
-)
+from rlloss.kernels.rows import Rows, as_rows, row_offset, scales, tile_offsets
 
 
 @triton.jit
@@ -162,16 +153,16 @@ def token_stats_forward_kernel(
     saved_ptr,
     extra_ptr,
     partial_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
-    V: "i32",  # type: ignore  # noqa: F821
-    rows_inner: "i64",  # type: ignore  # noqa: F821
-    stride_outer: "i64",  # type: ignore  # noqa: F821
-    stride_inner: "i64",  # type: ignore  # noqa: F821
+    N: tl.int64,
+    V: tl.int32,
+    rows_inner: tl.int64,
+    stride_outer: tl.int64,
+    stride_inner: tl.int64,
     stride_v,
-    chunks: "i32",  # type: ignore  # noqa: F821
-    temperature: "fp32",  # type: ignore  # noqa: F821
-    softcap: "fp32",  # type: ignore  # noqa: F821
-    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    chunks: tl.int32,
+    temperature: tl.float32,
+    softcap: tl.float32,
+    logit_scale: tl.float32,
     HAS_MASK: tl.constexpr,
     PER_ROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -245,16 +236,16 @@ def token_stats_merge_kernel(
     saved_ptr,
     extra_ptr,
     partial_ptr,
-    N: "i64",  # type: ignore  # noqa: F821
-    V: "i32",  # type: ignore  # noqa: F821
-    rows_inner: "i64",  # type: ignore  # noqa: F821
-    stride_outer: "i64",  # type: ignore  # noqa: F821
-    stride_inner: "i64",  # type: ignore  # noqa: F821
+    N: tl.int64,
+    V: tl.int32,
+    rows_inner: tl.int64,
+    stride_outer: tl.int64,
+    stride_inner: tl.int64,
     stride_v,
-    chunks: "i32",  # type: ignore  # noqa: F821
-    temperature: "fp32",  # type: ignore  # noqa: F821
-    softcap: "fp32",  # type: ignore  # noqa: F821
-    logit_scale: "fp32",  # type: ignore  # noqa: F821
+    chunks: tl.int32,
+    temperature: tl.float32,
+    softcap: tl.float32,
+    logit_scale: tl.float32,
     HAS_MASK: tl.constexpr,
     PER_ROW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,

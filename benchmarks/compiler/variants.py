@@ -25,7 +25,7 @@ from rlloss.kernels import (
     token_stats_backward,
     token_stats_forward,
 )
-from rlloss.kernels.rows import most_registers, shape_of
+from rlloss.kernels.launch import most_registers, shape_of
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -369,7 +369,7 @@ def specialization(variant: Variant) -> dict[str, tuple[str, Any]]:
 
 def launch_options(variant: Variant) -> dict[str, Any]:
     options = {"num_warps": variant.parameters()["num_warps"]} | KERNELS[variant.kernel].options
-    # As `rlloss.kernels.rows.registers` has it, on a GPU that is there.
+    # As `rlloss.kernels.launch.registers` has it, on a GPU that is there.
     roomy = variant.kernel == "token pass" or (KERNELS[variant.kernel].passes and not variant.simple)
     told = roomy and variant.target.startswith("sm_")
     return options | {"maxnreg": most_registers(options["num_warps"])} if told else options

@@ -79,7 +79,10 @@ def test_wheel_holds_every_module_as_a_file(built, which):
         links = [info.filename for info in wheel.infolist() if (info.external_attr >> 16) & 0o170000 == 0o120000]
         assert links == []
         assert names == expected_modules() | {"rlloss/py.typed"} | ASSETS
-        assert wheel.read("rlloss/kernels/token_stats_forward.py") == (ROOT / "kernels" / "token_stats.py").read_bytes()
+        assert (
+            wheel.read("rlloss/kernels/token_stats_forward.py")
+            == (ROOT / "kernels" / "token_stats_forward.py").read_bytes()
+        )
 
 
 @pytest.mark.slow
@@ -185,7 +188,11 @@ for library in ("packaging", "transformers", "accelerate", "datasets", "tokenize
 
 
 # What `rlloss demo` and `rlloss train` run, which look for the libraries first.
-COMMANDS = {*(ROOT / "integrations" / "trl").glob("train*.py"), *(ROOT / "integrations" / "trl" / "demo").glob("*.py")}
+COMMANDS = {
+    *(ROOT / "integrations" / "trl").glob("train_*.py"),
+    ROOT / "integrations" / "trl" / "train.py",
+    *(ROOT / "integrations" / "trl" / "demo").glob("*.py"),
+}
 GUARDED = sorted({*(ROOT / "integrations").rglob("*.py")} - COMMANDS)
 
 

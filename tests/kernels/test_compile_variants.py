@@ -177,7 +177,7 @@ def record(calls: list) -> None:
     empty, empty_like = torch.empty, torch.empty_like
     torch.empty = lambda *a, **k: empty(*a, **k).fill_(1)
     torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(1)
-    registers = importlib.import_module("rlloss.kernels.rows").registers
+    registers = importlib.import_module("rlloss.kernels.launch").registers
     gpu = types.SimpleNamespace(is_cuda=True)
     stand_ins = {
         "choose_backend": lambda x: "torch" if x.dtype == torch.float64 else "triton",

@@ -184,8 +184,8 @@ def test_the_temperature(monkeypatch, case):
 @cases(12, V=(1, 300, 512, 700), start=(0, 100), per_row=FLAG, softcap=FLAG, target=(torch.int64, torch.int32),
        dtype=(FP32, BF16), entropy=FLAG, squares=FLAG, mean=FLAG, top1=FLAG, chunk_blocks=(8, 1))  # fmt: skip
 def test_the_tiles_of_a_product(monkeypatch, case):
-    monkeypatch.setattr("rlloss.kernels.rows.CHUNK_BLOCKS", case["chunk_blocks"])
-    monkeypatch.setattr("rlloss.kernels.rows.choice", lambda *_: (256, 1))
+    monkeypatch.setattr("rlloss.kernels.launch.CHUNK_BLOCKS", case["chunk_blocks"])
+    monkeypatch.setattr("rlloss.kernels.launch.choice", lambda *_: (256, 1))
     of = Rows(ONE_CASE | case | {"shape": (1, 4), "V_and_block": (case["V"], None), "dtype": FP32, "mask": None})
     tile, start = of.logits[0].clone(), case["start"]
     target = (of.target * 3 + 50).to(case["target"])

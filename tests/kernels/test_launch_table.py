@@ -70,7 +70,7 @@ def test_the_name_of_a_generation(monkeypatch, properties, hip, expected):
     ((4096, 8), 151936, (4096, 32768, 5, 8)), ((2048, 4), 300, (512, 4096, 1, 1)),
 ])  # fmt: skip
 def test_a_shape_from_an_entry(chosen, V, expected):
-    from rlloss.kernels.rows import shape_of
+    from rlloss.kernels.launch import shape_of
 
     assert shape_of(chosen, V) == expected
 
