@@ -8,29 +8,6 @@ histograms of several shards may be added up: then all find what one would in al
 
 Nothing is sorted, counts are int64, and the host learns nothing. Bytes read for N values: 20 N with a mask, 16 N
 without; where single tokens are chosen, one more pass and one tile.
-
-Costs of a launch, in the terms of `rlloss.kernels.rows`. A program adds to the bins in which it has counted something:
-`adds`, summed over the programs, of which `bins` are different. shared: 1 as long as both ranks share their bits, when
-their histogram is read for each of them. last: values in the tile of the last tie.
-
-entropy_histogram_kernel:
-    read = (4 + HAS_MASK) * N + 16 * programs + 8 * adds
-    again = 16 * (programs - 1) + 8 * (adds - bins)
-    written = 8 * adds
-
-entropy_narrow_kernel:
-    read = 16 + 24 * (1 - FIRST) + 16 * BINS
-    again = 8 * BINS * shared
-    written = 48 + 4 * LAST
-
-entropy_ties_kernel:
-    read = (4 + HAS_MASK) * N + 8 * programs
-    again = 8 * (programs - 1)
-    written = 4 * programs
-
-entropy_last_tie_kernel:
-    read = 24 + 4 * tiles + (4 + HAS_MASK) * last
-    written = 8
 """
 
 from collections.abc import Callable

@@ -4,16 +4,7 @@ One program takes one row. It reduces the row as `token_stats` does, chunk by ch
 entropy has the bits of `token_stats`, and scales the row while it is still in the cache.
 
 If the second read of a row hits the cache, each logit is read from memory once and written once, or not where only the
-temperature is asked for; those of a masked row are not touched. Costs, in the terms of `rlloss.kernels.rows` (`size`:
-bytes of a logit):
-
-entropy_temperature_kernel:
-    read = HAS_MASK * N + size * V * n * (1 + WRITE)
-    again = size * V * n * WRITE
-    written = 8 * N + size * V * n * WRITE
-    tiles = (V + BLOCK_V - 1) // BLOCK_V
-    R = BLOCK_V * size // 16
-    exponentials = n * (tiles * (BLOCK_V + R) + chunks * (R + 2) + (RULE != "two_level"))
+temperature is asked for; those of a masked row are not touched.
 """
 
 import torch

@@ -7,20 +7,6 @@ gradient of 1; where another one comes in, the backward of `token_stats` writes 
 Bytes from and to memory for V entries of b bytes, if the second read of a row hits the cache: 2 b V a row that counts,
 b V a masked one; then nothing in the backward, or 2 b V a live row if the incoming gradient is not 1. In two launches:
 3 b V a live row, 2 b V a dead one that counts, b V a masked one.
-
-Costs, in the terms of `rlloss.kernels.rows`, with S sequences that have a row which counts:
-
-gradient_in_forward_kernel:
-    of_row = t + 4 * (PER_ROW + HAS_OLD + (KL > 0) + PER_TOKEN_ADVANTAGE + PER_TOKEN_RATIO)
-    of_sequence = 4 * (2 + BONUS + HAS_SAMPLER_RATIO - PER_TOKEN_ADVANTAGE - PER_TOKEN_RATIO)
-    read = b * V * (n + L) + b * n + N + (of_row + of_sequence + 4 * SELECT) * n
-    again = b * V * L + b * n + of_sequence * (n - S) + 4 * SELECT * (n - (n > 0))
-    written = b * V * N + 4 * (5 + BONUS) * N
-    tiles = (V + BLOCK_V - 1) // BLOCK_V
-    R = BLOCK_V * b // 16
-    statistics = n * (tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * (R + 2) + HAS_SOFTCAP)
-    of_token = 1 + 2 * HAS_SAMPLER_RATIO + (KL == 3) * (1 + KL_BIAS_CORRECTION)
-    exponentials = statistics + n * of_token + L * tiles * BLOCK_V * (1 + 2 * HAS_SOFTCAP)
 """
 
 import torch

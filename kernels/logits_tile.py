@@ -4,24 +4,7 @@ statistics of its rows, or turn it into its gradient. These kernels know no RL a
 A row's running statistics are m, s, w, q as in `rlloss.kernels.online`, the sum of u, the largest u before the target
 and the target's own u: state [7, N], fp32. `empty_state` is what they are before the first tile.
 
-Costs, in the terms of `rlloss.kernels.rows`, of a tile of n rows and V entries, fp32, where H of the targets lie in it
-and g are the bytes of an entry of the gradient (in place for fp32). All of the state is loaded:
-
-fold_tile_kernel:
-    read = 4 * V * n + (t + 4 * PER_ROW + 24) * n + 4 * H
-    again = 4 * H
-    written = 4 * n * (2 + ENTROPY + SQUARES + MEAN + TOP1) + 4 * H
-    tiles = (V + BLOCK_V - 1) // BLOCK_V
-    R = BLOCK_V // 4
-    exponentials = n * (tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * (R + 2)) + HAS_SOFTCAP * H
-
-gradient_tile_kernel:
-    of_row = t + 4 * PER_ROW + 8 + 4 * (LOGP_GRAD + 2 * ENTROPY_GRAD + LSE_GRAD)
-    read = 4 * V * n + chunks * of_row * n
-    again = (chunks - 1) * of_row * n
-    written = g * V * n
-    tiles = (V + BLOCK_V - 1) // BLOCK_V
-    exponentials = n * tiles * BLOCK_V * (1 + 2 * HAS_SOFTCAP)
+Each entry of a tile is read once; its gradient is written once, in place for fp32.
 """
 
 import torch

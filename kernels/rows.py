@@ -1,18 +1,4 @@
-"""Where a row lies and how its work is divided: the addressing that every vocabulary kernel shares.
-
-What a launch costs stands in the docstring of each kernel's module, as formulas: bytes `read` and `written` by the
-kernel, `again`, the part of `read` that the launch has touched before, so that a cache has it, and `exponentials`, also
-of lanes without an entry. What a kernel has no formula for is 0. A formula uses those above it and the kernel's own
-arguments, a flag being 1 or 0; `programs` is the size of the grid, and
-
-    N, n, L     rows: all, those that count (all without a mask), those with a gradient
-    b, t        bytes of a logit, of a target
-
-Bytes are counted per entry, not per memory transaction. Masked-off loads count as zero. Loads that the compiler removes
-(an unused value, the second of two equal loads) still count. Memory that torch fills before a launch does not.
-`tests/kernels/test_costs.py` evaluates the formulas and compares them with what Triton's interpreter loads, stores and
-computes.
-"""
+"""Where a row lies and how its work is divided: the addressing that every vocabulary kernel shares."""
 
 import torch
 import triton

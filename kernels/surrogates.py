@@ -1,25 +1,4 @@
-"""What one token's log-ratio, advantage and entropy make of it: the formulas of the token pass, as jit helpers.
-
-And what the token pass costs, in the terms of `rlloss.kernels.rows`, of N tokens, n that count, all arguments being
-different tensors. `twice` is read for what a sequence has to know of itself before its tokens can be weighed, and again
-with the rest; M sequences, with m tokens that count, have a ratio with a gradient, which goes to each of these tokens;
-`sums` are left by the programs, and the last one adds them up.
-
-token_pass_kernel:
-    looks = SEQUENCE or MEAN_OF_SEQUENCE or OFF_POLICY
-    behavior = OFF_POLICY * HAS_BEHAVIOR
-    twice = looks * N + 4 * n * (HAS_OLD * SEQUENCE + behavior + KEPT_COUNTS * looks)
-    of_token = 4 * (1 + HAS_OLD + behavior + HAS_ENTROPY + PER_TOKEN_ADVANTAGE + PER_TOKEN_RATIO + (KL > 0))
-    of_sequence = 4 * (1 - PER_TOKEN_ADVANTAGE + HAS_SAMPLER_RATIO - PER_TOKEN_RATIO)
-    of_program = 4 + 4 * SELECT + 8 * EXACT_K
-    sums = 64 * B
-    again = twice + M * T + 4 * m + sums + of_program * (B - 1)
-    read = again + N + of_token * n + of_sequence * B + of_program + 4 * HAS_DENOMINATOR
-    written = (4 + BONUS) * N + 4 * m + sums + 4 * B + 80
-    lanes = (T + BLOCK_T - 1) // BLOCK_T * BLOCK_T
-    of_lane = 1 + 2 * HAS_SAMPLER_RATIO + (KL == 3) * (1 + KL_BIAS_CORRECTION)
-    exponentials = B * (lanes * of_lane + SEQUENCE * (1 - PER_TOKEN_ADVANTAGE) * (T != 1))
-"""
+"""What one token's log-ratio, advantage and entropy make of it: the formulas of the token pass, as jit helpers."""
 
 import triton
 import triton.language as tl

@@ -6,7 +6,8 @@ The program that finishes last adds up what the others left, in the order of the
 atomics, the same bits every time.
 
 Bytes a token: 4 for each of logp, old_logp, ref_logp, sampler_logp, entropy and per-token advantage or sampler ratio
-that is given, 1 for the mask, 4 written, and some of it twice, see the costs in `rlloss.kernels.surrogates`.
+that is given, 1 for the mask, 4 written, and some of it twice, where a sequence has to know itself before its tokens
+can be weighed.
 """
 
 import torch

@@ -7,19 +7,8 @@ With p = softmax and the incoming g_logp, g_entropy, g_lse of a row,
 then the chain rule through softcap and logit scale. A dead row (all three exactly 0, or masked) is written as zeros
 and its logits are not read.
 
-Costs, in the terms of `rlloss.kernels.rows`: 2 b V bytes a live row (one read, one write), b V a dead one, and with
-HELD nothing where the factor is 1, else 2 b V a live row. `coefs` is read of each row, `rest` of a live one. Both tanh
-of a softcap count, which are the same.
-
-token_stats_backward_kernel:
-    idle = HELD * (factor == 1)
-    coefs = HAS_MASK + 4 * (LOGP_GRAD + ENTROPY_GRAD + LSE_GRAD)
-    rest = t + 4 * PER_ROW + 8 + 4 * ENTROPY_GRAD
-    read = 4 * HELD * programs + (1 - idle) * (b * V * L + chunks * (coefs * N + rest * L))
-    again = 4 * HELD * (programs - 1) + (1 - idle) * (chunks - 1) * (coefs * N + rest * L)
-    written = (1 - idle) * b * V * (L if HELD else N)
-    tiles = (V + BLOCK_V - 1) // BLOCK_V
-    exponentials = (1 - idle) * L * tiles * BLOCK_V * (1 + 2 * HAS_SOFTCAP)
+A live row is read once and written once, a dead one written; with HELD (the gradient is there, for a factor of 1)
+nothing moves where the factor is 1, and live rows alone where it is not.
 """
 
 import torch

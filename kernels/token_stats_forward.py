@@ -4,23 +4,7 @@ Each logit is read from memory once (plus the one logit of the target). A row is
 reduced on its own and merged in order, whether one program walks the whole row or, when rows are few, one program
 takes one chunk: a row's bits do not depend on the rows around it (on 16-byte alignment they may, through the layout).
 
-Costs, in the terms of `rlloss.kernels.rows`: b V bytes a row that counts, the target's own logit again, and what a row
-has besides. A tile has R running results:
-
-token_stats_forward_kernel:
-    visits = chunks if SPLIT else 1
-    read = b * V * n + visits * (HAS_MASK * N + (t + 4 * PER_ROW) * n) + b * n * (1 - SPLIT)
-    again = (visits - 1) * (HAS_MASK * N + (t + 4 * PER_ROW) * n) + b * n * (1 - SPLIT)
-    written = 24 * chunks * n if SPLIT else 4 * n * (4 + ENTROPY + MEAN + SQUARES + TOP1)
-    tiles = (V + BLOCK_V - 1) // BLOCK_V
-    R = BLOCK_V * b // 16
-    of_row = tiles * (BLOCK_V * (1 + HAS_SOFTCAP) + R) + chunks * R
-    exponentials = n * (of_row if SPLIT else of_row + 2 * chunks + HAS_SOFTCAP)
-
-token_stats_merge_kernel:
-    read = HAS_MASK * N + (24 * chunks + b + t + 4 * PER_ROW) * n
-    written = 4 * n * (4 + ENTROPY + MEAN + SQUARES + TOP1)
-    exponentials = n * (2 * chunks + HAS_SOFTCAP)
+One exponential an entry, and one more for each 16 bytes of entries, the rescale of a running result.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What kernels read, write and launch, counted by Triton's interpreter, against the formulas of their docstrings."""
+"""What kernels read, write and launch, counted by Triton's interpreter."""
 
 import ast
 import collections
@@ -18,7 +18,6 @@ needs_interpreter = pytest.mark.skipif(
     backends.triton is None or torch.cuda.is_available(), reason="counts in Triton's interpreter"
 )
 READ, WRITE = 1, 2
-QUANTITIES = ("read", "again", "written", "exponentials")
 
 
 @dataclasses.dataclass
@@ -28,18 +27,6 @@ class Launch:
     kernel: str
     arguments: dict[str, Any]
     accesses: list[tuple[np.ndarray, int, int]] = dataclasses.field(default_factory=list)
-    exponentials: int = 0
-
-    def counted(self) -> dict[str, int]:
-        """`QUANTITIES`: bytes read, those of them that the launch had touched before, bytes written, exponentials."""
-        addresses = np.concatenate([a for a, _, _ in self.accesses])
-        sizes = np.concatenate([np.full(len(a), size) for a, size, _ in self.accesses])
-        kinds = np.concatenate([np.full(len(a), kind) for a, _, kind in self.accesses])
-        again = np.ones(len(addresses), bool)
-        again[np.unique(addresses, return_index=True)[1]] = False
-        reads = kinds & READ != 0
-        found = (sizes[reads].sum(), sizes[reads & again].sum(), sizes[kinds & WRITE != 0].sum(), self.exponentials)
-        return dict(zip(QUANTITIES, map(int, found), strict=True))
 
     def bytes_of(self, argument: str, kind: int) -> int:
         """Bytes read from, or written to, the memory of one tensor among the arguments."""
@@ -89,7 +76,7 @@ def counted(monkeypatch) -> Iterator[Traffic]:
 
     traffic, builder, executor = Traffic(), interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
-    rmw, exp2, exp = builder.create_atomic_rmw, builder.create_exp2, builder.create_exp
+    rmw = builder.create_atomic_rmw
 
     def note(pointers, mask, kind):
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -107,13 +94,6 @@ def counted(monkeypatch) -> Iterator[Traffic]:
         note(pointers, mask, READ | WRITE)
         return rmw(self, operation, pointers, value, mask, *rest)
 
-    def counting(function):
-        def wrapped(self, x):
-            traffic.all[-1].exponentials += x.data.size
-            return function(self, x)
-
-        return wrapped
-
     def launched(self, *args, **kwargs):
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         traffic.all.append(Launch(self.fn.__name__, given | {"programs": math.prod(self.grid)}))
@@ -123,8 +103,6 @@ def counted(monkeypatch) -> Iterator[Traffic]:
         patch.setattr(builder, "create_masked_load", counting_load)
         patch.setattr(builder, "create_masked_store", counting_store)
         patch.setattr(builder, "create_atomic_rmw", counting_rmw)
-        patch.setattr(builder, "create_exp2", counting(exp2))
-        patch.setattr(builder, "create_exp", counting(exp))
         patch.setattr(executor, "__call__", launched)
         yield traffic
 
@@ -159,20 +137,3 @@ def evaluated(formulas: dict[str, str], names: dict[str, Any]) -> dict[str, Any]
         code = compile(ast.parse(formula, mode="eval"), name, "eval")
         values[name] = eval(code, {"__builtins__": {}}, names | values)
     return values
-
-
-def assert_costs(launch: Launch, docstring: str, **names: Any) -> None:
-    """The formulas of the launched kernel, with its arguments and these names, against what was counted.
-
-    A quantity without a formula is stated to be 0.
-    """
-    formulas = stated(docstring)[launch.kernel]
-    missing = [name for name in ("read", "written") if name not in formulas]
-    assert not missing, f"{launch.kernel}: no formula for {', '.join(map(repr, missing))}"
-    numbers = launch.numbers()
-    different = {name for name in numbers.keys() & names.keys() if numbers[name] != names[name]}
-    assert not different, f"{launch.kernel}: {different} of the launch are not those of the test"
-    values = evaluated(formulas, numbers | names)
-    found = launch.counted()
-    wrong = {name: (values.get(name, 0), found[name]) for name in QUANTITIES if values.get(name, 0) != found[name]}
-    assert not wrong, f"{launch.kernel}: (stated, counted) differ in {wrong}"
