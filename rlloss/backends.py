@@ -8,7 +8,6 @@ RLLOSS_BACKEND or `backend(...)` forces one, and a forced backend that is missin
 import contextlib
 import contextvars
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -49,9 +48,11 @@ class _Kernels:
 
 
 plain = _Kernels("rlloss.torch_kernels", FILES)
-triton: Any = None  # Triton is published for Linux only
-if importlib.util.find_spec("triton") is not None:
+triton: Any
+try:
     triton = _Kernels("rlloss.kernels", FILES | IN_TRITON_ALONE)
+except ImportError:  # Triton is published for Linux only
+    triton = None
 
 BACKENDS = ("triton", "interpreter", "torch")
 

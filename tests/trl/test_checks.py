@@ -113,7 +113,7 @@ def test_a_size_is_bytes(tmp_path, size, found):
     from rlloss.integrations.trl.compat import why_no_lm_head
 
     assert config(tmp_path, lm_head_memory_budget=size).lm_head_memory_budget == found
-    assert LinearGRPOLoss(memory_budget=size).memory_budget == found
+    assert LinearGRPOLoss(memory_budget=size).options.memory_budget == found
     if why_no_lm_head() is None:
         with patch_trl(memory_budget=size):
             pass
