@@ -575,3 +575,13 @@ ok = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "target": torch.
 def test_bad_arguments_are_named(change, error, message):
     with pytest.raises(error, match=message):
         linear_token_stats(**{**ok, **change})
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 10])
+def test_a_target_outside_the_vocabulary_that_is_not_looked_at_is_nan(monkeypatch, wrong):
+    monkeypatch.setattr("rlloss.logits.statistics.checks.values_checked", lambda x: False)  # as on a GPU
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 4, generator=g).requires_grad_(), torch.randn(9, 4, generator=g)
+    logp = linear_token_stats(hidden, weight, torch.tensor([0, wrong, 8])).logp
+    (gradient,) = torch.autograd.grad(logp.sum(), hidden)
+    assert logp.isnan().tolist() == gradient.isnan().all(-1).tolist() == [False, True, False]
