@@ -53,14 +53,14 @@ def kept(inputs: LossInputs, tokens: Tokens) -> Tensor:
         return inputs.mask & inputs.kept
     if tokens.selection is None or inputs.entropy is None:
         return inputs.mask
-    return kept_by_entropy(inputs.entropy.detach(), inputs.mask, *tokens.selection)
+    return kept_by_entropy(inputs.entropy, inputs.mask, *tokens.selection)
 
 
 def acting(inputs: LossInputs, tokens: Tokens, kept: Tensor) -> Tensor:
     """`[B, T]` bool: where the surrogate acts."""
     acts, config = kept, inputs.config
     if config.off_policy_threshold is not None:
-        behavior = inputs.logp.detach() if inputs.behavior_logp is None else inputs.behavior_logp
+        behavior = inputs.logp if inputs.behavior_logp is None else inputs.behavior_logp
         acts = acts & off_policy_mask(inputs.advantage, inputs.logp, behavior, inputs.mask, config.off_policy_threshold)
     ratio = tokens.sampler_ratio
     return acts if ratio is None or inputs.level == "product" else acts & (ratio != 0)
@@ -78,9 +78,9 @@ def _by_entropy(inputs: LossInputs) -> tuple[Tensor, Tensor | None] | None:
 def _picked(inputs: LossInputs, tokens: Tokens) -> Tensor:
     candidates, config = acting(inputs, tokens, kept(inputs, tokens)), inputs.config
     if inputs.loss_type.picked == "left out":
-        log_ratio = ratios.log_ratio(
+        log_ratio = ratios.importance_ratio(
             inputs.logp, inputs.old_logp, inputs.mask, inputs.level, None, config.max_log_ratio
-        )
+        ).log
         flat = clipped(log_ratio, inputs.advantage, config)
         candidates = candidates & ~flat & ~log_ratio.isnan()  # a NaN must show
     return covariance.select(

@@ -15,17 +15,19 @@ def default_denominator(counted: Tensor, loss_type: LossType, config: LossConfig
     return B if loss_type.divided_by == "sequences" else B * (config.max_completion_length or 1)
 
 
-def aggregate(
-    loss: Tensor, counted: Tensor, loss_type: LossType, denominator: Tensor | float | None, config: LossConfig
-) -> Tensor:
-    """One number from token losses [B, T] that are 0 where they do not count."""
-    if loss_type.mean_of_sequence:
-        loss = loss / counted.sum(-1, keepdim=True).clamp(min=1)
+def over_sequence(x: Tensor, counted: Tensor, loss_type: LossType) -> Tensor:
+    """What a token adds to the sum that the divisor divides, [B, T]."""
+    return x / counted.sum(-1, keepdim=True).clamp(min=1) if loss_type.mean_of_sequence else x
+
+
+def divisor(
+    counted: Tensor, loss_type: LossType, denominator: Tensor | float | None, config: LossConfig
+) -> Tensor | float:
     if denominator is None:
-        denominator = default_denominator(counted, loss_type, config)
-    elif isinstance(denominator, Tensor):
-        denominator = torch.where(counted.any(), denominator.reshape(()), 1.0)  # 0 of nothing is a loss of 0
-    return loss.sum() / denominator
+        return default_denominator(counted, loss_type, config)
+    if isinstance(denominator, Tensor):
+        return torch.where(counted.any(), denominator.reshape(()), 1.0)  # 0 of nothing is a loss of 0
+    return denominator
 
 
 def row_local(config: LossConfig, cutoff: object, denominator: object) -> bool:

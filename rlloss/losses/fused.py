@@ -9,6 +9,7 @@ from rlloss.loss_types import LOSSES, LossType
 from rlloss.losses import surrogates
 from rlloss.losses.acting_tokens import Tokens
 from rlloss.losses.aggregate import default_denominator
+from rlloss.losses.coefficients import Coefficients
 from rlloss.losses.inputs import LossInputs
 from rlloss.operators import operator
 
@@ -83,38 +84,7 @@ def _fake(logp, entropy, *settings):
     )
 
 
-def _fake_gradients(logp, summary, coef, kept, g_loss, entropy_coef):
-    return torch.empty_like(coef), coef.new_empty(kept.shape)
-
-
-@operator("token_pass_backward", fake=_fake_gradients)
-def _gradients(
-    logp: Tensor, summary: Tensor, coef: Tensor, kept: Tensor, g_loss: Tensor, entropy_coef: float
-) -> tuple[Tensor, Tensor]:
-    """logp is not read: as an input it makes a second derivative an error and not a silent 0."""
-    g_logp = torch.where(coef == 0.0, 0.0, coef * (g_loss * summary[-2]))
-    if entropy_coef == 0.0:
-        return g_logp, coef.new_empty(kept.shape)
-    return g_logp, torch.where(kept, -entropy_coef * (g_loss * summary[-1]), 0.0)
-
-
-def _setup_context(ctx, inputs, output):
-    _, summary, coef, kept = output
-    ctx.entropy_coef = inputs[-1]
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(summary, coef, kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], summary, coef, kept)
-
-
-def _backward(ctx, g_loss, *_):
-    g_logp = g_entropy = None
-    if g_loss is not None:
-        g_logp, g_entropy = _gradients(*ctx.saved_tensors, g_loss, ctx.entropy_coef)
-    return g_logp, g_entropy if ctx.entropy_coef != 0.0 else None, *(None for _ in range(ctx.inputs - 2))
-
-
-_token_pass = operator("token_pass", fake=_fake, setup_context=_setup_context, backward=_backward)(_run)
+_token_pass = operator("token_pass", fake=_fake)(_run)
 
 
 def kernel_bounds(config: LossConfig) -> tuple[bool, list[float]]:
@@ -125,8 +95,8 @@ def kernel_bounds(config: LossConfig) -> tuple[bool, list[float]]:
     return False, [low, 1.0 + config.epsilon_high, gain, loss_bound]
 
 
-def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of `policy_loss`."""
+def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
+    """(loss, metrics, coefficients) of `policy_loss`."""
     config, entropy, denominator = inputs.config, inputs.entropy, inputs.denominator
     if denominator is None and inputs.loss_type.divided_by != "tokens":
         denominator = default_denominator(inputs.mask, inputs.loss_type, config)
@@ -134,9 +104,9 @@ def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Te
     cutoff, last = (None, None) if tokens.selection is None else tokens.selection
     as_tensor = isinstance(denominator, Tensor)
     bonus = config.entropy_coef if entropy is not None else 0.0
-    loss, summary, _, _ = _token_pass(
+    loss, summary, coef, kept = _token_pass(
         inputs.logp,
-        entropy if bonus != 0.0 or entropy is None else entropy.detach(),
+        entropy,
         inputs.advantage,
         inputs.mask,
         inputs.old_logp,
@@ -160,10 +130,15 @@ def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Te
         None if config.off_policy_threshold is None else float(config.off_policy_threshold),
         float(bonus),
     )
-    metrics = dict(zip(backends.triton.SUMMARY, summary.detach().unbind(), strict=True))
-    unwanted = {"loss", "scale", "kept_scale"}
+    metrics = dict(zip(backends.triton.SUMMARY, summary.unbind(), strict=True))
+    scale, kept_scale = metrics.pop("scale"), metrics.pop("kept_scale")
+    coefficients = Coefficients(coef, scale)
+    if bonus != 0.0:
+        coefficients = Coefficients(coef, scale, kept, -bonus * kept_scale)
+    unwanted = {"loss"}
     unwanted |= set() if inputs.ref_logp is not None else {"kl"}
     unwanted |= set() if entropy is not None else {"entropy", "entropy_kept"}
     unwanted |= set() if tokens.cutoff is not None else {"entropy_cutoff"}
     metrics = {name: value for name, value in metrics.items() if name not in unwanted}
-    return loss, metrics if tokens.picked is None else metrics | {"selected": tokens.picked.sum().float()}
+    metrics |= {} if tokens.picked is None else {"selected": tokens.picked.sum().float()}
+    return loss, metrics, coefficients

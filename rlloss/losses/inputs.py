@@ -11,8 +11,8 @@ from rlloss.loss_types import LOSSES, LossType
 
 
 class LossInputs(NamedTuple):
-    """The arguments of `policy_loss`, which describes them. After `check`: in fp32 or better, all but logp and entropy
-    without gradient, the advantage `[B, 1]` or `[B, T]`."""
+    """The arguments of `policy_loss`, which describes them. After `check`: in fp32 or better, without gradient, the
+    advantage `[B, 1]` or `[B, T]`."""
 
     logp: Tensor
     advantage: Tensor
@@ -117,14 +117,13 @@ def check(given: LossInputs) -> LossInputs:
     rest = {
         name: None if x is None else x.detach().to(dtype)
         for name, x in (
-            ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_ratio", sampler_ratio),
+            ("logp", logp), ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_ratio", sampler_ratio),
             ("sampler_logp", sampler_logp),
         )
     }  # fmt: skip
     return given._replace(
-        logp=logp if precise else logp.float(),
         advantage=(advantage if advantage.dim() == 2 else advantage.unsqueeze(1)).detach().to(dtype),
-        entropy=entropy if entropy is None or entropy.dtype == torch.float64 else entropy.float(),
+        entropy=None if entropy is None else entropy.detach().to(torch.promote_types(entropy.dtype, torch.float32)),
         **rest,
     )
 

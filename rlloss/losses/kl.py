@@ -1,47 +1,57 @@
-"""The KL of the policy to the reference, token by token."""
+"""The KL of the policy to the reference, token by token, and its slopes."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss.config import LossConfig
 from rlloss.losses import ratios
+from rlloss.losses.ratios import Ratio
 
 
-def kl_of_tokens(difference: Tensor, log_ratio: Tensor, mask: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """KL(policy || reference) of each token from ref_logp - logp, and where it has a gradient.
+class Divergence(NamedTuple):
+    """value: [B, T]. by_logp: d value / d logp of the token itself. by_log_ratio: d value / d log ratio where the KL is
+    multiplied by the ratio of a sequence."""
+
+    value: Tensor
+    by_logp: Tensor
+    by_log_ratio: Tensor | None = None
+
+
+def kl_of_tokens(difference: Tensor, ratio: Ratio, mask: Tensor, config: LossConfig) -> Divergence:
+    """KL(policy || reference) from d = ref_logp - logp `[B, T]`; times the ratio with `kl_bias_correction`.
 
     k2 and k3 are flat where the two policies agree; there the importance ratio is left out, which may be infinite.
     """
-    fixed = ratios.bounded(difference, config.max_log_ratio)
-    difference = ratios.within(difference, config.max_log_ratio)
-    d = difference.detach()
-    if config.kl_estimator == "k1":
-        apart = mask
+    bound, estimator = config.max_log_ratio, config.kl_estimator
+    d, moves = difference, mask
+    if bound is not None:
+        d, moves = difference.clamp(-bound, bound), mask & ratios.free(difference, bound)
+    if estimator == "k1":
+        value, slope, apart = -d, torch.ones_like(d), mask
+    elif estimator == "k2":
+        value, slope, apart = d.square() / 2.0, -d, mask & (d != 0.0)
     else:
-        apart = mask & (d != 0.0) & ((d.exp() != 1.0) if config.kl_estimator == "k3" else True)
+        e = d.exp()
+        value, slope, apart = e - d - 1.0, 1.0 - e, mask & (d != 0.0) & (e != 1.0)
     if not config.kl_bias_correction:
-        return _divergence(difference, config.kl_estimator), apart & ~fixed
+        return Divergence(value, torch.where(moves, slope, 0.0))
 
-    per_sequence = log_ratio.shape != mask.shape
-    ratio = torch.where(apart, log_ratio, 0.0)
-    through = ~ratios.bounded(log_ratio, config.max_log_ratio)
+    log_ratio = torch.where(apart, ratio.log, 0.0)
+    r = log_ratio.exp()
     # e^d may be infinite and the ratio 0: their product is formed from the sum of the exponents, where the term that is
     # taken away from it cannot be infinite.
-    steep = apart & (d > 1.0) & (ratio.detach() < 80.0) & (config.kl_estimator == "k3")
-    kl = _divergence(torch.where(steep, 0.0, difference), config.kl_estimator) * ratio.exp()
-    steep_d, steep_ratio = torch.where(steep, difference, 0.0), torch.where(steep, ratio, 0.0)
-    both = steep_d + steep_ratio
-    if not per_sequence:  # ref_logp - old_logp, in which logp is no more
-        both = torch.where(through & ~fixed, both.detach(), both)
-    kl = torch.where(apart, torch.where(steep, both.exp() - (1.0 + steep_d) * steep_ratio.exp(), kl), 0.0)
-    own = apart & ~fixed & (torch.where(steep, both, ratio).detach().exp() != 0.0)
-    if per_sequence:
-        return kl, own | ((kl.detach() != 0.0).any(-1, keepdim=True) & mask & through)
-    shared = torch.where(fixed, kl.detach() != 0.0, ratio.detach().exp() != 0.0)
-    return kl, torch.where(through, apart & shared, own)
-
-
-def _divergence(difference: Tensor, estimator: str) -> Tensor:
-    if estimator == "k1":
-        return -difference
-    return difference.square() / 2.0 if estimator == "k2" else difference.exp() - difference - 1.0
+    steep = apart & (d > 1.0) & (log_ratio < 80.0) & (estimator == "k3")
+    both = torch.where(steep, d + log_ratio, 0.0).exp()
+    value = torch.where(steep, both - (1.0 + d) * r, torch.where(steep, 0.0, value) * r)
+    value = torch.where(apart, value, 0.0)
+    slope = torch.where(steep, r - both, torch.where(steep, 0.0, slope) * r)
+    slope = torch.where(apart & moves, slope, 0.0)
+    if ratio.level != "token":
+        return Divergence(value, slope, value)
+    total = slope + value
+    if estimator == "k3":  # (1 - e^d) r + (e^d - d - 1) r
+        total = torch.where(moves, -d * r, total)
+    through = apart if ratio.free is None else apart & ratio.free
+    return Divergence(value, torch.where(through, total, slope))

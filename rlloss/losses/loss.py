@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rlloss.config import LossConfig
 from rlloss.losses.acting_tokens import choose_tokens
+from rlloss.losses.coefficients import with_gradient
 from rlloss.losses.fused import fits, fused_pass
 from rlloss.losses.inputs import LossInputs, check
 from rlloss.losses.metrics import PolicyLoss
@@ -58,9 +59,8 @@ def policy_loss(
     shows it: gather the log-probabilities first. `docs/losses.md` has what may stay split.
 
     Returns:
-        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. Where the Triton kernels run, the losses
-        that clip and "cispo" are one launch, which has no second derivative; `rlloss.backends.backend("torch")` has
-        one.
+        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. There is no second derivative: asking for
+        one is an error.
 
     Raises:
         ValueError, TypeError: an argument does not fit, is missing, would have no effect, or requires a gradient, which
@@ -75,5 +75,5 @@ def policy_loss(
         )
     )  # fmt: skip
     tokens = choose_tokens(inputs)
-    run = fused_pass if fits(inputs) else plain_pass
-    return PolicyLoss(*run(inputs, tokens))
+    loss, metrics, coefficients = fused_pass(inputs, tokens) if fits(inputs) else plain_pass(inputs, tokens)
+    return PolicyLoss(with_gradient(loss, logp, entropy, coefficients), metrics)

@@ -12,9 +12,9 @@ from rlloss.losses.surrogates import Surrogate
 class PolicyLoss(NamedTuple):
     """loss: 0-d, differentiable. metrics: name -> detached fp32 tensor on the device, a sum over what it counts.
 
-    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a gradient, also where those of a sequence
-    cancel), for "clip_cov" and "kl_cov" `selected` (picked by covariance), `ratios` (importance ratios: tokens, or
-    sequences where the loss has one ratio and one advantage per sequence). Sums over tokens:
+    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a gradient), for "clip_cov" and "kl_cov"
+    `selected` (picked by covariance), `ratios` (importance ratios: tokens, or sequences where the loss has one ratio
+    and one advantage per sequence). Sums over tokens:
     `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`; for the losses that
     clip `clip_low`, `clip_high`, `clip_region`; for "vespo" `weight`. The exceptions are `clip_low_min` and
     `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
@@ -47,7 +47,7 @@ def ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_seq
     """Sums over ratios; one per sequence where neither the ratio nor the advantage differs within it."""
     counted = mask.new_ones(mask.shape[0], 1) if per_sequence and mask.shape[1] != 1 else mask
     count = counted.sum(-1)
-    result = {"ratios": count.sum(), "ratio": torch.where(counted, log_ratio.detach().exp(), 0.0).sum()}
+    result = {"ratios": count.sum(), "ratio": torch.where(counted, log_ratio.exp(), 0.0).sum()}
     if surrogate.weight is not None:
         result["weight"] = torch.where(counted, surrogate.weight, 0.0).sum()
     if surrogate.clip_low is None or surrogate.clip_high is None:

@@ -1,6 +1,7 @@
 """Importance ratios, as logarithms: of the policy to the one that made the batch, and of that one to the sampler."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,19 +74,60 @@ def sampler_ratio(
     return ratio.masked_fill((ratio < low) | (ratio > high) | by_both, 0.0)
 
 
-def token(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Tensor:
-    """One ratio per token."""
-    return log_ratio
+class Ratio(NamedTuple):
+    """An importance ratio and its chain rule."""
+
+    log: Tensor
+    """[B, T] or, where a sequence has one ratio, [B, 1]."""
+
+    free: Tensor | None
+    """Where `log` moves with logp and is not held at a bound; None: everywhere."""
+
+    of_tokens: Tensor
+    """log(pi / pi_old) [B, T] of the tokens that `log` is made of, 0 where masked."""
+
+    mask: Tensor
+    level: str
+
+    def to_tokens(self, slope: Tensor) -> Tensor:
+        """d loss / d logp of each token [B, T] from d loss / d `log`, that of each token's loss [B, T].
+
+        The ratio of a sequence is made of all its tokens: each gets the sum of the slopes, or 1 / n of it.
+        """
+        if self.free is not None:
+            slope = torch.where(self.free, slope, 0.0)
+        if self.level == "token":
+            return slope
+        if self.level == "sequence":
+            each = (slope / self.mask.sum(-1, keepdim=True).clamp(min=1)).sum(-1, keepdim=True)
+            return torch.where(self.mask, each, 0.0)
+        moves = self.mask & (self.of_tokens.abs() < _MAX_LOG_WEIGHT)
+        return torch.where(moves, slope.sum(-1, keepdim=True), 0.0)
 
 
-def sequence(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Tensor:
-    """[B, 1]: the geometric mean over a sequence (2507.18071 Eq. 7)."""
-    return log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+def importance_ratio(
+    logp: Tensor, old_logp: Tensor | None, mask: Tensor, level: str, sampler_ratio: Tensor | None, bound: float | None
+) -> Ratio:
+    """pi / pi_old of a "token", a "sequence" (the geometric mean, 2507.18071 Eq. 7) or the "product" of a sequence.
+
+    Its logarithm is within +-bound if there is one. The product has bounds of its own and takes in the ratio to the
+    sampler (2602.10693).
+    """
+    of_tokens = torch.where(mask, minus(logp, logp if old_logp is None else old_logp), 0.0)
+    if level == "product":
+        log = _product(of_tokens, mask, sampler_ratio)
+        return Ratio(log, (log > _MIN_LOG_WEIGHT) & (log < _MAX_LOG_WEIGHT), of_tokens, mask, level)
+    log = of_tokens
+    if level == "sequence":
+        log = of_tokens.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    if bound is None:
+        return Ratio(log, None, of_tokens, mask, level)
+    return Ratio(log.clamp(-bound, bound), free(log, bound), of_tokens, mask, level)
 
 
-def product(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Tensor:
-    """[B, 1]: the product over a sequence, that to the sampler included, bounded as 2602.10693 does; no gradient."""
-    log_weight = log_ratio.detach().clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).sum(-1, keepdim=True)
+def _product(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Tensor:
+    """[B, 1], with the bounds of the code of 2602.10693."""
+    log_weight = log_ratio.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).sum(-1, keepdim=True)
     if sampler_ratio is not None:
         if sampler_ratio.shape == mask.shape:
             sampler_ratio = torch.where(mask, sampler_ratio, 1.0)
@@ -93,43 +135,11 @@ def product(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Te
     return log_weight.clamp(_MIN_LOG_WEIGHT, _MAX_LOG_WEIGHT)
 
 
-LEVELS = {"token": token, "sequence": sequence, "product": product}
-
-
-class _Minus(torch.autograd.Function):
-    """logp - other, 0 where both are -inf: the two policies agree. Its gradient is that of logp."""
-
-    @staticmethod
-    def forward(ctx, logp, other):
-        return torch.where(logp == other, 0.0, logp - other)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
 def minus(logp: Tensor, other: Tensor) -> Tensor:
-    """logp - other of log-probabilities, 0 where both are -inf: the two policies agree. No gradient for `other`."""
-    return _Minus.apply(logp, other.detach())
+    """logp - other of log-probabilities, 0 where both are -inf: the two policies agree."""
+    return torch.where(logp == other, 0.0, logp - other)
 
 
-def log_ratio(
-    logp: Tensor, old_logp: Tensor | None, mask: Tensor, level: str, sampler_ratio: Tensor | None, bound: float | None
-) -> Tensor:
-    """log(pi / pi_old) [B, T] or [B, 1], 0 where masked, with the gradient of logp; within +-bound if there is one."""
-    per_token = torch.where(mask, minus(logp, logp if old_logp is None else old_logp), 0.0)
-    return within(LEVELS[level](per_token, mask, sampler_ratio), bound)
-
-
-def within(log_ratio: Tensor, bound: float | None) -> Tensor:
-    """The log-ratio within +-bound if there is one, a constant from there on; NaN stays NaN."""
-    if bound is None:
-        return log_ratio
-    return torch.where(bounded(log_ratio, bound), log_ratio.detach().clamp(-bound, bound), log_ratio)
-
-
-def bounded(log_ratio: Tensor, bound: float | None) -> Tensor:
-    """Where `bound` has made the log-ratio a constant."""
-    if bound is None:
-        return torch.zeros_like(log_ratio, dtype=torch.bool)
-    return log_ratio.detach().abs() >= bound
+def free(log_ratio: Tensor, bound: float) -> Tensor:
+    """Where a bound does not hold the log-ratio; a NaN is free."""
+    return ~(log_ratio.abs() >= bound)

@@ -1,63 +1,93 @@
-"""Surrogates: what a token's log-ratio and advantage make of its loss, before weights and means.
+"""Surrogates: what a token's log-ratio and advantage make of its loss, and the slope of that.
 
-A token that does not act or is clipped, or whose advantage is 0, gets a gradient of exactly 0 whatever its
-log-ratio: its log-ratio is replaced before the exponential, because 0 * inf is NaN.
+Where the loss is flat (it is clipped, the advantage is 0, the ratio has underflowed) the slope is exactly 0 whatever
+the ratio is; a NaN makes it NaN. What a surrogate gives for a token on which it does not act is not read.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlloss.config import LossConfig
-from rlloss.losses import ratios
 
 _FAR = 80.0  # e^80 and e^-80 are normal numbers of fp32
 
 
 class Inputs(NamedTuple):
-    """What a surrogate may look at. acts: bool of the shape that log_ratio and advantage have together.
+    """What a surrogate may look at, without gradient.
 
-    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio. It multiplies the
-    loss; 0 removes a token.
+    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio, by which the loss is
+    multiplied.
     """
 
-    logp: Tensor  # [B, T], with gradient, 0 where it does not act
-    log_ratio: Tensor  # [B, T] or [B, 1], with the gradient of logp
+    logp: Tensor  # [B, T]
+    log_ratio: Tensor  # [B, T], or [B, 1] where a sequence has one
     advantage: Tensor  # [B, T] or [B, 1]
-    acts: Tensor
-    picked: Tensor | None = None
+    picked: Tensor | None = None  # [B, T] bool
     weight: Tensor | None = None  # [B, T] or [B, 1]
 
 
 class Surrogate(NamedTuple):
-    """loss and live (with a nonzero gradient), [B, T] or [B, 1]; what the metrics count, where the loss has it.
+    """The loss of each token and its slopes, [B, T], or [B, 1] where all tokens of a sequence have the same.
 
-    through_ratio: whether the gradient flows through the ratio (and so through every token that the ratio is made of)
-    or through the token's own logp. weighted: whether the loss has been multiplied by the sampler's ratio.
+    by_log_ratio, by_logp: d loss / d log ratio and d loss / d logp; None: 0. Where both are None, `surrogate` takes
+    them from autograd. weighted: loss and slopes have been multiplied by the sampler's ratio. The others are what the
+    metrics count.
     """
 
     loss: Tensor
-    live: Tensor
-    through_ratio: bool
+    by_log_ratio: Tensor | None = None
+    by_logp: Tensor | None = None
+    weighted: bool = False
     clip_low: Tensor | None = None
     clip_high: Tensor | None = None
     weight: Tensor | None = None
-    weighted: bool = False
 
 
-def _apart(x: Inputs) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """(exponent, scale, weight): exp(exponent) * scale is the ratio times the weight.
+Formula = Callable[[Inputs, LossConfig], Surrogate]
+
+
+def surrogate(name: str, x: Inputs, acts: Tensor, config: LossConfig) -> Surrogate:
+    """Loss and slopes by the formula of that name, 0 where the token does not act ([B, T] bool), weighted."""
+    formula = SURROGATES[name]
+    found = formula(x, config)
+    if found.by_log_ratio is None and found.by_logp is None:
+        found = _differentiated(formula, x, acts, config)
+    weight = None if found.weighted else x.weight
+
+    def acting(value: Tensor | None) -> Any:
+        if value is not None and weight is not None:
+            value = torch.where(value == 0.0, 0.0, value * weight)
+        return None if value is None else torch.where(acts, value, 0.0)
+
+    return found._replace(
+        loss=acting(found.loss), by_log_ratio=acting(found.by_log_ratio), by_logp=acting(found.by_logp)
+    )
+
+
+def _differentiated(formula: Formula, x: Inputs, acts: Tensor, config: LossConfig) -> Surrogate:
+    """Loss and slopes of a formula that gives its loss alone."""
+    with torch.enable_grad():
+        # Each token gets a log-ratio of its own, and 0 where it does not act: the formula need not mind an overflow.
+        leaves = [torch.where(acts, value.expand_as(acts), 0.0).requires_grad_() for value in (x.log_ratio, x.logp)]
+        found = formula(x._replace(log_ratio=leaves[0], logp=leaves[1]), config)
+        total = torch.where(acts, found.loss, 0.0).sum()
+        by_log_ratio, by_logp = torch.autograd.grad(total, leaves, materialize_grads=True)
+    return found._replace(loss=found.loss.detach(), by_log_ratio=by_log_ratio, by_logp=by_logp)
+
+
+def _apart(x: Inputs, ratio: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """(factor, scale, weight): factor * scale is the ratio times the weight.
 
     A ratio beyond fp32 and a weight near 0, or the other way round, may have an ordinary product.
     """
     if x.weight is None:
-        return x.log_ratio, 1.0, 1.0
-    log_ratio = x.log_ratio.detach()
-    beyond = (log_ratio - log_ratio.clamp(-_FAR, _FAR)).clamp(-1e3, 1e3)  # inf - inf is NaN
+        return ratio, 1.0, 1.0
+    beyond = (x.log_ratio - x.log_ratio.clamp(-_FAR, _FAR)).clamp(-1e3, 1e3)  # inf - inf is NaN
     scale = torch.where(x.weight == 0.0, 0.0, x.weight * beyond.exp())
-    return x.log_ratio - beyond, scale, x.weight
+    return (x.log_ratio - beyond).exp(), scale, x.weight
 
 
 def clip_bounds(config: LossConfig) -> tuple[float, float, float]:
@@ -71,29 +101,30 @@ def clip(x: Inputs, config: LossConfig) -> Surrogate:
     """-min(r A, clip(r, 1 - low, 1 + high) A), r <= delta in the first term, as one clamp per sign of A:
 
     A > 0: r <= min(delta, 1 + high);    A < 0: 1 - low <= r <= max(delta, 1 + high), or no upper bound without delta.
-    On a bound the gradient flows, as that of torch.clamp.
+    The slope is -r A, on a bound too, as that of torch.clamp.
     """
-    advantage, ratio = x.advantage, x.log_ratio.detach().exp()
+    advantage, ratio = x.advantage, x.log_ratio.exp()
     low, upper_gain, upper_loss = clip_bounds(config)
     # masked_fill and not where, which would round the bounds of fp64 ratios to fp32.
     upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
     lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
-    # Written so that a NaN ratio or advantage is live.
-    exponent, scale, weight = _apart(x)
-    live = x.acts & ~(ratio > upper) & ~(ratio < lower) & (advantage != 0) & (exponent.detach().exp() * scale != 0)
-    live = live & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
+    flat = (ratio > upper) | (ratio < lower) | (advantage == 0)
     frozen = torch.where(advantage == 0, 1.0, torch.minimum(torch.maximum(ratio, lower), upper))
-    moving = -advantage * torch.where(live, exponent, 0.0).exp() * scale
-    loss = torch.where(live, moving, -advantage * frozen * weight)
+    factor, scale, weight = _apart(x, ratio)
+    moving = -advantage * factor * scale
     capped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    clipped_low, clipped_high = capped < low, capped > 1.0 + config.epsilon_high
-    clipped_low, clipped_high = clipped_low & (advantage < 0), clipped_high & (advantage > 0)
-    return Surrogate(loss, live, True, clipped_low, clipped_high, weighted=True)
+    return Surrogate(
+        torch.where(flat, -advantage * frozen * weight, moving),
+        by_log_ratio=torch.where(flat, 0.0, moving),
+        weighted=True,
+        clip_low=(capped < low) & (advantage < 0),
+        clip_high=(capped > 1.0 + config.epsilon_high) & (advantage > 0),
+    )
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
     """Where min(r A, clip(r) A) is the clipped one, [B, T]."""
-    ratio, (low, gain, loss) = log_ratio.detach().exp(), clip_bounds(config)
+    ratio, (low, gain, loss) = log_ratio.exp(), clip_bounds(config)
     return ((advantage > 0) & (ratio > gain)) | ((advantage < 0) & ((ratio < low) | (ratio > loss)))
 
 
@@ -103,50 +134,48 @@ def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
     At r = 1 either penalty is flat: on-policy there is none.
     """
     assert x.picked is not None
-    advantage, log_ratio, c = x.advantage, x.log_ratio.detach(), config.covariance
-    ratio, moves = log_ratio.exp(), x.acts & ~ratios.bounded(log_ratio, config.max_log_ratio)
-    exponent, scale, weight = _apart(x)
-    is_abs = c.penalty == "abs"
-    penalised = moves & x.picked & ((log_ratio != 0) if is_abs else (ratio != 1))
-    in_ratio = penalised & (not is_abs)  # -A r and kl_coef r may cancel: one term
-    slope = torch.where(in_ratio, c.kl_coef - advantage, -advantage)
-    live = moves & (slope != 0) & (exponent.detach().exp() * scale != 0)
-    frozen = torch.where(in_ratio, 0.0, -advantage * torch.where(advantage == 0, 1.0, ratio) * weight)
-    loss = torch.where(live, slope * torch.where(live, exponent, 0.0).exp() * scale, frozen)
-
-    of_log = torch.where(penalised, x.log_ratio, 0.0)
-    moving = of_log.abs() * weight if is_abs else -weight - of_log * weight
-    still = log_ratio.abs() * weight if is_abs else exponent.detach().exp() * scale - weight - log_ratio * weight
-    loss = loss + c.kl_coef * torch.where(penalised, moving, torch.where(x.picked, still, 0.0))
-    return Surrogate(loss, live | penalised, True, weighted=True)
+    ratio, coef = x.log_ratio.exp(), config.covariance.kl_coef
+    factor, scale, weight = _apart(x, ratio)
+    if config.covariance.penalty == "abs":
+        of_ratio = -x.advantage
+        value, slope = x.log_ratio.abs() * weight, x.log_ratio.sign() * weight
+        penalised = x.picked
+    else:  # -A r and kl_coef r may cancel: one term
+        penalised = x.picked & (ratio != 1)
+        of_ratio = torch.where(penalised, coef - x.advantage, -x.advantage)
+        value, slope = -weight - x.log_ratio * weight, -weight * torch.ones_like(ratio)
+    term = torch.where(of_ratio == 0, 0.0, of_ratio * factor * scale)
+    value, slope = (coef * torch.where(penalised, y, 0.0) for y in (value, slope))
+    return Surrogate(term + value, by_log_ratio=term + slope, weighted=True)
 
 
 def sapo(x: Inputs, config: LossConfig) -> Surrogate:
-    """-A sigmoid(t (r - 1)) 4 / t, t by the sign of A (2511.20347 Eq. 5 and 6): the slope at r = 1 is that of -A r."""
-    advantage = x.advantage
+    """-A sigmoid(t (r - 1)) 4 / t, t by the sign of A (2511.20347 Eq. 5 and 6): the slope at r = 1 is that of -A r.
+
+    With s = sigmoid(t (r - 1)) the slope is -4 A r s (1 - s).
+    """
+    advantage, ratio = x.advantage, x.log_ratio.exp()
     t = torch.full_like(advantage, config.sapo.temperature_neg).masked_fill(advantage > 0, config.sapo.temperature_pos)
-
-    def gate(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """(sigmoid(g), the smaller of sigmoid(g) and sigmoid(-g), from which the slope is formed without loss)."""
-        g = t * (log_ratio.exp() - 1.0)  # not expm1, whose derivative torch forms as its value + 1: 0 for small r
-        small = torch.where(g > 0, -g, g).sigmoid()
-        return torch.where(g > 0, 1.0 - small, small), small
-
-    value, small = gate(x.log_ratio.detach())
-    flat = (x.log_ratio.detach().exp() == 0) | (small == 0)  # the slope is r * sigmoid(g) * sigmoid(-g)
-    live = x.acts & (advantage != 0) & ~flat & ~ratios.bounded(x.log_ratio, config.max_log_ratio)
-    moving, _ = gate(torch.where(live, x.log_ratio, 0.0))
-    loss = -advantage * torch.where(live, moving, torch.where(advantage == 0, 1.0, value)) * (4.0 / t)
-    return Surrogate(loss, live, True)
+    g = t * (ratio - 1.0)
+    small = torch.where(g > 0, -g, g).sigmoid()  # the smaller of s and 1 - s, without cancellation
+    value = torch.where(g > 0, 1.0 - small, small)
+    flat = (ratio == 0) | (small == 0) | (advantage == 0)
+    return Surrogate(
+        -advantage * torch.where(advantage == 0, 1.0, value) * (4.0 / t),
+        by_log_ratio=torch.where(flat, 0.0, -4.0 * advantage * (ratio * small * (1.0 - small))),
+    )
 
 
 def cispo(x: Inputs, config: LossConfig) -> Surrogate:
     """-min(r, cap) A log pi, the capped ratio without gradient (2506.13585 Eq. 4 and 5)."""
-    exponent, scale, weight = _apart(x)
-    capped = x.log_ratio.detach().exp() > config.epsilon_high
-    loss, live = _weighted_logp(torch.where(capped, config.epsilon_high * weight, exponent.detach().exp() * scale), x)
-    clipped_high = capped & (x.advantage > 0)
-    return Surrogate(loss, live, False, torch.zeros_like(clipped_high), clipped_high, weighted=True)
+    ratio = x.log_ratio.exp()
+    factor, scale, weight = _apart(x, ratio)
+    capped = ratio > config.epsilon_high
+    slope = _constant(torch.where(capped, config.epsilon_high * weight, factor * scale), x.advantage)
+    clip_high = capped & (x.advantage > 0)
+    return Surrogate(
+        _of_logp(slope, x), by_logp=slope, weighted=True, clip_low=torch.zeros_like(clip_high), clip_high=clip_high
+    )
 
 
 def vespo(x: Inputs, config: LossConfig) -> Surrogate:
@@ -157,18 +186,19 @@ def vespo(x: Inputs, config: LossConfig) -> Surrogate:
     gain, c = x.advantage >= 0, config.vespo
     k = torch.full_like(x.advantage, c.k_neg).masked_fill(gain, c.k_pos)
     decay = torch.full_like(x.advantage, c.lambda_neg).masked_fill(gain, c.lambda_pos)
-    log_w = x.log_ratio.detach()
-    weight = (decay + k * log_w - decay * log_w.exp()).exp()
-    loss, live = _weighted_logp(weight, x)
-    return Surrogate(loss, live, False, weight=weight)
+    weight = (decay + k * x.log_ratio - decay * x.log_ratio.exp()).exp()
+    slope = _constant(weight, x.advantage)
+    return Surrogate(_of_logp(slope, x), by_logp=slope, weight=weight)
 
 
-def _weighted_logp(weight: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
-    live = x.acts & (x.advantage != 0) & (weight != 0)
-    return torch.where(live, -(weight * x.advantage) * torch.where(live, x.logp, 0.0), 0.0), live
+def _constant(weight: Tensor, advantage: Tensor) -> Tensor:
+    """The slope -weight A of -weight A log pi."""
+    return torch.where((advantage == 0) | (weight == 0), 0.0, -(weight * advantage))
+
+
+def _of_logp(slope: Tensor, x: Inputs) -> Tensor:
+    return torch.where(slope == 0, 0.0, slope * x.logp)
 
 
 # By the names in `rlloss.loss_types`.
-SURROGATES: dict[str, Callable[[Inputs, LossConfig], Surrogate]] = {
-    "clip": clip, "cispo": cispo, "sapo": sapo, "vespo": vespo, "kl_cov": kl_cov,
-}  # fmt: skip
+SURROGATES: dict[str, Formula] = {"clip": clip, "cispo": cispo, "sapo": sapo, "vespo": vespo, "kl_cov": kl_cov}

@@ -1,6 +1,7 @@
 """The table of losses: a loss of one's own is a row and a function."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from rlloss.losses.surrogates import SURROGATES, Surrogate
 
 def toy(x, config):
     """-r A, without a clip."""
-    ratio = torch.where(x.acts, x.log_ratio, 0.0).exp()
-    return Surrogate(-ratio * x.advantage, x.acts & (x.advantage != 0), through_ratio=True)
+    return Surrogate(-x.log_ratio.exp() * x.advantage)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,53 @@ def test_a_loss_of_ones_own_runs_in_the_modules(head):
     for x, y in zip(torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, exact), strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6)
     assert means(metrics)["live_share"] == 1.0
+
+
+def of_logp(x, config):
+    return Surrogate(-torch.where(x.log_ratio > 0.0, x.log_ratio.exp(), 1.0) * x.advantage * x.logp)
+
+
+def with_slopes(x, config):
+    ratio = x.log_ratio.exp()
+    return Surrogate(
+        of_logp(x, config).loss,
+        by_log_ratio=torch.where(x.log_ratio > 0.0, -ratio * x.advantage * x.logp, 0.0),
+        by_logp=-torch.where(x.log_ratio > 0.0, ratio, 1.0) * x.advantage,
+    )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence", "product"])
+@pytest.mark.parametrize("surrogate", [toy, of_logp, with_slopes])
+def test_slopes_reach_the_tokens_whatever_the_level(monkeypatch, surrogate, level, per_token):
+    """Against autograd through the whole formula. The ratio of a masked token is infinite, one weight is 0."""
+    monkeypatch.setitem(SURROGATES, "toy", surrogate)
+    monkeypatch.setitem(LOSSES, "toy", LossType("toy", frozenset(), level=level, mean_of_sequence=True))
+    g = torch.Generator().manual_seed(1)
+    mask = torch.tensor([[True] * 4 + [False], [True] * 5, [True, True, False, False, False]])
+    logp, old_logp = (-2 * torch.rand(3, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    logp[0, 2], old_logp[0, 4] = -1.5, -torch.inf
+    advantage = torch.randn((3, 5) if per_token else (3, 1), generator=g, dtype=torch.float64)
+    weight = torch.rand(3, 5, generator=g, dtype=torch.float64)
+    weight[1, 2] = 0.0
+    leaf = logp.clone().requires_grad_()
+    difference = torch.where(mask, leaf - old_logp, 0.0)
+    log_ratio = difference
+    if level == "sequence":
+        log_ratio = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    if level == "product":  # of its sampler's ratio too, which is then no weight
+        log_ratio = (difference + torch.where(mask, weight, 1.0).log().clamp(min=math.log(1e-8))).sum(-1, keepdim=True)
+        log_ratio = log_ratio.clamp(math.log(1e-8), 20.0)
+    ratio = torch.where(log_ratio > 0.0, log_ratio.exp(), 1.0)
+    loss = -advantage * (log_ratio.exp() if surrogate is toy else ratio * leaf)
+    loss = torch.where(mask, loss.expand(3, 5) * (1.0 if level == "product" else weight), 0.0)
+    (loss.sum(-1) / mask.sum(-1)).sum().div(mask.sum()).backward()
+    mine = logp.clone().requires_grad_()
+    policy_loss(
+        mine, advantage, mask, config=LossConfig("toy"), old_logp=old_logp, sampler_ratio=weight
+    ).loss.backward()
+    torch.testing.assert_close(mine.grad, leaf.grad)
+    assert (mine.grad != 0).any()
 
 
 def test_what_it_does_not_read_is_refused():

@@ -1,0 +1,61 @@
+"""The gradient of a loss as one coefficient a token: what a token pass leaves for the backward."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlloss.operators import operator
+
+
+class Coefficients(NamedTuple):
+    """d loss / d logp = of_logp * scale; d loss / d entropy = entropy_scale where of_entropy.
+
+    of_logp `[B, T]`, of_entropy `[B, T]` bool, the scales 0-d; without an entropy bonus the last two are None.
+    """
+
+    of_logp: Tensor
+    scale: Tensor
+    of_entropy: Tensor | None = None
+    entropy_scale: Tensor | None = None
+
+
+def _fake(logp, of_logp, scale, of_entropy, entropy_scale, g_loss):
+    return torch.empty_like(of_logp), of_logp.new_empty((0,) if of_entropy is None else of_logp.shape)
+
+
+@operator("loss_backward", fake=_fake)
+def _gradients(
+    logp: Tensor,
+    of_logp: Tensor,
+    scale: Tensor,
+    of_entropy: Tensor | None,
+    entropy_scale: Tensor | None,
+    g_loss: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """logp is not read: as an input it makes a second derivative an error and not a silent 0."""
+    g_logp = torch.where(of_logp == 0.0, 0.0, of_logp * (g_loss * scale))
+    if of_entropy is None or entropy_scale is None:
+        return g_logp, of_logp.new_empty((0,))
+    return g_logp, torch.where(of_entropy, g_loss * entropy_scale, 0.0)
+
+
+class _WithCoefficients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, entropy, loss, *coefficients):
+        ctx.save_for_backward(logp, *coefficients)
+        ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any):
+        g_logp, g_entropy = _gradients(*ctx.saved_tensors, gradients[0])
+        of_logp, of_entropy = ctx.dtypes
+        wanted = ctx.needs_input_grad[1]
+        return g_logp.to(of_logp), g_entropy.to(of_entropy) if wanted else None, *(None,) * 5
+
+
+def with_gradient(loss: Tensor, logp: Tensor, entropy: Tensor | None, coefficients: Coefficients) -> Tensor:
+    """The loss as a function of logp and, with an entropy bonus, of entropy; `[B, T]` each."""
+    bonus = entropy if coefficients.of_entropy is not None else None
+    return _WithCoefficients.apply(logp, bonus, loss, *coefficients)  # type: ignore[return-value]
