@@ -33,7 +33,7 @@ def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, ALIGNED: tl.c
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
         u = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
-        m, s, w, _ = fold(m, s, w, s, u, LOG2_E, True, False)
+        m, s, w, _ = fold(m, s, w, s, u, LOG2_E, False)
         if COUNT:
             count += tl.sum(tl.where(u > -float("inf"), 1, 0), axis=1)
     if stop > full:
@@ -41,10 +41,10 @@ def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, ALIGNED: tl.c
         inside = offsets < V
         u = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=-float("inf"))
         u = as_rows(u, ALIGNED).to(tl.float32)
-        m, s, w, _ = fold(m, s, w, s, u, LOG2_E, True, False)
+        m, s, w, _ = fold(m, s, w, s, u, LOG2_E, False)
         if COUNT:
             count += tl.sum(tl.where(u > -float("inf"), 1, 0), axis=1)
-    m_row, s_row, w_row, _ = collapse(m, s, w, s, LOG2_E, True, False)
+    m_row, s_row, w_row, _ = collapse(m, s, w, s, LOG2_E, False)
     return m_row, s_row, w_row, tl.sum(count, axis=0)
 
 
@@ -135,7 +135,7 @@ def entropy_temperature_kernel(
         m_c, s_c, w_c, count_c = _chunk(  # type: ignore
             row_ptr, chunk * CHUNK_V, stop, V, stride_v, RULE == "dynatemp", ALIGNED, BLOCK_V
         )
-        m, s, w, _ = merge(m, s, w, s, m_c, s_c, w_c, s_c, LOG2_E, True, False)
+        m, s, w, _ = merge(m, s, w, s, m_c, s_c, w_c, s_c, LOG2_E, False)
         count += count_c
     entropy = (tl.log2(s) - w / s) * LN_2
     temperature = _temperature(entropy, count, a, b, c, least, RULE)

@@ -9,23 +9,51 @@ b V a masked one; then nothing in the backward, or 2 b V a live row if the incom
 3 b V a live row, 2 b V a dead one that counts, b V a masked one.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, merge, softcapped
-from rlloss.kernels.rows import Rows, row_offset, scales
+from rlloss.kernels.rows import Rows, per_row, row_offset, scales
 from rlloss.kernels.surrogates import clamped, divergence, is_kept, minus, surrogate
+from rlloss.kernels.token_pass import TokenSettings, token_strides
 from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
 from rlloss.kernels.token_stats_forward import chunk_stats
 
 
+class LossTensors(NamedTuple):
+    """Contiguous, fp32. old_logp, ref_logp `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`, cutoff 0-d.
+
+    weight `[2, B]`: d loss / d (sum over the sequence) of the token losses and, with an entropy bonus, of the
+    entropies.
+    """
+
+    advantage: torch.Tensor
+    old_logp: torch.Tensor | None
+    ref_logp: torch.Tensor | None
+    sampler_ratio: torch.Tensor | None
+    cutoff: torch.Tensor | None
+    weight: torch.Tensor
+
+
+# Bits of `given`.
+OLD: tl.constexpr = tl.constexpr(1)
+SAMPLER: tl.constexpr = tl.constexpr(2)
+CUTOFF: tl.constexpr = tl.constexpr(4)
+
+
 @triton.jit(
-    do_not_specialize=["V", "T", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"]
-)
+    do_not_specialize=[
+        "V", "T", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks",
+        "advantage_sequence", "advantage_token", "sampler_sequence", "sampler_token", "given", "kl_estimator",
+        "kl_bias_correction",
+    ]
+)  # fmt: skip
 def gradient_in_forward_kernel(
-    logits_ptr, target_ptr, mask_ptr, temperature_ptr, advantage_ptr, old_ptr, ref_ptr, sampler_ratio_ptr, cutoff_ptr,
+    logits_ptr, target_ptr, mask_ptr, temperature_ptr, advantage_ptr, old_ptr, ref_ptr, sampler_ptr, cutoff_ptr,
     weight_ptr, logp_ptr, entropy_ptr, saved_ptr, coef_ptr, g_entropy_ptr, grad_ptr,
     V: tl.int32,
     T: tl.int64,
@@ -38,31 +66,33 @@ def gradient_in_forward_kernel(
     out_v,
     chunks: tl.int32,
     temperature: tl.float32,
-    softcap: tl.float32,
+    softcap,
     logit_scale: tl.float32,
+    advantage_sequence: tl.int64,
+    advantage_token: tl.int64,
+    sampler_sequence: tl.int64,
+    sampler_token: tl.int64,
+    given: tl.int32,
     low: tl.float32,
     gain: tl.float32,
     loss_bound: tl.float32,
     max_log_ratio: tl.float32,
+    kl_estimator: tl.int32,
+    kl_bias_correction: tl.int32,
     beta: tl.float32,
-    PER_ROW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     CISPO: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    PER_TOKEN_ADVANTAGE: tl.constexpr,
-    HAS_SAMPLER_RATIO: tl.constexpr,
-    PER_TOKEN_RATIO: tl.constexpr,
-    KL: tl.constexpr,
-    KL_BIAS_CORRECTION: tl.constexpr,
-    SELECT: tl.constexpr,
-    BONUS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,). weight [2, B]: what the coefficients of logp and of entropy in a sequence are multiplied by."""
+    """Grid (N,). weight [2, B]: what the coefficients of logp and of entropy in a sequence are multiplied by.
+
+    temperature_ptr, softcap and g_entropy_ptr (no entropy bonus) may be None; old_ptr, sampler_ptr and cutoff_ptr are
+    read if their bit is in `given`, ref_ptr with a kl_estimator above 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     sequence = row // T
+    token = row - sequence * T
     row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
     out_ptr = grad_ptr + row_offset(row, rows_inner, out_outer, out_inner)
     if ALIGNED:
@@ -78,55 +108,43 @@ def gradient_in_forward_kernel(
         write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
     else:
         target = tl.load(target_ptr + row)
-        scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+        scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
         s = 0.0
         w = 0.0
         q = 0.0
         for chunk in range(chunks):
             m_c, s_c, w_c, q_c, _, _ = chunk_stats(
                 row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
-                logit_scale, HAS_SOFTCAP, True, False, False, False, ALIGNED, BLOCK_V,
+                logit_scale, False, ALIGNED, BLOCK_V,
             )  # fmt: skip
-            m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, True, False)
+            m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, False)
         inside = (target >= 0) & (target < V)
         logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
         log_s = tl.log2(s)
-        logp = (softcapped(logit, softcap, logit_scale, HAS_SOFTCAP) - m) * scale - log_s * LN_2
+        logp = (softcapped(logit, softcap, logit_scale) - m) * scale - log_s * LN_2
         logp = tl.where(inside, logp, float("nan"))
         entropy = (log_s - w / s) * LN_2
 
-        if PER_TOKEN_ADVANTAGE:
-            advantage = tl.load(advantage_ptr + row)
-        else:
-            advantage = tl.load(advantage_ptr + sequence)
-        log_ratio = logp - logp
-        if HAS_OLD:
-            log_ratio = clamped(minus(logp, tl.load(old_ptr + row)), -max_log_ratio, max_log_ratio)
-        acts = log_ratio == log_ratio
-        acts = acts | (acts == 0)
-        if SELECT:
-            acts = is_kept(entropy, row, tl.load(cutoff_ptr), row, False)
-        kept = acts
-        sampler = 1.0
-        if HAS_SAMPLER_RATIO:
-            if PER_TOKEN_RATIO:
-                sampler = tl.load(sampler_ratio_ptr + row)
-            else:
-                sampler = tl.load(sampler_ratio_ptr + sequence)
-            acts = acts & (sampler != 0.0)
-        _, coef, _, ratio = surrogate(
-            log_ratio, logp, advantage, acts, sampler, low, gain, loss_bound, max_log_ratio, HAS_SAMPLER_RATIO, CISPO
+        advantage = tl.load(advantage_ptr + sequence * advantage_sequence + token * advantage_token)
+        old_logp = tl.load(old_ptr + row, mask=(given & OLD) != 0, other=0.0)
+        old_logp = tl.where((given & OLD) != 0, old_logp, logp)
+        log_ratio = clamped(minus(logp, old_logp), -max_log_ratio, max_log_ratio)
+        cutoff = tl.load(cutoff_ptr, mask=(given & CUTOFF) != 0, other=-float("inf"))
+        kept = is_kept(entropy, row, cutoff, row)
+        sampler_row_ptr = sampler_ptr + sequence * sampler_sequence + token * sampler_token
+        sampler = tl.load(sampler_row_ptr, mask=(given & SAMPLER) != 0, other=1.0)
+        _, coef, _ = surrogate(
+            log_ratio, logp, advantage, kept & (sampler != 0.0), sampler, low, gain, loss_bound, max_log_ratio, CISPO
         )
-        if KL > 0:
-            counts = acts | (acts == 0)
+        if kl_estimator > 0:
             difference = minus(tl.load(ref_ptr + row), logp)
-            _, kl_slope, kl_live, _ = divergence(
-                difference, counts, log_ratio, ratio, max_log_ratio, KL, KL_BIAS_CORRECTION, True
+            _, kl_slope, _ = divergence(
+                difference, True, log_ratio, max_log_ratio, kl_estimator, kl_bias_correction != 0, True
             )
-            coef += tl.where(kl_live, beta * kl_slope, 0.0)
+            coef += beta * kl_slope
         weight = tl.load(weight_ptr + sequence)
         coef = tl.where(coef == 0.0, 0.0, coef * weight)
-        if BONUS:
+        if g_entropy_ptr is not None:
             g_entropy = tl.where(kept, tl.load(weight_ptr + tl.num_programs(0) // T + sequence), 0.0)
         if (coef == 0.0) & (g_entropy == 0.0):
             write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
@@ -134,14 +152,14 @@ def gradient_in_forward_kernel(
             common = tl.where(inside, -coef - g_entropy * entropy, float("nan"))
             write_gradient(
                 row_ptr, out_ptr, 0, V, V, stride_v, out_v, target, coef, common, g_entropy, m, log_s, scale, k,
-                softcap, logit_scale, HAS_SOFTCAP, BONUS, BLOCK_V,
+                softcap, logit_scale, g_entropy_ptr is not None, BLOCK_V,
             )  # fmt: skip
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(saved_ptr + row, m)
     tl.store(saved_ptr + tl.num_programs(0) + row, log_s)
     tl.store(coef_ptr + row, coef)
-    if BONUS:
+    if g_entropy_ptr is not None:
         tl.store(g_entropy_ptr + row, g_entropy)
 
 
@@ -152,31 +170,16 @@ def gradient_in_forward(
     temperature: torch.Tensor | float,
     softcap: float | None,
     logit_scale: float,
-    advantage: torch.Tensor,
-    old_logp: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    sampler_ratio: torch.Tensor | None,
-    cutoff: torch.Tensor | None,
-    weight: torch.Tensor,
+    tensors: LossTensors,
+    settings: TokenSettings,
     *,
-    cispo: bool,
-    low: float,
-    gain: float,
-    loss_bound: float,
-    max_log_ratio: float | None,
-    beta: float,
-    kl_estimator: int,
-    kl_bias_correction: bool,
-    bonus: bool,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
 
-    logits [B, T, V] with N = B T >= 1. From saved on they are what `token_stats_backward` takes.
-
-    target, mask, old_logp, ref_logp, a temperature tensor [B, T] and advantage, sampler_ratio [B, T] or [B, 1] are
-    contiguous, fp32 where they are floats; cutoff 0-d. weight [2, B]: d loss / d (sum over the sequence) of the token
-    losses and, with `bonus`, of the entropies. What the others are: `token_pass`.
+    logits [B, T, V] with N = B T >= 1; target, mask and a temperature tensor [B, T], contiguous. From saved on the
+    results are what `token_stats_backward` takes. Of the settings those of a sequence and of the denominator are not
+    looked at: they are in `weight`.
     """
     B, T = mask.shape
     rows = Rows(logits)
@@ -185,31 +188,26 @@ def gradient_in_forward(
     logp, entropy = (torch.empty((B, T), dtype=torch.float32, device=logits.device) for _ in range(2))
     saved = torch.empty((2, B * T), dtype=torch.float32, device=logits.device)
     coef = torch.empty(B * T, dtype=torch.float32, device=logits.device)
-    g_entropy = torch.empty_like(coef) if bonus else None
+    g_entropy = torch.empty_like(coef) if settings.entropy_coef != 0.0 else None
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
-    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out.aligned()
-    given = (temperature if per_row else None, advantage, old_logp, ref_logp, sampler_ratio, cutoff)
+    aligned = rows.aligned() and out.aligned()
+    temperature_ptr, temperature = per_row(temperature)
+    advantage, old_logp, ref_logp, sampler_ratio, cutoff, weight = tensors
+    bits = ((old_logp, OLD), (sampler_ratio, SAMPLER), (cutoff, CUTOFF))
+    given = sum(bit.value for x, bit in bits if x is not None)
+    old_logp, ref_logp, sampler_ptr, cutoff = (
+        weight if x is None else x for x in (old_logp, ref_logp, sampler_ratio, cutoff)
+    )
     with device_of(logits):
         gradient_in_forward_kernel[(B * T,)](
-            rows.tensor, target, mask, *(weight if x is None else x for x in given), weight, logp, entropy, saved,
-            coef, coef if g_entropy is None else g_entropy, out.tensor, rows.V, T, rows.inner, rows.stride_outer,
-            rows.stride_inner, rows.stride_v, out.stride_outer, out.stride_inner, out.stride_v, chunks,
-            1.0 if per_row else float(temperature),
-            0.0 if softcap is None else float(softcap),
-            float(logit_scale), low, gain, loss_bound,
-            float("nan") if max_log_ratio is None else float(max_log_ratio),
-            beta,
-            PER_ROW=per_row,
-            HAS_SOFTCAP=softcap is not None,
-            CISPO=cispo,
-            HAS_OLD=old_logp is not None,
-            PER_TOKEN_ADVANTAGE=advantage.shape[1] == T,
-            HAS_SAMPLER_RATIO=sampler_ratio is not None,
-            PER_TOKEN_RATIO=sampler_ratio is not None and sampler_ratio.shape[1] == T,
-            KL=kl_estimator if ref_logp is not None else 0,
-            KL_BIAS_CORRECTION=kl_bias_correction,
-            SELECT=cutoff is not None,
-            BONUS=bonus,
+            rows.tensor, target, mask, temperature_ptr, advantage, old_logp, ref_logp, sampler_ptr, cutoff, weight,
+            logp, entropy, saved, coef, g_entropy, out.tensor, rows.V, T, rows.inner, rows.stride_outer,
+            rows.stride_inner, rows.stride_v, out.stride_outer, out.stride_inner, out.stride_v, chunks, temperature,
+            softcap if softcap is None else float(softcap), float(logit_scale), *token_strides(advantage, T),
+            *token_strides(sampler_ratio, T), given, settings.low, settings.gain, settings.loss_bound,
+            settings.max_log_ratio, 0 if tensors.ref_logp is None else int(settings.kl_estimator),
+            int(settings.kl_bias_correction), settings.beta,
+            CISPO=bool(settings.cispo),
             ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,

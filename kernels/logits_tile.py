@@ -13,7 +13,7 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import merge, softcapped
-from rlloss.kernels.rows import Rows, scales
+from rlloss.kernels.rows import Rows, per_row, scales
 from rlloss.kernels.token_stats_backward import write_gradient
 from rlloss.kernels.token_stats_forward import chunk_stats
 
@@ -30,25 +30,23 @@ def fold_tile_kernel(
     first: tl.int64,
     chunks: tl.int32,
     temperature: tl.float32,
-    softcap: tl.float32,
+    softcap,
     logit_scale: tl.float32,
-    PER_ROW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr,
-    MEAN: tl.constexpr,
-    TOP1: tl.constexpr,
+    EXTRA: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (R,). V is the width of the tile, `first` its first vocabulary entry, N the distance of state's rows."""
+    """Grid (R,). V is the width of the tile, `first` its first vocabulary entry, N the distance of state's rows.
+
+    temperature_ptr and softcap may be None.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * stride_row
     if ALIGNED:
         row_ptr = tl.multiple_of(row_ptr, 16)
     target = tl.load(target_ptr + row).to(tl.int64) - first
-    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore
+    scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)  # type: ignore
     m = tl.load(running_ptr + row)
     s = tl.load(running_ptr + N + row)
     w = tl.load(running_ptr + 2 * N + row)
@@ -58,24 +56,21 @@ def fold_tile_kernel(
     for chunk in range(chunks):
         m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
             row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, 1, target, k, softcap, logit_scale,
-            HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
+            EXTRA, ALIGNED, BLOCK_V,
         )  # fmt: skip
-        m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
+        m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, EXTRA)
         total += total_c
         before = tl.maximum(before, before_c)
     tl.store(running_ptr + row, m)
     tl.store(running_ptr + N + row, s)
-    if ENTROPY:
-        tl.store(running_ptr + 2 * N + row, w)
-    if SQUARES:
+    tl.store(running_ptr + 2 * N + row, w)
+    if EXTRA:
         tl.store(running_ptr + 3 * N + row, q)
-    if MEAN:
         tl.store(running_ptr + 4 * N + row, total)
-    if TOP1:
         tl.store(running_ptr + 5 * N + row, before)
     if (target >= 0) & (target < V):
         logit = tl.load(row_ptr + target).to(tl.float32)
-        tl.store(running_ptr + 6 * N + row, softcapped(logit, softcap, logit_scale, HAS_SOFTCAP))
+        tl.store(running_ptr + 6 * N + row, softcapped(logit, softcap, logit_scale))
 
 
 @triton.jit(do_not_specialize=["V", "stride_row", "out_row", "first", "chunks"])
@@ -96,18 +91,13 @@ def gradient_tile_kernel(
     first: tl.int64,
     chunks: tl.int32,
     temperature: tl.float32,
-    softcap: tl.float32,
+    softcap,
     logit_scale: tl.float32,
-    PER_ROW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    LOGP_GRAD: tl.constexpr,
-    ENTROPY_GRAD: tl.constexpr,
-    LSE_GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (R * chunks,). out may be the tile itself."""
+    """Grid (R * chunks,). out may be the tile itself. temperature_ptr, softcap and g_* may be None."""
     pid = tl.program_id(0).to(tl.int64)
     row = pid // chunks
     start = (pid - row * chunks).to(tl.int32) * CHUNK_V
@@ -119,20 +109,20 @@ def gradient_tile_kernel(
     g_logp = 0.0
     g_entropy = 0.0
     common = 0.0
-    if LSE_GRAD:
+    if g_lse_ptr is not None:
         common = tl.load(g_lse_ptr + row)
-    if LOGP_GRAD:
+    if g_logp_ptr is not None:
         g_logp = tl.load(g_logp_ptr + row)
         common = common - g_logp
-    if ENTROPY_GRAD:
+    if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
         common = common - g_entropy * tl.load(entropy_ptr + row)
     target = tl.load(target_ptr + row).to(tl.int64) - first
-    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore
+    scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)  # type: ignore
     write_gradient(
         row_ptr, out, start, tl.minimum(V, start + CHUNK_V), V, 1, 1, target, g_logp, common, g_entropy,
-        tl.load(m_ptr + row), tl.load(log_s_ptr + row), scale, k, softcap, logit_scale, HAS_SOFTCAP, ENTROPY_GRAD,
-        BLOCK_V,
+        tl.load(m_ptr + row), tl.load(log_s_ptr + row), scale, k, softcap, logit_scale,
+        g_entropy_ptr is not None, BLOCK_V,
     )  # fmt: skip
 
 
@@ -146,46 +136,41 @@ def fold_tile(
     logit_scale: float,
     *,
     entropy: bool,
-    squares: bool,
-    mean: bool,
-    top1: bool,
+    extra: bool,
     overwrite: bool = False,
 ) -> None:
     """Fold tile [R, C], contiguous fp32, the raw logits of vocabulary entries start .. start + C - 1, into `state`.
 
-    target and temperature (or a number) contiguous [R]; state [7, R], contiguous along its rows. The tile is left as it
-    is (`overwrite` allows what only the torch version makes use of).
+    target and temperature (or a number) contiguous [R]; state [7, R], contiguous along its rows. extra: q, the sum and
+    the largest before the target too. What only the torch version makes use of: `overwrite` allows it to change the
+    tile, without `entropy` it leaves w alone.
     """
     rows = Rows(tile)
     if rows.N == 0:
         return
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", tile, rows.V)
-    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned()
+    temperature_ptr, temperature = per_row(temperature)
+    aligned = rows.aligned()
     with device_of(tile):
         fold_tile_kernel[(rows.N,)](
             tile,
             target,
-            temperature if per_row else state,
+            temperature_ptr,
             state,
             state.stride(0),
             rows.V,
             rows.stride_inner,
             start,
             chunks,
-            1.0 if per_row else float(temperature),
-            0.0 if softcap is None else float(softcap),
+            temperature,
+            softcap if softcap is None else float(softcap),
             float(logit_scale),
-            PER_ROW=per_row,
-            HAS_SOFTCAP=softcap is not None,
-            ENTROPY=entropy,
-            SQUARES=squares,
-            MEAN=mean,
-            TOP1=top1,
+            EXTRA=extra,
             ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
-            **registers(tile, num_warps, simple=aligned and softcap is None and not (squares or mean or top1)),
+            **registers(tile, num_warps, simple=aligned and softcap is None and not extra),
         )
 
 
@@ -215,32 +200,28 @@ def gradient_tile(
         return out
     out_rows = Rows(out)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
-    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out_rows.aligned()
+    temperature_ptr, temperature = per_row(temperature)
+    aligned = rows.aligned() and out_rows.aligned()
     with device_of(tile):
         gradient_tile_kernel[(rows.N * chunks,)](
             tile,
             target,
-            temperature if per_row else m,
+            temperature_ptr,
             m,
             log_s,
-            m if entropy is None else entropy,
-            m if g_logp is None else g_logp,
-            m if g_entropy is None else g_entropy,
-            m if g_lse is None else g_lse,
+            entropy,
+            g_logp,
+            g_entropy,
+            g_lse,
             out,
             rows.V,
             rows.stride_inner,
             out_rows.stride_inner,
             start,
             chunks,
-            1.0 if per_row else float(temperature),
-            0.0 if softcap is None else float(softcap),
+            temperature,
+            softcap if softcap is None else float(softcap),
             float(logit_scale),
-            PER_ROW=per_row,
-            HAS_SOFTCAP=softcap is not None,
-            LOGP_GRAD=g_logp is not None,
-            ENTROPY_GRAD=g_entropy is not None,
-            LSE_GRAD=g_lse is not None,
             ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,

@@ -53,16 +53,16 @@ def tanh(x):
 
 
 @triton.jit
-def softcapped(logits, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """Raw logits -> u. Without a softcap the logit scale is part of k and nothing is left to do here."""
-    if HAS_SOFTCAP:
+def softcapped(logits, softcap, logit_scale):
+    """Raw logits -> u. Without a softcap (None) the logit scale is part of k and nothing is left to do here."""
+    if softcap is not None:
         return softcap * tanh(logits * logit_scale / softcap)
     return logits
 
 
 @triton.jit
-def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
-    """Two partial results over disjoint entries -> one. q = sum 4^(k (u - m)) rides along for log sum p^2."""
+def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, EXTRA: tl.constexpr):
+    """Two partial results over disjoint entries -> one. EXTRA: q = sum 4^(k (u - m)) rides along for log sum p^2."""
     m = tl.maximum(m_a, m_b)
     shift = finite_shift(m)
     d_a = floored((m_a - shift) * k)
@@ -70,17 +70,15 @@ def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, ENTROPY: tl.constexpr, SQUA
     f_a = tl.exp2(d_a)
     f_b = tl.exp2(d_b)
     s = s_a * f_a + s_b * f_b
-    w = w_a
-    if ENTROPY:
-        w = (w_a + s_a * d_a) * f_a + (w_b + s_b * d_b) * f_b
+    w = (w_a + s_a * d_a) * f_a + (w_b + s_b * d_b) * f_b
     q = q_a
-    if SQUARES:
+    if EXTRA:
         q = q_a * f_a * f_a + q_b * f_b * f_b
     return m, s, w, q
 
 
 @triton.jit
-def fold(m, s, w, q, u, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+def fold(m, s, w, q, u, k, EXTRA: tl.constexpr):
     """Fold a tile u [R, C] into R running results. With C contiguous entries a thread, nothing crosses a thread."""
     m_new = tl.maximum(m, tl.max(u, axis=1))
     shift = finite_shift(m_new)
@@ -88,24 +86,20 @@ def fold(m, s, w, q, u, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     rescale = tl.exp2(d_old)
     t = floored((u - shift[:, None]) * k)
     e = tl.exp2(t)
-    if ENTROPY:
-        w = (w + s * d_old) * rescale + tl.sum(e * t, axis=1)
+    w = (w + s * d_old) * rescale + tl.sum(e * t, axis=1)
     s = s * rescale + tl.sum(e, axis=1)
-    if SQUARES:
+    if EXTRA:
         q = q * rescale * rescale + tl.sum(e * e, axis=1)
     return m_new, s, w, q
 
 
 @triton.jit
-def collapse(m, s, w, q, k, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+def collapse(m, s, w, q, k, EXTRA: tl.constexpr):
     """R running results -> one, as scalars."""
     m_row = tl.max(m, axis=0)
     d = floored((m - finite_shift(m_row)) * k)
     f = tl.exp2(d)
-    w_row = 0.0
-    if ENTROPY:
-        w_row = tl.sum((w + s * d) * f, axis=0)
     q_row = 0.0
-    if SQUARES:
+    if EXTRA:
         q_row = tl.sum(q * f * f, axis=0)
-    return m_row, tl.sum(s * f, axis=0), w_row, q_row
+    return m_row, tl.sum(s * f, axis=0), tl.sum((w + s * d) * f, axis=0), q_row

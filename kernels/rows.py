@@ -39,13 +39,13 @@ def as_rows(x, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def scales(row, temperature, temperature_ptr, logit_scale, PER_ROW: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(1 / temperature, k): what u is multiplied by, in nats and in log2 units."""
-    if PER_ROW:
+def scales(row, temperature, temperature_ptr, softcap, logit_scale):
+    """(1 / temperature, k): what u is multiplied by, in nats and in log2 units. temperature_ptr: None, or one a row."""
+    if temperature_ptr is not None:
         scale = 1.0 / tl.load(temperature_ptr + row)
     else:
         scale = 1.0 / temperature
-    if not HAS_SOFTCAP:
+    if softcap is None:
         scale = scale * logit_scale
     return scale, scale * LOG2_E
 
@@ -71,3 +71,12 @@ class Rows:
         """
         bytes_apart = [stride * self.tensor.element_size() for stride in self.tensor.stride()[:2]]
         return self.stride_v == 1 and self.tensor.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in bytes_apart)
+
+    def mask(self, mask: torch.Tensor | None) -> torch.Tensor:
+        """The rows that count; None: all."""
+        return torch.ones(self.N, dtype=torch.bool, device=self.tensor.device) if mask is None else mask
+
+
+def per_row(temperature: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
+    """(temperature_ptr, temperature) as kernels take them: one a row, or None and a number for all."""
+    return (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, float(temperature))

@@ -8,7 +8,7 @@ FAR: tl.constexpr = tl.constexpr(80.0)  # e^80 and e^-80 are normal numbers
 
 @triton.jit
 def clamped(x, low, high):
-    """x within [low, high]; NaN stays NaN."""
+    """x within [low, high]; NaN stays NaN, and a bound that is NaN is none."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
@@ -20,48 +20,43 @@ def minus(a, b):
 
 
 @triton.jit
-def surrogate(
-    log_ratio, logp, advantage, acts, weight, low, gain, loss, max_log_ratio, WEIGHTED: tl.constexpr,
-    CISPO: tl.constexpr,
-):  # fmt: skip
-    """(loss, d loss / d log ratio or for CISPO d loss / d logp, live, ratio).
+def free(log_ratio, max_log_ratio):
+    """Where the bound (NaN: none) does not hold the log-ratio; a NaN is free."""
+    return (tl.abs(log_ratio) >= max_log_ratio) == 0
 
-    Clip: the ratio is bounded by `gain` where A > 0, by [low, loss] where A < 0. CISPO: `gain` caps the weight. A
-    max_log_ratio of NaN is none. WEIGHTED: loss and slope are multiplied by `weight`, which may be near 0 where the
-    ratio is beyond fp32: where the ratio moves, their product is that of e^(log ratio within +-FAR) and the rest.
-    Written so that a NaN ratio or advantage is live, and a factor of 0 is never multiplied by an overflow.
+
+@triton.jit
+def surrogate(log_ratio, logp, advantage, acts, weight, low, gain, loss, max_log_ratio, CISPO: tl.constexpr):
+    """(loss, d loss / d log ratio or for CISPO d loss / d logp, ratio).
+
+    Clip: the ratio is bounded by `gain` where A > 0, by [low, loss] where A < 0. CISPO: `gain` caps the ratio. Loss and
+    slope are multiplied by `weight`, which may be near 0 where the ratio is beyond fp32: where the ratio moves, their
+    product is that of e^(log ratio within +-FAR) and the rest. A factor of 0 is never multiplied by an overflow, and a
+    NaN ratio or advantage has a slope of NaN.
     """
     ratio = tl.exp(log_ratio)
-    moving = ratio
-    if WEIGHTED:
-        weight = tl.where(acts, weight, 0.0)
-        near = clamped(log_ratio, -FAR, FAR)
-        moving = tl.exp(near)
-        beyond = tl.exp(clamped(log_ratio - near, -1000.0, 1000.0))
-        scale = tl.where(acts, weight * tl.where(acts, beyond, 1.0), 0.0)
+    weight = tl.where(acts, weight, 0.0)
+    near = clamped(log_ratio, -FAR, FAR)
+    moving = tl.exp(near)
+    beyond = tl.exp(clamped(log_ratio - near, -1000.0, 1000.0))
+    scale = tl.where(acts, weight * tl.where(acts, beyond, 1.0), 0.0)
     moves = acts & (advantage != 0.0)
     if CISPO:
         capped = ratio > gain
-        coef = tl.where(capped, gain, moving)
-        if WEIGHTED:
-            coef *= tl.where(capped, weight, scale)
-        live = moves & (coef != 0.0)
-        slope = tl.where(live, -(tl.where(live, coef, 0.0) * advantage), 0.0)
-        value = tl.where(live, slope * logp, 0.0)
+        coef = tl.where(capped, gain, moving) * tl.where(capped, weight, scale)
+        moves = moves & (coef != 0.0)
+        slope = tl.where(moves, -(tl.where(moves, coef, 0.0) * advantage), 0.0)
+        value = tl.where(moves, slope * logp, 0.0)
     else:
         upper = tl.where(advantage > 0.0, gain, loss)
         lower = tl.where(advantage < 0.0, low, 0.0)
-        clipped = (ratio > upper) | (ratio < lower) | (tl.abs(log_ratio) >= max_log_ratio)
-        live = moves & (clipped == 0)
-        slope = tl.where(live, -advantage * tl.where(live, moving, 0.0), 0.0)
+        moves = moves & ((ratio > upper) == 0) & ((ratio < lower) == 0) & free(log_ratio, max_log_ratio)
+        slope = tl.where(moves, -advantage * tl.where(moves, moving, 0.0), 0.0)
+        slope = tl.where(moves, slope * tl.where(moves, scale, 0.0), 0.0)
         frozen = tl.where(advantage == 0.0, 1.0, clamped(ratio, lower, upper))
-        value = tl.where(acts, -advantage * tl.where(live, 0.0, frozen), 0.0)
-        if WEIGHTED:
-            slope = tl.where(live, slope * tl.where(live, scale, 0.0), 0.0)
-            value *= weight
-        live = live & (slope != 0.0)
-        value = tl.where(live, slope, value)
-    return value, slope, live, ratio
+        value = tl.where(acts, -advantage * tl.where(moves, 0.0, frozen), 0.0) * weight
+        value = tl.where(moves, slope, value)
+    return value, slope, ratio
 
 
 @triton.jit
@@ -70,65 +65,40 @@ def clip_flags(ratio, advantage, low, high, delta, CISPO: tl.constexpr):
     capped = tl.where(ratio > delta, delta, ratio)
     below = (capped < low) & (advantage < 0.0)
     if CISPO:
-        below = capped < capped
+        below = below & False
     return below, (capped > high) & (advantage > 0.0)
 
 
 @triton.jit
-def divergence(
-    difference, counts, log_ratio, ratio, max_log_ratio, KL: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-):  # fmt: skip
-    """(KL, d KL / d logp, live, whether it moves the ratio) from ref_logp - logp by the estimator k1, k2 or k3.
+def divergence(difference, counts, log_ratio, max_log_ratio, estimator, corrected, per_token):
+    """(KL, d KL / d logp, d KL / d log ratio of the sequence) from ref_logp - logp by the estimator k1, k2 or k3.
 
-    The difference is within +-max_log_ratio (NaN: none), a constant from there on. BIAS_CORRECTION: the KL is
-    multiplied by the ratio, and the slope is through the ratio too if that is the token's own (PER_TOKEN). e^difference
-    may be infinite where the ratio is 0: there their product is formed from the sum of the exponents.
+    The difference is within +-max_log_ratio (NaN: none), a constant from there on. corrected: the KL is multiplied by
+    the ratio; if that is the token's own (per_token), the slope is through the ratio too. e^difference may be infinite
+    where the ratio is 0: there their product is formed from the sum of the exponents.
     """
-    free = counts & ((tl.abs(difference) >= max_log_ratio) == 0)
+    moves = counts & free(difference, max_log_ratio)
     d = clamped(difference, -max_log_ratio, max_log_ratio)
-    if KL == 1:
-        apart = counts
-        kl = -d
-        slope = tl.where(counts, 1.0, 0.0)
-    elif KL == 2:
-        apart = counts & (d != 0.0)
-        kl = d * d * 0.5
-        slope = -d
-    else:
-        e = tl.exp(d)
-        apart = counts & (d != 0.0) & (e != 1.0)
-        kl = e - d - 1.0
-        slope = 1.0 - e
-    through = counts & (counts == 0)
-    if BIAS_CORRECTION:
-        through = apart & ((tl.abs(log_ratio) >= max_log_ratio) == 0)
-        weight = tl.where(apart, ratio, 0.0)
-        if KL == 3:
-            steep = apart & (d > 1.0) & (log_ratio < 0.0)
-            both = tl.exp(tl.where(steep, d + log_ratio, 0.0))
-            kl = tl.where(steep, both - (1.0 + d) * weight, tl.where(steep, 0.0, kl) * weight)
-            slope = tl.where(steep, weight - both, tl.where(steep, 0.0, slope) * weight)
-        else:
-            kl = kl * weight
-            slope = slope * weight
-        kl = tl.where(apart, kl, 0.0)
-        through = through & (kl != 0.0)
-        slope = tl.where(free, slope, 0.0)
-        if PER_TOKEN:
-            moved = slope + kl
-            if KL == 3:
-                moved = tl.where(free, -d * weight, moved)  # without the cancellation
-            slope = tl.where(through, moved, slope)
-    slope = tl.where(apart & (free | through), slope, 0.0)
-    return kl, slope, slope != 0.0, through
+    k3 = estimator == 3
+    e = tl.exp(tl.where(k3, d, 0.0))
+    kl = tl.where(k3, e - d - 1.0, tl.where(estimator == 2, d * d * 0.5, -d))
+    slope = tl.where(k3, 1.0 - e, tl.where(estimator == 2, -d, 1.0))
+    apart = counts & (slope != 0.0)
+    corrected_here = apart & corrected
+    log_r = tl.where(corrected_here, log_ratio, 0.0)
+    r = tl.exp(log_r)
+    steep = corrected_here & k3 & (d > 1.0) & (log_r < FAR)
+    both = tl.exp(tl.where(steep, d + log_r, 0.0))
+    value = tl.where(steep, both - (1.0 + d) * r, tl.where(steep, 0.0, kl) * r)
+    value = tl.where(corrected & (apart == 0), 0.0, value)
+    slope = tl.where(steep, r - both, tl.where(steep, 0.0, slope) * r)
+    slope = tl.where(apart & moves, slope, 0.0)
+    through = corrected_here & free(log_ratio, max_log_ratio)
+    total = tl.where(k3 & moves, -d * r, slope + value)  # (1 - e^d) r + (e^d - d - 1) r
+    return value, tl.where(through & per_token, total, slope), tl.where(through & (per_token == 0), value, 0.0)
 
 
 @triton.jit
-def is_kept(entropy, index, cutoff, last, EXACT_K: tl.constexpr):
-    """Tokens of the highest entropies; a NaN entropy is kept, so that it shows."""
-    broken = entropy != entropy
-    if EXACT_K:
-        return (entropy > cutoff) | ((entropy == cutoff) & (index <= last)) | broken
-    else:
-        return (entropy >= cutoff) | broken
+def is_kept(entropy, index, cutoff, last):
+    """Tokens of the highest entropies, of those at the cutoff up to index `last`; a NaN is kept, so that it shows."""
+    return (entropy > cutoff) | ((entropy == cutoff) & (index <= last)) | (entropy != entropy)

@@ -7,7 +7,7 @@ With p = softmax and the incoming g_logp, g_entropy, g_lse of a row,
 then the chain rule through softcap and logit scale. A dead row (all three exactly 0, or masked) is written as zeros
 and its logits are not read.
 
-A live row is read once and written once, a dead one written; with HELD (the gradient is there, for a factor of 1)
+A live row is read once and written once, a dead one written; with a gradient that is held for a factor of 1
 nothing moves where the factor is 1, and live rows alone where it is not.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, floored, softcapped, tanh
-from rlloss.kernels.rows import Rows, row_offset, scales
+from rlloss.kernels.rows import Rows, per_row, row_offset, scales
 
 
 @triton.jit
@@ -35,7 +35,6 @@ def _gradient(
     k,
     softcap,
     logit_scale,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY_GRAD: tl.constexpr,
 ):
     """d loss / d logits of one tile. `common` = g_lse - g_logp - g_entropy * entropy."""
@@ -47,7 +46,7 @@ def _gradient(
     else:
         grad = p * common
     grad = tl.where(offsets == target, grad + g_logp, grad) * scale
-    if HAS_SOFTCAP:
+    if softcap is not None:
         slope = tanh(logits * logit_scale / softcap)
         grad = grad * (1.0 - slope * slope) * logit_scale
     return grad
@@ -56,7 +55,7 @@ def _gradient(
 @triton.jit
 def write_gradient(
     row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap,
-    logit_scale, HAS_SOFTCAP: tl.constexpr, ENTROPY_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    logit_scale, ENTROPY_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The gradient of entries [start, min(stop, V)) of a row: each logit is read once, each gradient written once."""
     lanes = tl.arange(0, BLOCK_V)
@@ -64,20 +63,20 @@ def write_gradient(
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
         logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
-        u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+        u = softcapped(logits, softcap, logit_scale)
         grad = _gradient(
             u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
-            HAS_SOFTCAP, ENTROPY_GRAD,
+            ENTROPY_GRAD,
         )  # fmt: skip
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(out_ptr.dtype.element_ty))
     if stop > full:
         offsets = tl.maximum(start, full) + lanes
         inside = offsets < V
         logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
-        u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
+        u = softcapped(logits, softcap, logit_scale)
         grad = _gradient(
             u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
-            HAS_SOFTCAP, ENTROPY_GRAD,
+            ENTROPY_GRAD,
         )  # fmt: skip
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -121,25 +120,18 @@ def token_stats_backward_kernel(
     out_v,
     chunks: tl.int32,
     temperature: tl.float32,
-    softcap: tl.float32,
+    softcap,
     logit_scale: tl.float32,
-    HAS_MASK: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    LOGP_GRAD: tl.constexpr,
-    ENTROPY_GRAD: tl.constexpr,
-    LSE_GRAD: tl.constexpr,
-    HELD: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
     """Grid (N * chunks,). saved and entropy are the forward's; grad may be the logits themselves.
 
-    With HELD, grad holds the gradient for a factor of 1 already: nothing is left to do for that factor, and nothing
-    ever for dead rows.
+    temperature_ptr, softcap, g_entropy_ptr, g_lse_ptr and factor_ptr may be None. With a factor, grad holds the
+    gradient for a factor of 1 already: nothing is left to do for that factor, and nothing ever for dead rows.
     """
-    if HELD:
+    if factor_ptr is not None:
         if tl.load(factor_ptr) == 1.0:
             return
     pid = tl.program_id(0).to(tl.int64)
@@ -152,37 +144,33 @@ def token_stats_backward_kernel(
         row_ptr = tl.multiple_of(row_ptr, 16)
         out_ptr = tl.multiple_of(out_ptr, 16)
 
-    g_logp = 0.0
+    g_logp = tl.load(g_logp_ptr + row)
     g_entropy = 0.0
     g_lse = 0.0
-    if LOGP_GRAD:
-        g_logp = tl.load(g_logp_ptr + row)
-    if ENTROPY_GRAD:
+    if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
-    if LSE_GRAD:
+    if g_lse_ptr is not None:
         g_lse = tl.load(g_lse_ptr + row)
     # NaN is not 0: a broken coefficient is live and shows itself.
     dead = (g_logp == 0.0) & (g_entropy == 0.0) & (g_lse == 0.0)
-    if HAS_MASK:
-        dead = dead | (tl.load(mask_ptr + row) == 0)
+    dead = dead | (tl.load(mask_ptr + row) == 0)
 
     if dead:
-        if not HELD:
+        if factor_ptr is None:
             write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V)
     else:
         target = tl.load(target_ptr + row)
-        scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+        scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
         m = tl.load(saved_ptr + row)
         log_s = tl.load(saved_ptr + N + row)
         common = g_lse - g_logp
-        if LOGP_GRAD:
-            # The forward gave NaN to a target outside the vocabulary; its gradient is NaN too.
-            common = tl.where((target >= 0) & (target < V), common, float("nan"))
-        if ENTROPY_GRAD:
+        # The forward gave NaN to a target outside the vocabulary; the gradient of that logp is NaN too.
+        common = tl.where((target >= 0) & (target < V) | (g_logp == 0.0), common, float("nan"))
+        if g_entropy_ptr is not None:
             common = common - g_entropy * tl.load(entropy_ptr + row)
         write_gradient(
             row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k,
-            softcap, logit_scale, HAS_SOFTCAP, ENTROPY_GRAD, BLOCK_V,
+            softcap, logit_scale, g_entropy_ptr is not None, BLOCK_V,
         )  # fmt: skip
 
 
@@ -219,44 +207,22 @@ def token_stats_backward(
         return grad
     out = Rows(grad)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", logits, rows.V, block_v)
-    per_row, aligned = isinstance(temperature, torch.Tensor), rows.aligned() and out.aligned()
+    if g_logp is None:
+        g_logp = torch.zeros(rows.N, dtype=torch.float32, device=logits.device)
+    temperature_ptr, temperature = per_row(temperature)
+    aligned = rows.aligned() and out.aligned()
     with device_of(logits):
         token_stats_backward_kernel[(rows.N * chunks,)](
-            rows.tensor,
-            target,
-            target if mask is None else mask,
-            temperature if per_row else saved,
-            saved,
-            entropy,
-            saved if g_logp is None else g_logp,
-            saved if g_entropy is None else g_entropy,
-            saved if g_lse is None else g_lse,
-            saved if held is None else held[1],
-            out.tensor,
-            rows.N,
-            rows.V,
-            rows.inner,
-            rows.stride_outer,
-            rows.stride_inner,
-            rows.stride_v,
-            out.stride_outer,
-            out.stride_inner,
-            out.stride_v,
-            chunks,
-            1.0 if per_row else float(temperature),
-            0.0 if softcap is None else float(softcap),
+            rows.tensor, target, rows.mask(mask), temperature_ptr, saved, entropy, g_logp, g_entropy, g_lse,
+            None if held is None else held[1],
+            out.tensor, rows.N, rows.V, rows.inner, rows.stride_outer, rows.stride_inner, rows.stride_v,
+            out.stride_outer, out.stride_inner, out.stride_v, chunks, temperature,
+            softcap if softcap is None else float(softcap),
             float(logit_scale),
-            HAS_MASK=mask is not None,
-            PER_ROW=per_row,
-            HAS_SOFTCAP=softcap is not None,
-            LOGP_GRAD=g_logp is not None,
-            ENTROPY_GRAD=g_entropy is not None,
-            LSE_GRAD=g_lse is not None,
-            HELD=held is not None,
             ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
             **registers(logits, num_warps, simple=aligned and softcap is None),
-        )
+        )  # fmt: skip
     return grad

@@ -14,7 +14,7 @@ import triton.language as tl
 from rlloss.kernels.launch import device_of, launch_shape, processors, registers
 from rlloss.kernels.launch_table import choice
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
-from rlloss.kernels.rows import Rows, as_rows, row_offset, scales, tile_offsets
+from rlloss.kernels.rows import Rows, as_rows, per_row, row_offset, scales, tile_offsets
 
 
 @triton.jit
@@ -28,15 +28,14 @@ def chunk_stats(
     k,
     softcap,
     logit_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr,
-    MEAN: tl.constexpr,
-    TOP1: tl.constexpr,
+    EXTRA: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Statistics of entries [start, min(stop, V)): (m, s, w, q, sum u, largest u before the target)."""
+    """Statistics of entries [start, min(stop, V)): (m, s, w, q, sum u, largest u before the target).
+
+    Without EXTRA the last three are not computed.
+    """
     LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     R: tl.constexpr = BLOCK_V // LANES
     m = tl.full((R,), -float("inf"), tl.float32)
@@ -53,24 +52,22 @@ def chunk_stats(
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
         logits = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
-        u = softcapped(logits, softcap, logit_scale, HAS_SOFTCAP)
-        m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
-        if MEAN:
+        u = softcapped(logits, softcap, logit_scale)
+        m, s, w, q = fold(m, s, w, q, u, k, EXTRA)
+        if EXTRA:
             total += tl.sum(u, axis=1)
-        if TOP1:
             before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
     if stop > full:
         offsets = tl.maximum(start, full) + lanes
         inside = offsets < V
         logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0)
         logits, inside = as_rows(logits, ALIGNED).to(tl.float32), as_rows(inside, ALIGNED)
-        u = tl.where(inside, softcapped(logits, softcap, logit_scale, HAS_SOFTCAP), -float("inf"))
-        m, s, w, q = fold(m, s, w, q, u, k, ENTROPY, SQUARES)
-        if MEAN:
+        u = tl.where(inside, softcapped(logits, softcap, logit_scale), -float("inf"))
+        m, s, w, q = fold(m, s, w, q, u, k, EXTRA)
+        if EXTRA:
             rest = tl.sum(tl.where(inside, u, 0.0), axis=1)
-        if TOP1:
             before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
-    m_row, s_row, w_row, q_row = collapse(m, s, w, q, k, ENTROPY, SQUARES)
+    m_row, s_row, w_row, q_row = collapse(m, s, w, q, k, EXTRA)
     return m_row, s_row, w_row, q_row, tl.sum(total + rest, axis=0), tl.max(before, axis=0)
 
 
@@ -97,29 +94,21 @@ def _finish(
     k,
     softcap,
     logit_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr,
-    MEAN: tl.constexpr,
-    TOP1: tl.constexpr,
 ):
     # A target outside the vocabulary reads the row's first entry, and its logp becomes NaN.
     inside = (target >= 0) & (target < V)
     logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
-    u_target = softcapped(logit, softcap, logit_scale, HAS_SOFTCAP)
+    u_target = softcapped(logit, softcap, logit_scale)
     log_s = tl.log2(s)
     logp = (u_target - m) * scale - log_s * LN_2
     tl.store(logp_ptr + row, tl.where(inside, logp, float("nan")))
-    if ENTROPY:
-        tl.store(entropy_ptr + row, (log_s - w / s) * LN_2)
+    tl.store(entropy_ptr + row, (log_s - w / s) * LN_2)
     tl.store(lse_ptr + row, m * scale + log_s * LN_2)
     tl.store(saved_ptr + row, m)
     tl.store(saved_ptr + N + row, log_s)
-    if MEAN:
+    if extra_ptr is not None:
         tl.store(extra_ptr + row, total * scale / V)
-    if SQUARES:
         tl.store(extra_ptr + N + row, (tl.log2(q) - 2.0 * log_s) * LN_2)
-    if TOP1:
         # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
         first = inside & (u_target >= m) & (before < u_target) & (s == s)
         tl.store(extra_ptr + 2 * N + row, tl.where(first, 1.0, 0.0))
@@ -145,40 +134,35 @@ def token_stats_forward_kernel(
     stride_v,
     chunks: tl.int32,
     temperature: tl.float32,
-    softcap: tl.float32,
+    softcap,
     logit_scale: tl.float32,
-    HAS_MASK: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr,
-    MEAN: tl.constexpr,
-    TOP1: tl.constexpr,
-    SPLIT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (N,), or (N * chunks,) with SPLIT, where partial [6, N * chunks] is left for `token_stats_merge_kernel`."""
+    """Grid (N,), or (N * chunks,) if partial [6, N * chunks] is not None: it is left for `token_stats_merge_kernel`.
+
+    temperature_ptr, softcap and extra_ptr may be None.
+    """
+    EXTRA: tl.constexpr = extra_ptr is not None
     pid = tl.program_id(0).to(tl.int64)
     row = pid
-    if SPLIT:
+    if partial_ptr is not None:
         row = pid // chunks
-    if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            return
+    if tl.load(mask_ptr + row) == 0:
+        return
     offset = row_offset(row, rows_inner, stride_outer, stride_inner)
     row_ptr = logits_ptr + offset
     if ALIGNED:
         row_ptr = tl.multiple_of(row_ptr, 16)
     target = tl.load(target_ptr + row)
-    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+    scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
 
-    if SPLIT:
+    if partial_ptr is not None:
         chunk = (pid - row * chunks).to(tl.int32)
         m, s, w, q, total, before = chunk_stats(
             row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
-            logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
+            logit_scale, EXTRA, ALIGNED, BLOCK_V,
         )  # fmt: skip
         slots = N * chunks
         tl.store(partial_ptr + pid, m)
@@ -197,14 +181,14 @@ def token_stats_forward_kernel(
         for chunk in range(chunks):
             m_c, s_c, w_c, q_c, total_c, before_c = chunk_stats(
                 row_ptr, chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), V, stride_v, target, k, softcap,
-                logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1, ALIGNED, BLOCK_V,
+                logit_scale, EXTRA, ALIGNED, BLOCK_V,
             )  # fmt: skip
-            m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, ENTROPY, SQUARES)
+            m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, EXTRA)
             total += total_c
             before = tl.maximum(before, before_c)
         _finish(
             row, N, row_ptr, logp_ptr, entropy_ptr, lse_ptr, saved_ptr, extra_ptr, m, s, w, q, total, before, V,
-            stride_v, target, scale, k, softcap, logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1,
+            stride_v, target, scale, k, softcap, logit_scale,
         )  # fmt: skip
 
 
@@ -228,24 +212,17 @@ def token_stats_merge_kernel(
     stride_v,
     chunks: tl.int32,
     temperature: tl.float32,
-    softcap: tl.float32,
+    softcap,
     logit_scale: tl.float32,
-    HAS_MASK: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SQUARES: tl.constexpr,
-    MEAN: tl.constexpr,
-    TOP1: tl.constexpr,
 ):
     """Grid (N,): merge the chunks of each row in the order in which one program would have met them."""
+    EXTRA: tl.constexpr = extra_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            return
+    if tl.load(mask_ptr + row) == 0:
+        return
     row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
     target = tl.load(target_ptr + row)
-    scale, k = scales(row, temperature, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)
+    scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
     m = -float("inf")
     s = 0.0
     w = 0.0
@@ -257,13 +234,13 @@ def token_stats_merge_kernel(
         slot_ptr = partial_ptr + row * chunks + chunk
         m, s, w, q = merge(
             m, s, w, q, tl.load(slot_ptr), tl.load(slot_ptr + slots), tl.load(slot_ptr + 2 * slots),
-            tl.load(slot_ptr + 3 * slots), k, ENTROPY, SQUARES,
+            tl.load(slot_ptr + 3 * slots), k, EXTRA,
         )  # fmt: skip
         total += tl.load(slot_ptr + 4 * slots)
         before = tl.maximum(before, tl.load(slot_ptr + 5 * slots))
     _finish(
         row, N, row_ptr, logp_ptr, entropy_ptr, lse_ptr, saved_ptr, extra_ptr, m, s, w, q, total, before, V,
-        stride_v, target, scale, k, softcap, logit_scale, HAS_SOFTCAP, ENTROPY, SQUARES, MEAN, TOP1,
+        stride_v, target, scale, k, softcap, logit_scale,
     )  # fmt: skip
 
 
@@ -276,70 +253,44 @@ def token_stats_forward(
     logit_scale: float,
     *,
     entropy: bool = True,
-    squares: bool = False,
-    mean: bool = False,
-    top1: bool = False,
+    extra: bool = False,
     split: bool | None = None,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits [..., V], target / mask / temperature contiguous with N entries -> (logp, entropy, lse, saved, extra).
 
     All fp32: logp, entropy and lse [N]; saved [2, N] is (m, log2 s) for the backward; extra [3, N] is (mean logit,
-    log sum p^2, is_top1). 0 where masked or not asked for. `split` gives each chunk of a row a program of its own;
-    None: when there are fewer rows than would fill the device.
+    log sum p^2, is_top1), or [3, 0]. 0 where masked. The entropy is there also where it is not asked for: it costs no
+    access to memory. `split` gives each chunk of a row a program of its own; None: when there are fewer rows than would
+    fill the device.
     """
     rows = Rows(logits)
     logp, entropy_out, lse = (torch.zeros(rows.N, dtype=torch.float32, device=logits.device) for _ in range(3))
     saved = torch.zeros((2, rows.N), dtype=torch.float32, device=logits.device)
-    extra = torch.zeros((3, rows.N if squares or mean or top1 else 0), dtype=torch.float32, device=logits.device)
-    outputs = (logp, entropy_out, lse, saved, extra)
+    more = torch.zeros((3, rows.N if extra else 0), dtype=torch.float32, device=logits.device)
     if rows.N == 0:
-        return outputs
+        return logp, entropy_out, lse, saved, more
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
     if split is None:
         (few,) = choice("split", logits.device, logits.dtype, rows.V)
         split = chunks > 1 and logits.is_cuda and rows.N < few * processors(logits.device)
-    partial = torch.empty((6, rows.N * chunks if split else 0), dtype=torch.float32, device=logits.device)
-    per_row = isinstance(temperature, torch.Tensor)
+    partial = torch.empty((6, rows.N * chunks), dtype=torch.float32, device=logits.device) if split else None
+    temperature_ptr, temperature = per_row(temperature)
     arguments = (
-        rows.tensor,
-        target,
-        target if mask is None else mask,
-        temperature if per_row else logp,
-        *outputs,
-        partial,
-        rows.N,
-        rows.V,
-        rows.inner,
-        rows.stride_outer,
-        rows.stride_inner,
-        rows.stride_v,
-        chunks,
-        1.0 if per_row else float(temperature),
-        0.0 if softcap is None else float(softcap),
-        float(logit_scale),
-    )
-    flags = {
-        "HAS_MASK": mask is not None,
-        "PER_ROW": per_row,
-        "HAS_SOFTCAP": softcap is not None,
-        "ENTROPY": entropy,
-        "SQUARES": squares,
-        "MEAN": mean,
-        "TOP1": top1,
-    }
+        rows.tensor, target, rows.mask(mask), temperature_ptr, logp, entropy_out, lse, saved, more if extra else None,
+        partial, rows.N, rows.V, rows.inner, rows.stride_outer, rows.stride_inner, rows.stride_v, chunks, temperature,
+        softcap if softcap is None else float(softcap), float(logit_scale),
+    )  # fmt: skip
     aligned = rows.aligned()
     with device_of(logits):
         token_stats_forward_kernel[(rows.N * chunks if split else rows.N,)](
             *arguments,
-            **flags,
-            SPLIT=split,
             ALIGNED=aligned,
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
-            **registers(logits, num_warps, simple=aligned and softcap is None and not (squares or mean or top1)),
+            **registers(logits, num_warps, simple=aligned and softcap is None and not extra),
         )
         if split:
-            token_stats_merge_kernel[(rows.N,)](*arguments, **flags, num_warps=1)
-    return outputs
+            token_stats_merge_kernel[(rows.N,)](*arguments, num_warps=1)
+    return logp, entropy_out, lse, saved, more

@@ -30,8 +30,11 @@ FILES = {
 }
 IN_TRITON_ALONE = {
     "token_pass": "token_pass",
+    "TokenTensors": "token_pass",
+    "TokenSettings": "token_pass",
     "SUMMARY": "token_pass",
     "gradient_in_forward": "gradient_in_forward",
+    "LossTensors": "gradient_in_forward",
 }
 
 

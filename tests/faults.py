@@ -47,12 +47,10 @@ FAULTS = [
     ),
     (
         "kernels/logits_tile.py",
-        "target = tl.load(target_ptr + row).to(tl.int64) - first\n    scale, k = scales(row, tempera"
-        "ture, temperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore\n    m = tl.load("
-        "running_ptr",
-        "target = tl.load(target_ptr + row).to(tl.int64)\n    scale, k = scales(row, temperature, te"
-        "mperature_ptr, logit_scale, PER_ROW, HAS_SOFTCAP)  # type: ignore\n    m = tl.load(running_"
-        "ptr",
+        "target = tl.load(target_ptr + row).to(tl.int64) - first\n    scale, k = scales(row, temperature, temperature_"
+        "ptr, softcap, logit_scale)  # type: ignore\n    m = tl.load(running_ptr",
+        "target = tl.load(target_ptr + row).to(tl.int64)\n    scale, k = scales(row, temperature, temperature_"
+        "ptr, softcap, logit_scale)  # type: ignore\n    m = tl.load(running_ptr",
         HEAD,
     ),
     ("kernels/token_pass.py", "share = weight / tl.maximum(n, 1).to(tl.float32)", "share = weight", PASS),
@@ -71,8 +69,8 @@ FAULTS = [
     ("kernels/surrogates.py", "lower = tl.where(advantage < 0.0, low, 0.0)", "lower = low", PASS),
     (
         "kernels/surrogates.py",
-        "        kl = d * d * 0.5\n        slope = -d\n",
-        "        kl = d * d * 0.5\n        slope = d\n",
+        "tl.where(estimator == 2, -d, 1.0)",
+        "tl.where(estimator == 2, d, 1.0)",
         PASS,
     ),
     (
@@ -142,7 +140,7 @@ FAULTS = [
         "rlloss/losses/ratios.py",
         "return ~(log_ratio.abs() >= bound)",
         "return log_ratio.abs() < bound",
-        "tests/losses",
+        "all: tests/losses/test_loss_overflow.py",
     ),
     (
         "rlloss/losses/aggregate.py",

@@ -151,7 +151,7 @@ def _forward(hidden, head, rows, counted, keep, wanted, edges=None):
         operands(hidden, head, counted), head, target, rows.transform(counted), wanted, keep, edges=edges
     )  # fmt: skip
     shape = rows.target.shape
-    extra = spread(stats.extra, counted, shape) if wanted.squares or wanted.mean or wanted.top1 else stats.extra
+    extra = spread(stats.extra, counted, shape) if wanted.extra else stats.extra
     logp, entropy, lse = (spread(x, counted, shape) for x in (stats.logp, stats.entropy, stats.lse))
     return logp, entropy, lse, extra, stats, kept
 
@@ -210,18 +210,16 @@ def linear_token_stats_op(
     batch_invariant: bool,
     entropy: bool,
     entropy_grad: bool,
-    squares: bool,
-    mean: bool,
-    top1: bool,
+    extra: bool,
     capacity: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with plain(hidden.device):
         rows = _rows(target, temperatures, temperature, softcap, logit_scale, capacity)
         head, counted = Head(weight, bias, dtype, batch_invariant), counted_rows(target, mask, rows.capacity)
-        wanted = Wanted(entropy, squares, mean, top1)
-        logp, entropy_out, lse, extra, stats, _ = _forward(hidden, head, rows, counted, False, wanted)
-        return logp, entropy_out, lse, spread(stats.saved, counted, target.shape), extra.view(3, *_extra_shape(
-            target, wanted))  # fmt: skip
+        wanted = Wanted(entropy, extra)
+        logp, entropy_out, lse, more, stats, _ = _forward(hidden, head, rows, counted, False, wanted)
+        more = more.view(3, *_extra_shape(target, extra))
+        return logp, entropy_out, lse, spread(stats.saved, counted, target.shape), more
 
 
 def _rows(target, temperatures, temperature, softcap, logit_scale, capacity) -> Rows:
@@ -229,19 +227,19 @@ def _rows(target, temperatures, temperature, softcap, logit_scale, capacity) -> 
     return Rows(target, temperature if temperatures is None else temperatures, softcap, logit_scale, room)
 
 
-def _extra_shape(target: Tensor, wanted: Wanted) -> tuple[int, ...]:
-    return tuple(target.shape) if wanted.squares or wanted.mean or wanted.top1 else (0,)
+def _extra_shape(target: Tensor, extra: bool) -> tuple[int, ...]:
+    return tuple(target.shape) if extra else (0,)
 
 
 @linear_token_stats_op.register_fake
 def _(
     hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, batch_invariant,
-    entropy, entropy_grad, squares, mean, top1, capacity=None,
+    entropy, entropy_grad, extra, capacity=None,
 ):  # fmt: skip
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     row = [hidden.new_empty(target.shape, dtype=dtype) for _ in range(3)]
-    extra = _extra_shape(target, Wanted(entropy, squares, mean, top1))
-    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), hidden.new_empty((3, *extra), dtype=dtype)
+    more = hidden.new_empty((3, *_extra_shape(target, extra)), dtype=dtype)
+    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), more
 
 
 @torch.library.custom_op("rlloss::linear_token_stats_backward", mutates_args=())
@@ -300,7 +298,8 @@ def _(
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, target, mask, temperatures, *settings = inputs
     _, entropy, _, saved, extra = output
-    ctx.settings, entropy_grad, ctx.capacity = settings[:4], settings[6], settings[10]
+    *_, entropy_grad, _, ctx.capacity = settings
+    ctx.settings = settings[:4]
     ctx.backend = choose_backend(hidden)
     ctx.mark_non_differentiable(saved, extra)
     ctx.set_materialize_grads(False)
@@ -319,7 +318,7 @@ def _op_backward(ctx, g_logp, g_entropy, g_lse, *_):
                 ctx.capacity,
             )  # fmt: skip
         found = [g if need else None for g, need in zip(all_three, needed, strict=True)]
-    return *found, *(None for _ in range(14))
+    return *found, *(None for _ in range(12))
 
 
 torch.library.register_autograd("rlloss::linear_token_stats", _op_backward, setup_context=_setup_context)

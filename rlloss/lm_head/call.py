@@ -13,7 +13,7 @@ from rlloss.lm_head.plans import PLANS, PlanReport, Work, make_plan
 from rlloss.lm_head.row_subset import Capacity, Picked, Survey
 from rlloss.lm_head.vocab_loop import Settings, Wanted
 from rlloss.lm_head.vocab_parallel import shard_of
-from rlloss.logits.statistics import LOCAL_ROWS, TokenStats, check_outputs, check_rows
+from rlloss.logits.statistics import EXTRA, LOCAL_ROWS, TokenStats, as_asked, check_outputs, check_rows
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
 # FSDP takes the mean of the ranks' gradients; full_tensor() alone drops those of the others.
@@ -102,16 +102,14 @@ class Call(NamedTuple):
 
     def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
         check_outputs(outputs, entropy_grad)
-        wanted = Wanted(
-            "entropy" in outputs, "log_sum_sq_probs" in outputs, "mean_logit" in outputs, "is_top1" in outputs
-        )
+        wanted = Wanted("entropy" in outputs, not EXTRA.isdisjoint(outputs))
         if self.report is None:
             target, temperature, softcap, logit_scale, capacity = self.rows
             per_token = isinstance(temperature, Tensor)
             logp, entropy, lse, _, extra = linear_token_stats_op(
                 self.hidden, self.weight, self.bias, target, self.mask, temperature if per_token else None,
                 1.0 if per_token else temperature, softcap, logit_scale, *self.settings[:2],
-                wanted.entropy, entropy_grad, wanted.squares, wanted.mean, wanted.top1,
+                wanted.entropy, entropy_grad, wanted.extra,
                 None if capacity is None else list(capacity),
             )  # fmt: skip
         else:
@@ -119,14 +117,7 @@ class Call(NamedTuple):
                 self.hidden, self.weight, self.bias, self.rows, self.counted, self.keep, wanted, entropy_grad,
                 self.settings, self.gather,
             )  # type: ignore[misc]  # fmt: skip
-        return TokenStats(
-            logp=logp if "logp" in outputs else None,
-            entropy=(entropy if entropy_grad else entropy.detach()) if wanted.entropy else None,
-            lse=lse if "lse" in outputs else None,
-            mean_logit=extra[0] if wanted.mean else None,
-            log_sum_sq_probs=extra[1] if wanted.squares else None,
-            is_top1=extra[2] > 0 if wanted.top1 else None,
-        )
+        return as_asked(outputs, entropy_grad, logp, entropy, lse, extra)
 
 
 def prepare(

@@ -76,9 +76,7 @@ class Transform(NamedTuple):
 
 class Wanted(NamedTuple):
     entropy: bool = True
-    squares: bool = False
-    mean: bool = False
-    top1: bool = False
+    extra: bool = False
 
 
 class Stats(NamedTuple):
@@ -242,13 +240,10 @@ def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted:
     logp = torch.where(inside, (u_target - m) * scale - log_s * math.log(2), math.nan)
     entropy = (log_s - w / s) * math.log(2) if wanted.entropy else torch.zeros_like(logp)
     lse = m * scale + log_s * math.log(2)
-    some = wanted.squares or wanted.mean or wanted.top1
-    extra = state.new_zeros((3, len(target) if some else 0))
-    if wanted.mean:
+    extra = state.new_zeros((3, len(target) if wanted.extra else 0))
+    if wanted.extra:
         extra[0] = total * scale / V
-    if wanted.squares:
         extra[1] = (torch.log2(q) - 2 * log_s) * math.log(2)
-    if wanted.top1:
         # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
         extra[2] = (inside & (u_target >= m) & (before < u_target) & (s == s)).to(s.dtype)
     return Stats(logp, entropy, lse, torch.stack((m, log_s)), extra)

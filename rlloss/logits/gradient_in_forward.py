@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rlloss import backends
-from rlloss.config import KL_ESTIMATORS, LossConfig
+from rlloss.config import LossConfig
 from rlloss.logits.statistics import check_call
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import default_denominator, row_local
-from rlloss.losses.fused import kernel_bounds, knows
+from rlloss.losses.fused import kernel_settings, knows
 from rlloss.losses.inputs import LossInputs, as_scalar, check
 from rlloss.losses.loss import policy_loss
 from rlloss.losses.metrics import PolicyLoss
@@ -56,9 +56,7 @@ def worthwhile(logits: Tensor) -> bool:
 class _SingleLaunch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, rows, scaling, advantage, mask, config, given, arguments):
-        grad, logp, entropy, saved, *coefs = backends.triton.gradient_in_forward(
-            logits, *rows, *scaling, *arguments[:-1], **arguments[-1]
-        )
+        grad, logp, entropy, saved, *coefs = backends.triton.gradient_in_forward(logits, *rows, *scaling, *arguments)
         loss, metrics = policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
         ctx.held, ctx.rows, ctx.scaling = grad, rows, scaling
         ctx.save_for_backward(logits, saved, entropy, *coefs)
@@ -97,28 +95,17 @@ def single_launch_loss(
     with torch.no_grad():
         inputs = check(LossInputs(stand_in, advantage, mask, config, entropy=stand_in, **given))
         tensors = (inputs.advantage, inputs.old_logp, inputs.ref_logp, inputs.sampler_ratio)
-    cispo, (low, _, gain, loss_bound) = kernel_bounds(config)
     cutoff = given["cutoff"]
     if cutoff is not None:
         cutoff = as_scalar(cutoff, stand_in)
-    settings = {
-        "cispo": cispo,
-        "low": low,
-        "gain": gain,
-        "loss_bound": loss_bound,
-        "max_log_ratio": config.max_log_ratio,
-        "beta": float(config.beta),
-        "kl_estimator": 1 + KL_ESTIMATORS.index(config.kl_estimator),
-        "kl_bias_correction": config.kl_bias_correction,
-        "bonus": config.entropy_coef != 0.0,
-    }
-    tensors = (None if x is None else x.contiguous() for x in tensors)
-    arguments = (*tensors, cutoff, _weights(mask, config, given["denominator"]), settings)
+    tensors = backends.triton.LossTensors(
+        *(None if x is None else x.contiguous() for x in tensors), cutoff, _weights(mask, config, given["denominator"])
+    )
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(torch.float32).contiguous()
     loss, names, *values = _SingleLaunch.apply(
         logits, (target.contiguous(), mask.contiguous()), (temperature, softcap, float(logit_scale)), advantage, mask,
-        config, given, arguments,
+        config, given, (tensors, kernel_settings(config)),
     )  # fmt: skip
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))
 

@@ -10,6 +10,7 @@ from rlloss.backends import backend, choose_backend
 from rlloss.operators import operator
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
+EXTRA = frozenset(OUTPUTS[3:])  # computed together, and where one of them is asked for
 # The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
 _SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
 LOCAL_ROWS = ".to_local() where that is whole rows, the same ones of each argument, or .full_tensor()"
@@ -64,13 +65,11 @@ def _forward(
     logit_scale: float,
     entropy: bool,
     entropy_grad: bool,
-    squares: bool,
-    mean: bool,
-    top1: bool,
+    extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = _rows(target, mask, temperatures, temperature, _stats_dtype(logits))
-    logp, entropy_out, lse, saved, extra = backends.of(logits).token_stats_forward(
-        logits, *rows, softcap, logit_scale, entropy=entropy, squares=squares, mean=mean, top1=top1
+    logp, entropy_out, lse, saved, more = backends.of(logits).token_stats_forward(
+        logits, *rows, softcap, logit_scale, entropy=entropy, extra=extra
     )
     shape = target.shape
     return (
@@ -78,17 +77,15 @@ def _forward(
         entropy_out.view(shape),
         lse.view(shape),
         saved.view(2, *shape),
-        extra.view(3, *(shape if squares or mean or top1 else (0,))),
+        more.view(3, *(shape if extra else (0,))),
     )
 
 
-def _fake(
-    logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, squares, mean, top1
-):
+def _fake(logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, extra):
     dtype = _stats_dtype(logits)
     row = [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
-    extra_shape = target.shape if squares or mean or top1 else (0,)
-    return *row, logits.new_empty((2, *target.shape), dtype=dtype), logits.new_empty((3, *extra_shape), dtype=dtype)
+    more = logits.new_empty((3, *(target.shape if extra else (0,))), dtype=dtype)
+    return *row, logits.new_empty((2, *target.shape), dtype=dtype), more
 
 
 def _fake_gradient(logits, *_):
@@ -145,7 +142,7 @@ def _backward(ctx, g_logp, g_entropy, g_lse, *_):
     if any(g is not None for g in (g_logp, g_entropy, g_lse)):
         with backend(ctx.backend):
             grad = _gradient(*_saved(ctx), g_logp, g_entropy, g_lse)
-    return grad, *(None for _ in range(11))
+    return grad, *(None for _ in range(9))
 
 
 _token_stats = operator("token_stats", fake=_fake, setup_context=_setup_context, backward=_backward)(_forward)
@@ -169,7 +166,7 @@ class _InplaceTokenStats(torch.autograd.Function):
                 logits = _run_backward(*_saved(ctx), grads=(g_logp, g_entropy, g_lse), inplace=True)
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()  # the logits have a history of their own, which is not that of their gradient
-        return grad, *(None for _ in range(11))
+        return grad, *(None for _ in range(9))
 
 
 def token_stats(
@@ -239,10 +236,13 @@ def token_stats(
         float(logit_scale),
         "entropy" in outputs,
         entropy_grad,
-        "log_sum_sq_probs" in outputs,
-        "mean_logit" in outputs,
-        "is_top1" in outputs,
+        not EXTRA.isdisjoint(outputs),
     )
+    return as_asked(outputs, entropy_grad, logp, entropy, lse, extra)
+
+
+def as_asked(outputs, entropy_grad, logp, entropy, lse, extra) -> TokenStats:
+    """The outputs that were asked for, and None for the others."""
     return TokenStats(
         logp=logp if "logp" in outputs else None,
         entropy=(entropy if entropy_grad else entropy.detach()) if "entropy" in outputs else None,

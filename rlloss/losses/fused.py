@@ -1,5 +1,8 @@
 """The token pass as a registered operator: loss, metrics and coefficients of the losses that clip, in one launch."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,56 +29,29 @@ def knows(loss_type: LossType, x: Tensor) -> bool:
 
 def _run(
     logp: Tensor,
-    entropy: Tensor | None,
     advantage: Tensor,
     mask: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     sampler_ratio: Tensor | None,
     behavior_logp: Tensor | None,
+    entropy: Tensor | None,
     cutoff: Tensor | None,
     last: Tensor | None,
     denominator: Tensor | None,
-    number: float | None,
-    cispo: bool,
-    sequence: bool,
-    mean_of_sequence: bool,
-    kept_counts: bool,
-    bounds: list[float],
-    delta: float | None,
-    max_log_ratio: float | None,
-    beta: float,
-    kl_estimator: int,
-    kl_bias_correction: bool,
-    off_policy_threshold: float | None,
-    entropy_coef: float,
+    settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low, high, gain, loss_bound = bounds
-    tensors = (advantage, mask, old_logp, ref_logp, sampler_ratio, behavior_logp, entropy, cutoff, last)
-    return backends.triton.token_pass(
-        logp.contiguous(),
-        *(None if x is None else x.contiguous() for x in tensors),
-        number if denominator is None else denominator.to(torch.float32),
-        cispo=cispo,
-        sequence=sequence,
-        mean_of_sequence=mean_of_sequence,
-        kept_counts=kept_counts,
-        low=low,
-        high=high,
-        gain=gain,
-        loss_bound=loss_bound,
-        delta=delta,
-        max_log_ratio=max_log_ratio,
-        beta=beta,
-        kl_estimator=kl_estimator,
-        kl_bias_correction=kl_bias_correction,
-        off_policy_threshold=off_policy_threshold,
-        entropy_coef=entropy_coef,
+    kernels = backends.triton
+    tensors = kernels.TokenTensors(
+        logp, advantage, mask, old_logp, ref_logp, sampler_ratio, behavior_logp, entropy, cutoff, last, denominator
     )
+    tensors = (x if x is None else x.contiguous() for x in tensors)
+    loss, summary, coef, kept = kernels.token_pass(kernels.TokenTensors(*tensors), kernels.TokenSettings(*settings))
+    return loss, summary, coef, mask.new_empty(0) if kept is None else kept
 
 
-def _fake(logp, entropy, *settings):
-    kept = logp.shape if settings[-1] != 0.0 else (0,)
+def _fake(logp, *rest):
+    kept = logp.shape if backends.triton.TokenSettings(*rest[-1]).entropy_coef != 0.0 else (0,)
     return (
         logp.new_empty(()),
         logp.new_empty(len(backends.triton.SUMMARY)),
@@ -87,12 +63,35 @@ def _fake(logp, entropy, *settings):
 _token_pass = operator("token_pass", fake=_fake)(_run)
 
 
-def kernel_bounds(config: LossConfig) -> tuple[bool, list[float]]:
-    """(whether it is CISPO, [low, high, gain, loss_bound]) as kernels/surrogates.py takes them."""
-    if LOSSES[config.loss_type].kernel == "cispo":
-        return True, [0.0, config.epsilon_high, config.epsilon_high, config.epsilon_high]
+def kernel_settings(config: LossConfig) -> Any:
+    """What the kernels take of the settings: `TokenSettings`."""
+    loss_type = LOSSES[config.loss_type]
     low, gain, loss_bound = surrogates.clip_bounds(config)
-    return False, [low, 1.0 + config.epsilon_high, gain, loss_bound]
+    high = 1.0 + config.epsilon_high
+    if loss_type.caps_ratio:
+        low, high = 0.0, config.epsilon_high
+        gain = loss_bound = high
+
+    def bound(value: float | None, none: float = math.nan) -> float:
+        return none if value is None else float(value)
+
+    return backends.triton.TokenSettings(
+        cispo=float(loss_type.kernel == "cispo"),
+        low=low,
+        high=high,
+        gain=gain,
+        loss_bound=loss_bound,
+        delta=bound(config.delta),
+        max_log_ratio=bound(config.max_log_ratio),
+        sequence=float((loss_type.level or config.ratio_level) == "sequence"),
+        mean_of_sequence=float(loss_type.mean_of_sequence),
+        kept_counts=float(config.entropy_denominator == "kept"),
+        kl_estimator=1.0 + KL_ESTIMATORS.index(config.kl_estimator),
+        kl_bias_correction=float(config.kl_bias_correction),
+        beta=float(config.beta),
+        off_policy_threshold=bound(config.off_policy_threshold, math.inf),
+        entropy_coef=float(config.entropy_coef),
+    )
 
 
 def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
@@ -100,41 +99,24 @@ def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Te
     config, entropy, denominator = inputs.config, inputs.entropy, inputs.denominator
     if denominator is None and inputs.loss_type.divided_by != "tokens":
         denominator = default_denominator(inputs.mask, inputs.loss_type, config)
-    cispo, bounds = kernel_bounds(config)
     cutoff, last = (None, None) if tokens.selection is None else tokens.selection
-    as_tensor = isinstance(denominator, Tensor)
-    bonus = config.entropy_coef if entropy is not None else 0.0
+    settings = kernel_settings(config)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(torch.float32)
+    elif denominator is not None:
+        settings, denominator = settings._replace(denominator=float(denominator)), None
+    if entropy is None:
+        settings = settings._replace(entropy_coef=0.0)
     loss, summary, coef, kept = _token_pass(
-        inputs.logp,
-        entropy,
-        inputs.advantage,
-        inputs.mask,
-        inputs.old_logp,
-        inputs.ref_logp,
-        tokens.sampler_ratio,
-        inputs.behavior_logp if config.off_policy_threshold is not None else None,
-        cutoff,
-        last,
-        denominator if as_tensor else None,
-        None if as_tensor or denominator is None else float(denominator),
-        cispo,
-        inputs.level == "sequence",
-        inputs.loss_type.mean_of_sequence,
-        config.entropy_denominator == "kept",
-        bounds,
-        None if config.delta is None else float(config.delta),
-        None if config.max_log_ratio is None else float(config.max_log_ratio),
-        float(config.beta),
-        1 + KL_ESTIMATORS.index(config.kl_estimator),
-        config.kl_bias_correction,
-        None if config.off_policy_threshold is None else float(config.off_policy_threshold),
-        float(bonus),
-    )
+        inputs.logp, inputs.advantage, inputs.mask, inputs.old_logp, inputs.ref_logp, tokens.sampler_ratio,
+        inputs.behavior_logp if config.off_policy_threshold is not None else None, entropy, cutoff, last, denominator,
+        list(settings),
+    )  # fmt: skip
     metrics = dict(zip(backends.triton.SUMMARY, summary.unbind(), strict=True))
     scale, kept_scale = metrics.pop("scale"), metrics.pop("kept_scale")
     coefficients = Coefficients(coef, scale)
-    if bonus != 0.0:
-        coefficients = Coefficients(coef, scale, kept, -bonus * kept_scale)
+    if settings.entropy_coef != 0.0:
+        coefficients = Coefficients(coef, scale, kept, -settings.entropy_coef * kept_scale)
     unwanted = {"loss"}
     unwanted |= set() if inputs.ref_logp is not None else {"kl"}
     unwanted |= set() if entropy is not None else {"entropy", "entropy_kept"}

@@ -45,9 +45,7 @@ def fold_tile(
     logit_scale: float,
     *,
     entropy: bool,
-    squares: bool,
-    mean: bool,
-    top1: bool,
+    extra: bool,
     overwrite: bool,
 ) -> None:
     """See `rlloss.kernels.logits_tile.fold_tile`. `overwrite`: the tile's values are not needed any more."""
@@ -62,9 +60,8 @@ def fold_tile(
     place = local.clamp(0, C - 1)
     own = u.gather(-1, place.unsqueeze(-1).long()).squeeze(-1)
     u_target.copy_(torch.where(place == local, own, u_target))
-    if mean:
+    if extra:
         total += u.sum(-1)
-    if top1:
         columns = torch.arange(C, device=tile.device)
         earlier = torch.where(columns < local.unsqueeze(-1), u, -math.inf).amax(-1)
         before.copy_(torch.maximum(before, earlier))
@@ -84,12 +81,12 @@ def fold_tile(
         if entropy:
             # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
             torch.nansum(t.mul_(e), -1, out=sum_et[r])
-        if squares:
+        if extra:
             torch.sum(e.mul_(e), -1, out=sum_ee[r])
     if entropy:
         w.addcmul_(s, d_old).mul_(rescale).add_(sum_et, alpha=LOG2_E)
     s.mul_(rescale).add_(sum_e)
-    if squares:
+    if extra:
         q.mul_(rescale * rescale).add_(sum_ee)
     m.copy_(m_new)
 

@@ -17,9 +17,7 @@ def token_stats_forward(
     logit_scale: float,
     *,
     entropy: bool = True,
-    squares: bool = False,
-    mean: bool = False,
-    top1: bool = False,
+    extra: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `rlloss.kernels.token_stats_forward.token_stats_forward`."""
     N, V = target.numel(), logits.shape[-1]
@@ -38,15 +36,13 @@ def token_stats_forward(
         t = exponents(u, m_tile, scale, rows)
         e = torch.exp2(t)
         s[rows] = e.sum(-1)
-        if squares:
+        if extra:
             q[rows] = (e * e).sum(-1)
+            total[rows] = u.mean(-1)
+            first[rows] = u.argmax(-1)
         if entropy:
             # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
             w[rows] = t.mul_(e).nansum(-1)
-        if mean:
-            total[rows] = u.mean(-1)
-        if top1:
-            first[rows] = u.argmax(-1)
 
     def where_counted(x: Tensor) -> Tensor:
         return x if mask is None else torch.where(mask, x, 0.0)
@@ -55,11 +51,9 @@ def token_stats_forward(
     logp = where_counted(torch.where(inside, (u_target - m) * scale - log_s * math.log(2), math.nan))
     entropy_out = where_counted((log_s - w / s) * math.log(2)) if entropy else torch.zeros_like(logp)
     lse = where_counted(m * scale + log_s * math.log(2))
-    extra = logits.new_zeros((3, N if squares or mean or top1 else 0), dtype=dtype)
-    if mean:
-        extra[0] = where_counted(total * scale)
-    if squares:
-        extra[1] = where_counted((torch.log2(q) - 2 * log_s) * math.log(2))
-    if top1:
-        extra[2] = where_counted((inside & (first == place) & (u_target >= m)).to(dtype))
-    return logp, entropy_out, lse, torch.stack((m, log_s)), extra
+    more = logits.new_zeros((3, N if extra else 0), dtype=dtype)
+    if extra:
+        more[0] = where_counted(total * scale)
+        more[1] = where_counted((torch.log2(q) - 2 * log_s) * math.log(2))
+        more[2] = where_counted((inside & (first == place) & (u_target >= m)).to(dtype))
+    return logp, entropy_out, lse, torch.stack((m, log_s)), more

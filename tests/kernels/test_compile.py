@@ -180,11 +180,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from rlloss.kernels.token_pass import token_pass
+from rlloss.kernels.token_pass import TokenSettings, TokenTensors, token_pass
 from rlloss.kernels.entropy_quantile import entropy_quantile, entropy_top_k
 from rlloss.kernels.entropy_temperature import RULES, entropy_temperature
 from rlloss.kernels.logits_tile import fold_tile, gradient_tile
-from rlloss.kernels.gradient_in_forward import gradient_in_forward
+from rlloss.kernels.gradient_in_forward import LossTensors, gradient_in_forward
 from rlloss.kernels.token_stats_forward import token_stats_forward
 from rlloss.kernels.token_stats_backward import token_stats_backward
 
@@ -206,21 +206,18 @@ for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
                 logits, target, None, temperature, None, 1, split=split)
         token_stats_backward(logits, target, None, temperature, None, 1, saved, entropy, logp, None, None)
         x, mask = torch.zeros(B, T), torch.ones(B, T, dtype=torch.bool)
-        settings = {
-            "cispo": False, "low": 0.8 * temperature, "gain": 0.2, "loss_bound": 3.0, "max_log_ratio": None,
-            "beta": 0.0, "kl_estimator": 3, "kl_bias_correction": False,
-        }
+        settings = TokenSettings(0.0, 0.8 * temperature, 1.2, 0.2, 3.0)
         gradient_in_forward(
-            logits, target, mask, temperature, None, 1.0, x, x, None, None, None, torch.ones(2, B), bonus=False,
-            **settings)
-        token_pass(
-            x, x[:, :1].contiguous(), mask, x, None, None, None, None, None, None, temperature, sequence=False,
-            mean_of_sequence=False, kept_counts=False, high=1.2, delta=None, off_policy_threshold=None,
-            entropy_coef=0.0, **settings)
+            logits, target, mask, temperature, None, 1.0, LossTensors(x, x, None, None, None, torch.ones(2, B)),
+            settings)
+        for sequence in (0.0, 1.0):
+            token_pass(
+                TokenTensors(x, x[:, :1].contiguous(), mask, x, x, None, x, x),
+                settings._replace(
+                    sequence=sequence, denominator=temperature, kl_estimator=2.0 + sequence, beta=temperature))
         tile, running = torch.zeros(B * T, V), torch.zeros(7, B * T)
-        wanted = dict.fromkeys(("entropy", "squares", "mean", "top1"), False)
         for start in (0, 1, 16 * V):
-            fold_tile(tile, start, target, running, temperature, None, 1, **wanted)
+            fold_tile(tile, start, target, running, temperature, None, 1, entropy=False, extra=False)
             row = running[0]
             gradient_tile(tile, start, target, row, row, None, row, None, None, temperature, None, 1, torch.bfloat16)
 for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):

@@ -4,6 +4,7 @@ Each logit is read once forward; live rows are read and written once backward, d
 compiler removes, the second of two equal ones, count here.
 """
 
+import math
 import random
 
 import pytest
@@ -24,6 +25,7 @@ pytestmark = needs_interpreter
 
 FP32, BF16 = torch.float32, torch.bfloat16
 FLAG = (True, False)
+SETTINGS = token_pass.TokenSettings(cispo=0.0, low=0.8, high=1.2, gain=1.2, loss_bound=5.0, beta=0.1)
 
 
 def cases(count, **options):
@@ -90,14 +92,14 @@ ONE_CASE = {
 }  # fmt: skip
 
 
-@cases(32, **ROWS, split=FLAG, entropy=FLAG, squares=FLAG, mean=FLAG, top1=FLAG)
+@cases(32, **ROWS, split=FLAG, extra=FLAG)
 def test_the_statistics(monkeypatch, case):
     rows = Rows(case)
-    wanted = {name: case[name] for name in ("entropy", "squares", "mean", "top1")}
     with counted(monkeypatch) as traffic:
         token_stats_forward.token_stats_forward(
-            rows.logits, rows.target, rows.mask, *rows.scaling, **wanted, split=case["split"], block_v=rows.block_v
-        )
+            rows.logits, rows.target, rows.mask, *rows.scaling, extra=case["extra"], split=case["split"],
+            block_v=rows.block_v,
+        )  # fmt: skip
     rows.reads(traffic, rows.counts, own_target=True)
     forward, *merge = traffic.all
     assert len(merge) == case["split"]
@@ -146,10 +148,15 @@ def test_the_loss_and_its_gradient(monkeypatch, case):
     advantage[0] = 0.0  # a sequence without a gradient, as far as the loss goes
     with counted(monkeypatch) as traffic:
         grad, *_, coef, g_entropy = gradient_in_forward.gradient_in_forward(
-            rows.logits, rows.target, rows.mask.view(B, T), *rows.scaling, advantage,
-            floats("token") if case["old"] else None, ref, sampler, torch.tensor(3.0) if case["select"] else None,
-            torch.ones(2, B), cispo=case["cispo"], low=0.8, gain=1.2, loss_bound=5.0, max_log_ratio=None, beta=0.1,
-            kl_estimator=case["kl"] or 1, kl_bias_correction=False, bonus=case["bonus"], block_v=rows.block_v,
+            rows.logits, rows.target, rows.mask.view(B, T), *rows.scaling,
+            gradient_in_forward.LossTensors(
+                advantage, floats("token") if case["old"] else None, ref, sampler,
+                torch.tensor(3.0) if case["select"] else None, torch.ones(2, B),
+            ),
+            SETTINGS._replace(
+                cispo=case["cispo"], kl_estimator=case["kl"] or 1, entropy_coef=0.1 if case["bonus"] else 0.0
+            ),
+            block_v=rows.block_v,
         )  # fmt: skip
     live = coef != 0 if g_entropy is None else (coef != 0) | (g_entropy != 0)
     assert len(traffic.all) == 1
@@ -174,17 +181,16 @@ def test_the_temperature(monkeypatch, case):
 
 
 @cases(12, V=(1, 300, 512, 700), start=(0, 100), per_row=FLAG, softcap=FLAG, target=(torch.int64, torch.int32),
-       dtype=(FP32, BF16), entropy=FLAG, squares=FLAG, mean=FLAG, top1=FLAG, chunk_blocks=(8, 1))  # fmt: skip
+       dtype=(FP32, BF16), entropy=FLAG, lse=FLAG, extra=FLAG, chunk_blocks=(8, 1))  # fmt: skip
 def test_the_tiles_of_a_product(monkeypatch, case):
     monkeypatch.setattr("rlloss.kernels.launch.CHUNK_BLOCKS", case["chunk_blocks"])
     monkeypatch.setattr("rlloss.kernels.launch.choice", lambda *_: (256, 1))
     of = Rows(ONE_CASE | case | {"shape": (1, 4), "V_and_block": (case["V"], None), "dtype": FP32, "mask": None})
     tile, start = of.logits[0].clone(), case["start"]
     target = (of.target * 3 + 50).to(case["target"])
-    wanted = {name: case[name] for name in ("entropy", "squares", "mean", "top1")}
     state = torch.zeros(7, 9)[:, 2:6]
     with counted(monkeypatch) as traffic:
-        logits_tile.fold_tile(tile, start, target, state, *of.scaling, **wanted)
+        logits_tile.fold_tile(tile, start, target, state, *of.scaling, entropy=True, extra=case["extra"])
     (launch,) = traffic.all
     assert (launch.numbers()["chunks"] > 1) == (case["chunk_blocks"] == 1 and case["V"] > 256)
     read = traffic.of(tile, READ)
@@ -192,7 +198,7 @@ def test_the_tiles_of_a_product(monkeypatch, case):
     place = torch.where(inside, target - start, 0).long().unsqueeze(-1)
     assert (read.scatter_add(-1, place, -inside.long().unsqueeze(-1)) == 1).all()  # and the target's own
 
-    given = (case["squares"], case["entropy"], case["mean"])
+    given = (not case["extra"], case["entropy"], case["lse"])
     g_logp, g_entropy, g_lse = (torch.randn(4) if some else None for some in given)
     m, log_s, entropy = torch.zeros(3, 4)
     with counted(monkeypatch) as traffic:
@@ -233,21 +239,28 @@ def test_the_token_pass(monkeypatch, case):
         entropy = None
     behavior = floats("token") if case["behavior"] else None
     kept_counts = case["kept_counts"] and cutoff is not None
+    denominator = case["denominator"]
+    given = isinstance(denominator, torch.Tensor)
+    tensors = token_pass.TokenTensors(
+        logp, advantage, mask, old, ref, sampler, behavior, entropy, cutoff, last, denominator if given else None
+    )
+    settings = SETTINGS._replace(
+        cispo=case["cispo"], sequence=case["sequence"], mean_of_sequence=case["mean"], kept_counts=kept_counts,
+        denominator=0.0 if given or denominator is None else denominator, kl_estimator=case["kl"] or 1,
+        kl_bias_correction=case["bias"], off_policy_threshold=case["off_policy"] or math.inf,
+        entropy_coef=0.1 if case["bonus"] else 0.0,
+    )  # fmt: skip
     with counted(monkeypatch) as traffic:
-        token_pass.token_pass(
-            logp, advantage, mask, old, ref, sampler, behavior, entropy, cutoff, last, case["denominator"],
-            cispo=case["cispo"], sequence=case["sequence"], mean_of_sequence=case["mean"], kept_counts=kept_counts,
-            low=0.8, high=1.2, gain=1.2, loss_bound=5.0, delta=None, max_log_ratio=None, beta=0.1,
-            kl_estimator=case["kl"] or 1, kl_bias_correction=case["bias"], off_policy_threshold=case["off_policy"],
-            entropy_coef=0.1 if case["bonus"] else 0.0,
-        )  # fmt: skip
+        token_pass.token_pass(tensors, settings)
     assert len(traffic.all) == 1
-    # Once, and once more for what a sequence has to know of itself before its tokens can be weighed: by its ratio, and
-    # with an equal load by its drift.
-    for x in (logp, old, ref, behavior if case["off_policy"] is not None else None, entropy):
+    # Once, and once more for what a sequence has to know of itself before its tokens can be weighed. What is not given
+    # is read from logp again.
+    stand_ins = sum(x is None for x in (old, behavior, entropy))
+    for x in (logp, old, ref, entropy):
         if x is not None:
             read = traffic.of(x, READ)
-            assert (read[mask] >= 1).all() and read.max() <= 2 + (x is logp) and not read[~mask].any()
+            most = 2 + 2 * stand_ins * (x is logp)
+            assert (read[mask] >= 1).all() and read.max() <= most and not read[~mask].any()
     mask_read = traffic.of(mask, READ)
     assert mask_read.min() >= 1 and mask_read.max() <= 3
 

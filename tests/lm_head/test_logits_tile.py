@@ -29,7 +29,7 @@ def test_parts_of_a_tile_give_the_bits_of_the_whole(monkeypatch, temperature, so
         for i, tile in enumerate(tiles):
             logits_tile.fold_tile(
                 tile.clone(), i * C, target, state, temperature, softcap, 1.0,
-                entropy=True, squares=True, mean=True, top1=True, overwrite=overwrite,
+                entropy=True, extra=True, overwrite=overwrite,
             )  # fmt: skip
         return state
 

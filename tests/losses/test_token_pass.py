@@ -9,6 +9,7 @@ import torch
 from rlloss import LossConfig, backends, policy_loss
 from rlloss.config import KL_ESTIMATORS
 from rlloss.loss_types import LOSSES
+from rlloss.losses import fused
 from tests.support.devices import DEVICE, FUSED
 from tests.support.loss_cases import READ_BY
 
@@ -230,9 +231,7 @@ def test_one_graph_under_compile():
 
 def test_the_registered_operators_are_sound():
     x = batch(2, 3)
-    arguments = (
-        x["logp"], x["entropy"], x["advantage"][:, None], x["mask"], x["old_logp"],
-        None, None, None, None, None, None, None, False, False, True, False, [0.8, 1.28, 1.28, math.inf], None, None,
-        0.0, 3, False, None, 0.1,
-    )  # fmt: skip
+    settings = fused.kernel_settings(LossConfig("grpo", entropy_coef=0.1))
+    arguments = (x["logp"], x["advantage"][:, None], x["mask"], x["old_logp"], None, None, None, x["entropy"])
+    arguments += (None, None, None, list(settings))
     torch.library.opcheck(torch.ops.rlloss.token_pass.default, arguments)

@@ -80,7 +80,7 @@ def counted(monkeypatch) -> Iterator[Traffic]:
 
     def note(pointers, mask, kind):
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        traffic.all[-1].accesses.append((pointers.data[mask.data].ravel(), size, kind))
+        traffic.all[-1].accesses.append((pointers.data[mask.data.astype(bool)].ravel(), size, kind))
 
     def counting_load(self, pointers, mask, *rest):
         note(pointers, mask, READ)
