@@ -5,6 +5,7 @@ import contextlib
 import torch
 import triton
 
+from rlloss.kernels import launch_table
 from rlloss.kernels.launch_table import choice
 
 CHUNK_BLOCKS = 8
@@ -32,12 +33,8 @@ def registers(x: torch.Tensor, num_warps: int, *, simple: bool) -> dict[str, int
     Otherwise ptxas, left to itself, takes fewer registers than it needs and spills. It is told how many it may take:
     three programs of 8 warps still fit a multiprocessor, or four of 4, whose threads may have twice the entries.
     """
-    nvidia = x.is_cuda and torch.version.hip is None
-    return {"maxnreg": most_registers(num_warps)} if nvidia and not simple else {}
-
-
-def most_registers(num_warps: int) -> int:
-    return 80 if num_warps >= 8 else 128
+    nvidia = launch_table.generation(x.device).startswith("sm_")
+    return {"maxnreg": 80 if num_warps >= 8 else 128} if nvidia and not simple else {}
 
 
 def on_16_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import merge, softcapped
 from rlloss.kernels.rows import Rows, per_row, scales
-from rlloss.kernels.token_stats_backward import write_gradient
+from rlloss.kernels.token_stats_backward import coefficients, write_gradient
 from rlloss.kernels.token_stats_forward import chunk_stats
 
 
@@ -97,7 +97,10 @@ def gradient_tile_kernel(
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (R * chunks,). out may be the tile itself. temperature_ptr, softcap and g_* may be None."""
+    """Grid (R * chunks,). out may be the tile itself.
+
+    temperature_ptr, softcap and, together, g_entropy_ptr and g_lse_ptr may be None.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = pid // chunks
     start = (pid - row * chunks).to(tl.int32) * CHUNK_V
@@ -106,17 +109,13 @@ def gradient_tile_kernel(
     if ALIGNED:
         row_ptr = tl.multiple_of(row_ptr, 16)
         out = tl.multiple_of(out, 16)
-    g_logp = 0.0
+    g_logp = tl.load(g_logp_ptr + row)
     g_entropy = 0.0
-    common = 0.0
-    if g_lse_ptr is not None:
-        common = tl.load(g_lse_ptr + row)
-    if g_logp_ptr is not None:
-        g_logp = tl.load(g_logp_ptr + row)
-        common = common - g_logp
+    common = -g_logp
     if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
-        common = common - g_entropy * tl.load(entropy_ptr + row)
+        common += tl.load(g_lse_ptr + row)
+        common -= tl.where(g_entropy == 0.0, 0.0, g_entropy * tl.load(entropy_ptr + row))
     target = tl.load(target_ptr + row).to(tl.int64) - first
     scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)  # type: ignore
     write_gradient(
@@ -201,6 +200,7 @@ def gradient_tile(
     out_rows = Rows(out)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
     temperature_ptr, temperature = per_row(temperature)
+    g_logp, g_entropy, g_lse = coefficients(m, g_logp, g_entropy, g_lse)
     aligned = rows.aligned() and out_rows.aligned()
     with device_of(tile):
         gradient_tile_kernel[(rows.N * chunks,)](
@@ -209,7 +209,7 @@ def gradient_tile(
             temperature_ptr,
             m,
             log_s,
-            entropy,
+            m if entropy is None else entropy,
             g_logp,
             g_entropy,
             g_lse,

@@ -106,7 +106,7 @@ class TokenSettings(NamedTuple):
 
 
 @triton.jit
-def _finish(
+def _add_up(
     partial_ptr, loss_ptr, summary_ptr, B, cutoff, denominator, kept_counts, entropy_coef, FIELDS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -344,7 +344,7 @@ def token_pass_kernel(
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         if denominator_ptr is not None:
             denominator = tl.load(denominator_ptr)
-        _finish(partial_ptr, loss_ptr, summary_ptr, B, cutoff, denominator, kept_counts, entropy_coef, FIELDS, BLOCK_B)
+        _add_up(partial_ptr, loss_ptr, summary_ptr, B, cutoff, denominator, kept_counts, entropy_coef, FIELDS, BLOCK_B)
 
 
 def token_pass(

@@ -128,8 +128,8 @@ def token_stats_backward_kernel(
 ):
     """Grid (N * chunks,). saved and entropy are the forward's; grad may be the logits themselves.
 
-    temperature_ptr, softcap, g_entropy_ptr, g_lse_ptr and factor_ptr may be None. With a factor, grad holds the
-    gradient for a factor of 1 already: nothing is left to do for that factor, and nothing ever for dead rows.
+    temperature_ptr, softcap, factor_ptr and, together, g_entropy_ptr and g_lse_ptr may be None. With a factor, grad
+    holds the gradient for a factor of 1 already: nothing is left to do for that factor, and nothing ever for dead rows.
     """
     if factor_ptr is not None:
         if tl.load(factor_ptr) == 1.0:
@@ -149,7 +149,6 @@ def token_stats_backward_kernel(
     g_lse = 0.0
     if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
-    if g_lse_ptr is not None:
         g_lse = tl.load(g_lse_ptr + row)
     # NaN is not 0: a broken coefficient is live and shows itself.
     dead = (g_logp == 0.0) & (g_entropy == 0.0) & (g_lse == 0.0)
@@ -167,11 +166,20 @@ def token_stats_backward_kernel(
         # The forward gave NaN to a target outside the vocabulary; the gradient of that logp is NaN too.
         common = tl.where((target >= 0) & (target < V) | (g_logp == 0.0), common, float("nan"))
         if g_entropy_ptr is not None:
-            common = common - g_entropy * tl.load(entropy_ptr + row)
+            common = common - tl.where(g_entropy == 0.0, 0.0, g_entropy * tl.load(entropy_ptr + row))
         write_gradient(
             row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k,
             softcap, logit_scale, g_entropy_ptr is not None, BLOCK_V,
         )  # fmt: skip
+
+
+def coefficients(
+    like: torch.Tensor, g_logp: torch.Tensor | None, g_entropy: torch.Tensor | None, g_lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """With zeros where a kernel takes no None: for g_logp, and for the one of the others where there is only one."""
+    both = g_entropy is None and g_lse is None
+    g_logp, g_entropy, g_lse = (torch.zeros_like(like) if g is None else g for g in (g_logp, g_entropy, g_lse))
+    return (g_logp, None, None) if both else (g_logp, g_entropy, g_lse)
 
 
 def token_stats_backward(
@@ -207,8 +215,7 @@ def token_stats_backward(
         return grad
     out = Rows(grad)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", logits, rows.V, block_v)
-    if g_logp is None:
-        g_logp = torch.zeros(rows.N, dtype=torch.float32, device=logits.device)
+    g_logp, g_entropy, g_lse = coefficients(saved[0], g_logp, g_entropy, g_lse)
     temperature_ptr, temperature = per_row(temperature)
     aligned = rows.aligned() and out.aligned()
     with device_of(logits):
