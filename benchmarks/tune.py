@@ -87,12 +87,12 @@ def workload(key: Key, device: torch.device, rows: int, D: int = 2048) -> Callab
         part.copy_(torch.randn(part.shape, generator=g, device=device).mul_(4))
     flat, place = logits[0], target[0]
     if key.kernel in ("statistics", "split"):
-        return lambda: backends.triton.token_stats_forward(flat, place, None, 1.0, None, 1.0)
+        return lambda: backends.triton.token_stats_forward(flat, place, None, (1.0, None, 1.0))
     if key.kernel == "gradient":
-        logp, entropy, _, saved, _ = backends.triton.token_stats_forward(flat, place, None, 1.0, None, 1.0)
+        logp, entropy, _, saved, _ = backends.triton.token_stats_forward(flat, place, None, (1.0, None, 1.0))
         coef = torch.ones_like(logp)
         return lambda: backends.triton.token_stats_backward(
-            flat, place, None, 1.0, None, 1.0, saved, entropy, coef, None, None
+            flat, place, None, (1.0, None, 1.0), (saved, entropy), (coef, None, None)
         )
     leaf, loss_fn = logits.requires_grad_(), GRPOLoss(LossConfig())
 

@@ -167,9 +167,7 @@ def gradient_in_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor,
-    temperature: torch.Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[torch.Tensor | float, float | None, float],
     tensors: LossTensors,
     settings: TokenSettings,
     *,
@@ -177,7 +175,8 @@ def gradient_in_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
 
-    logits [B, T, V] with N = B T >= 1; target, mask and a temperature tensor [B, T], contiguous. From saved on the
+    logits [B, T, V] with N = B T >= 1; target, mask [B, T], contiguous; transform as for
+    `token_stats_forward`. From saved on the
     results are what `token_stats_backward` takes. Of the settings those of a sequence and of the denominator are not
     looked at: they are in `weight`.
     """
@@ -191,6 +190,7 @@ def gradient_in_forward(
     g_entropy = torch.empty_like(coef) if settings.entropy_coef != 0.0 else None
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)
     aligned = rows.aligned() and out.aligned()
+    temperature, softcap, logit_scale = transform
     temperature_ptr, temperature = per_row(temperature)
     advantage, old_logp, ref_logp, sampler_ratio, cutoff, weight = tensors
     bits = ((old_logp, OLD), (sampler_ratio, SAMPLER), (cutoff, CUTOFF))

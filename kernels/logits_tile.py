@@ -130,9 +130,7 @@ def fold_tile(
     start: int,
     target: torch.Tensor,
     state: torch.Tensor,
-    temperature: torch.Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[torch.Tensor | float, float | None, float],
     *,
     entropy: bool,
     extra: bool,
@@ -140,7 +138,8 @@ def fold_tile(
 ) -> None:
     """Fold tile [R, C], contiguous fp32, the raw logits of vocabulary entries start .. start + C - 1, into `state`.
 
-    target and temperature (or a number) contiguous [R]; state [7, R], contiguous along its rows. extra: q, the sum and
+    target contiguous [R]; transform (temperature: a number or [R], softcap, logit_scale); state [7, R], contiguous
+    along its rows. extra: q, the sum and
     the largest before the target too. What only the torch version makes use of: `overwrite` allows it to change the
     tile, without `entropy` it leaves w alone.
     """
@@ -148,6 +147,7 @@ def fold_tile(
     if rows.N == 0:
         return
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", tile, rows.V)
+    temperature, softcap, logit_scale = transform
     temperature_ptr, temperature = per_row(temperature)
     aligned = rows.aligned()
     with device_of(tile):
@@ -177,21 +177,15 @@ def gradient_tile(
     tile: torch.Tensor,
     start: int,
     target: torch.Tensor,
-    m: torch.Tensor,
-    log_s: torch.Tensor,
-    entropy: torch.Tensor | None,
-    g_logp: torch.Tensor | None,
-    g_entropy: torch.Tensor | None,
-    g_lse: torch.Tensor | None,
-    temperature: torch.Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[torch.Tensor | float, float | None, float],
+    stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    coefs: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The gradient of the raw logits in `tile` (as for `fold_tile`), in `dtype`: the tile's memory if that is fp32.
 
-    All rows are computed. m, log_s (log2 of the sum), entropy (needed for g_entropy) and g_* are contiguous fp32 [R];
-    a g_* that is None is 0. A target outside the vocabulary has no entry of its own.
+    All rows are computed. stats (m, log2 of the sum, entropy, which g_entropy needs) and coefs (g_logp, g_entropy,
+    g_lse; None is 0) are contiguous fp32 [R]. A target outside the vocabulary has no entry of its own.
     """
     rows = Rows(tile)
     out = tile if dtype == tile.dtype else torch.empty(tile.shape, dtype=dtype, device=tile.device)
@@ -199,8 +193,9 @@ def gradient_tile(
         return out
     out_rows = Rows(out)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
+    (temperature, softcap, logit_scale), (m, log_s, entropy) = transform, stats
     temperature_ptr, temperature = per_row(temperature)
-    g_logp, g_entropy, g_lse = coefficients(m, g_logp, g_entropy, g_lse)
+    g_logp, g_entropy, g_lse = coefficients(m, *coefs)
     aligned = rows.aligned() and out_rows.aligned()
     with device_of(tile):
         gradient_tile_kernel[(rows.N * chunks,)](

@@ -186,14 +186,9 @@ def token_stats_backward(
     logits: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor | None,
-    temperature: torch.Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
-    saved: torch.Tensor,
-    entropy: torch.Tensor,
-    g_logp: torch.Tensor | None,
-    g_entropy: torch.Tensor | None,
-    g_lse: torch.Tensor | None,
+    transform: tuple[torch.Tensor | float, float | None, float],
+    stats: tuple[torch.Tensor, torch.Tensor],
+    coefs: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     *,
     inplace: bool = False,
     held: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -204,7 +199,8 @@ def token_stats_backward(
     held: (the gradient for a factor of 1, by which everything incoming has been multiplied, 0-d fp32): it is corrected
     in place, where the factor is not 1, and returned.
 
-    g_* are contiguous fp32 with N entries or None; saved and entropy are what `token_stats_forward` returned.
+    target, mask and transform as for `token_stats_forward`, which returned stats (saved, entropy); coefs (g_logp,
+    g_entropy, g_lse) contiguous fp32 with N entries, or None.
     """
     rows = Rows(logits)
     if held is not None:
@@ -215,7 +211,8 @@ def token_stats_backward(
         return grad
     out = Rows(grad)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", logits, rows.V, block_v)
-    g_logp, g_entropy, g_lse = coefficients(saved[0], g_logp, g_entropy, g_lse)
+    (temperature, softcap, logit_scale), (saved, entropy) = transform, stats
+    g_logp, g_entropy, g_lse = coefficients(saved[0], *coefs)
     temperature_ptr, temperature = per_row(temperature)
     aligned = rows.aligned() and out.aligned()
     with device_of(logits):

@@ -248,17 +248,16 @@ def token_stats_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor | None,
-    temperature: torch.Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[torch.Tensor | float, float | None, float],
     *,
     entropy: bool = True,
     extra: bool = False,
     split: bool | None = None,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits [..., V], target / mask / temperature contiguous with N entries -> (logp, entropy, lse, saved, extra).
+    """logits [..., V] -> (logp, entropy, lse, saved, extra).
 
+    target, mask contiguous with N entries; transform: (temperature: a number or as target, softcap, logit_scale).
     All fp32: logp, entropy and lse [N]; saved [2, N] is (m, log2 s) for the backward; extra [3, N] is (mean logit,
     log sum p^2, is_top1), or [3, 0]. 0 where masked. The entropy is there also where it is not asked for: it costs no
     access to memory. `split` gives each chunk of a row a program of its own; None: when there are fewer rows than would
@@ -275,6 +274,7 @@ def token_stats_forward(
         (few,) = choice("split", logits.device, logits.dtype, rows.V)
         split = chunks > 1 and logits.is_cuda and rows.N < few * processors(logits.device)
     partial = torch.empty((6, rows.N * chunks), dtype=torch.float32, device=logits.device) if split else None
+    temperature, softcap, logit_scale = transform
     temperature_ptr, temperature = per_row(temperature)
     arguments = (
         rows.tensor, target, rows.mask(mask), temperature_ptr, logp, entropy_out, lse, saved, more if extra else None,

@@ -1,5 +1,6 @@
 """Drop-in loss modules: from logits, or from hidden states, to the loss."""
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,8 +10,10 @@ from rlloss.config import LossConfig
 from rlloss.lm_head.call import HeadInputs, head_options
 from rlloss.lm_head.gradient_in_forward import gradient_in_forward, prepare_loss
 from rlloss.logits.gradient_in_forward import single_launch_loss, why_two_launches, worthwhile
-from rlloss.logits.statistics import token_stats
-from rlloss.losses.loss import policy_loss
+from rlloss.logits.statistics import LogitsInputs, stats_of
+from rlloss.logits.transform import Transform
+from rlloss.losses.inputs import LossInputs
+from rlloss.losses.loss import loss_of
 from rlloss.losses.metrics import PolicyLoss
 
 
@@ -115,13 +118,12 @@ class GRPOLoss(nn.Module):
         checks.floating("logits", logits)
         checks.require(logits.dim() == 3, "logits", f"shape {tuple(logits.shape)}", "[B, T, V]")
         checks.boolean("mask", mask)
-        config = self.config
-        given = {
-            "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
-            "cutoff": cutoff, "denominator": denominator, "kept": kept, "selected": selected,
-        }  # fmt: skip
-        scaling = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-
+        config, rows = self.config, LogitsInputs(logits, target, mask, Transform(temperature, softcap, logit_scale))
+        given = functools.partial(
+            LossInputs, advantage=advantage, mask=mask, config=config, old_logp=old_logp, ref_logp=ref_logp,
+            sampler_ratio=sampler_ratio, sampler_logp=sampler_logp, cutoff=cutoff, denominator=denominator, kept=kept,
+            selected=selected,
+        )  # fmt: skip
         reason = "single_launch=False" if self.single_launch is False else None
         if self.inplace_grad:
             reason = "inplace_grad=True"
@@ -129,19 +131,10 @@ class GRPOLoss(nn.Module):
             reason = "tokens kept by another call"
         reason = reason or why_two_launches(logits, config, cutoff, denominator)
         if reason is None and (self.single_launch or worthwhile(logits)):
-            return single_launch_loss(logits, target, advantage, mask, config=config, **scaling, given=given)
+            return single_launch_loss(rows, given)
         checks.require(not self.single_launch, "single_launch", True, f"None or False with {reason}")
-        stats = token_stats(
-            logits,
-            target,
-            mask=mask,
-            **scaling,
-            outputs=("logp", "entropy"),
-            entropy_grad=config.entropy_coef != 0.0,
-            inplace_grad=self.inplace_grad,
-        )
-        assert stats.logp is not None
-        return policy_loss(stats.logp, advantage, mask, config=config, entropy=stats.entropy, **given)
+        stats = stats_of(rows, ("logp", "entropy"), config.entropy_coef != 0.0, self.inplace_grad)
+        return loss_of(given(logp=stats.logp, entropy=stats.entropy))
 
 
 class LinearGRPOLoss(nn.Module):
@@ -234,14 +227,14 @@ class LinearGRPOLoss(nn.Module):
 
         `policy_loss` has the same arguments in more words.
         """
-        given = {
-            "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio, "sampler_logp": sampler_logp,
-            "cutoff": cutoff, "denominator": denominator, "kept": kept, "selected": selected,
-        }  # fmt: skip
+        given = functools.partial(
+            LossInputs, advantage=advantage, mask=mask, config=self.config, old_logp=old_logp, ref_logp=ref_logp,
+            sampler_ratio=sampler_ratio, sampler_logp=sampler_logp, cutoff=cutoff, denominator=denominator, kept=kept,
+            selected=selected,
+        )  # fmt: skip
         inputs = HeadInputs(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
         call = prepare_loss(inputs, self.options, advantage, self.config, cutoff, denominator)
         if call.report is not None and call.report.plan == "gradient_in_forward":
-            return gradient_in_forward(call, advantage, mask, self.config, given)
+            return gradient_in_forward(call, self.config, given)
         stats = call.stats(("logp", "entropy"), self.config.entropy_coef != 0.0)
-        assert stats.logp is not None
-        return policy_loss(stats.logp, advantage, mask, config=self.config, entropy=stats.entropy, **given)
+        return loss_of(given(logp=stats.logp, entropy=stats.entropy))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import triton
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-# address, predicate, opcode, operands
-SASS = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:@(\S+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
+# address, predicate, opcode, operands; behind these some tools have notes on the scheduling, far to the right
+SASS = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:@(\S+)\s+)?([A-Z][\w.]*)\s*([^;]*?)(?:\s*;|\s{2,})")
 AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
 
 

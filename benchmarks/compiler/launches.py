@@ -90,23 +90,23 @@ def call_rows(dtype: str, case: str) -> None:
     more = numbers if everything else None
     twice = case in ("plain", "everything")
     for split in (False, True) if twice else (False,):
-        token_stats_forward.token_stats_forward(logits, target, mask, *scaling, extra=everything, split=split)
+        token_stats_forward.token_stats_forward(logits, target, mask, scaling, extra=everything, split=split)
     for held in (None, (logits, numbers[0])) if case == "plain" else (None,):
         token_stats_backward.token_stats_backward(
-            logits, target, mask, *scaling, torch.ones(2, N), numbers, numbers, more, more, held=held
+            logits, target, mask, scaling, (torch.ones(2, N), numbers), (numbers, more, more), held=held
         )
     x = torch.ones(B, T)
     for cispo in (0.0, 1.0) if twice else (0.0,):
         gradient_in_forward.gradient_in_forward(
-            logits, target, mask.view(B, T), *scaling,
+            logits, target, mask.view(B, T), scaling,
             gradient_in_forward.LossTensors(x, x, x, x, x[0, 0], torch.ones(2, B)),
             token_pass.TokenSettings(cispo, 0.8, 1.2, 1.2, 5.0, entropy_coef=float(everything)),
         )  # fmt: skip
     if layout != "strided":  # a tile is fp32 and contiguous, its gradient has the dtype of the weight
         tile = logits_of(V, torch.float32, layout).flatten(0, 1)
-        logits_tile.fold_tile(tile, 0, target, torch.zeros(7, N), *scaling, entropy=True, extra=everything)
+        logits_tile.fold_tile(tile, 0, target, torch.zeros(7, N), scaling, entropy=True, extra=everything)
         logits_tile.gradient_tile(
-            tile, 0, target, numbers, numbers, numbers, numbers, more, more, *scaling, DTYPES[dtype]
+            tile, 0, target, scaling, (numbers, numbers, numbers), (numbers, more, more), DTYPES[dtype]
         )
     if of["softcap"] is None:
         rules = entropy_temperature.RULES if case == "plain" else entropy_temperature.RULES[:1]

@@ -11,7 +11,8 @@ from rlloss.backends import backend, choose_backend
 from rlloss.lm_head import vocab_loop
 from rlloss.lm_head.matmul import count_unit
 from rlloss.lm_head.row_subset import Capacity, Picked, Survey, fitting
-from rlloss.lm_head.vocab_loop import Coefs, Head, Kept, Stats, Transform, Wanted
+from rlloss.lm_head.vocab_loop import Coefs, Head, Kept, Settings, Stats, Wanted
+from rlloss.logits.transform import Transform
 
 # Entered wherever the weight is read: an engine that shards it gathers it there.
 Gather = Callable[[], contextlib.AbstractContextManager]
@@ -156,18 +157,31 @@ def _forward(hidden, head, rows, counted, keep, wanted, edges=None):
     return logp, entropy, lse, extra, stats, kept
 
 
-def _backward(hidden, head, rows, counted, saved, entropy, grads, kept, needed):
+def _backward(hidden, head, rows, counted, stats, grads, kept, needed):
+    saved, entropy = stats
     coefs = Coefs(*(None if g is None else flat(g, counted).to(saved.dtype) for g in grads))
     stats = Stats(saved[0], saved[0] if entropy is None else entropy, saved[0], saved, saved[:0])
     return gradients(hidden, head, rows, counted, stats, coefs, kept, needed)
 
 
+class How(NamedTuple):
+    """What a call knows besides hidden, weight and bias; see `rlloss.lm_head.call.Call`."""
+
+    rows: Rows
+    counted: Picked | None
+    keep: tuple[Picked | bool, list[int] | None]
+    wanted: Wanted
+    entropy_grad: bool
+    settings: Settings
+    gather: Gather
+
+
 class LinearTokenStats(torch.autograd.Function):
-    """apply(hidden, weight, bias, rows, counted, (keep, edges), wanted, entropy_grad, settings, gather)
-    -> (logp, entropy, lse, extra), like target. Eager."""
+    """apply(hidden, weight, bias, how) -> (logp, entropy, lse, extra), like target. Eager."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, counted, keep, wanted, entropy_grad, settings, gather):
+    def forward(ctx, hidden, weight, bias, how):
+        rows, counted, keep, wanted, entropy_grad, settings, gather = how
         ctx.set_materialize_grads(False)
         with plain(hidden.device), gather():
             head = Head(weight, bias, *settings)
@@ -185,14 +199,14 @@ class LinearTokenStats(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy, g_lse, _):
         grads = (g_logp, g_entropy, g_lse)
         if all(g is None for g in grads):
-            return (None,) * 10
+            return (None,) * 4
         hidden, weight, bias, _, _, saved, entropy = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward finds none and computes the logits again
         rows, counted, settings, gather = ctx.rest
         with plain(hidden.device), gather(), backend(ctx.backend):
             head = Head(weight, bias, *settings)
-            found = _backward(hidden, head, rows, counted, saved, entropy, grads, kept, ctx.needs_input_grad[:3])
-        return *found, *(None,) * 7
+            found = _backward(hidden, head, rows, counted, (saved, entropy), grads, kept, ctx.needs_input_grad[:3])
+        return *found, None
 
 
 @torch.library.custom_op("rlloss::linear_token_stats", mutates_args=())
@@ -274,8 +288,9 @@ def _backward_op(
                 exceeded = mask.sum() > rows.capacity.rows
                 grads = (None if g is None else g.masked_fill(exceeded, torch.nan) for g in grads)
         found = _backward(
-            hidden, Head(weight, bias, dtype), rows, None, saved.reshape(2, -1),
-            None if entropy is None else entropy.reshape(-1), grads, None, (needs_hidden, needs_weight, needs_bias),
+            hidden, Head(weight, bias, dtype), rows, None,
+            (saved.reshape(2, -1), None if entropy is None else entropy.reshape(-1)), grads, None,
+            (needs_hidden, needs_weight, needs_bias),
         )  # fmt: skip
     h, w, b = (hidden.new_empty(0) if g is None else g for g in found)
     return h, w, b

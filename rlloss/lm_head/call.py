@@ -8,12 +8,21 @@ from torch import Tensor
 
 from rlloss import checks
 from rlloss.lm_head import vocab_loop
-from rlloss.lm_head.autograd import Gather, LinearTokenStats, Rows, compute_dtype, counted_rows, linear_token_stats_op
+from rlloss.lm_head.autograd import (
+    Gather,
+    How,
+    LinearTokenStats,
+    Rows,
+    compute_dtype,
+    counted_rows,
+    linear_token_stats_op,
+)
 from rlloss.lm_head.plans import PLANS, PlanReport, Work, make_plan
 from rlloss.lm_head.row_subset import Capacity, Picked, Survey
 from rlloss.lm_head.vocab_loop import Settings, Wanted
 from rlloss.lm_head.vocab_parallel import shard_of
 from rlloss.logits.statistics import EXTRA, LOCAL_ROWS, TokenStats, as_asked, check_outputs, check_rows
+from rlloss.logits.transform import Transform
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
 # FSDP takes the mean of the ranks' gradients; full_tensor() alone drops those of the others.
@@ -113,10 +122,8 @@ class Call(NamedTuple):
                 None if capacity is None else list(capacity),
             )  # fmt: skip
         else:
-            logp, entropy, lse, extra = LinearTokenStats.apply(
-                self.hidden, self.weight, self.bias, self.rows, self.counted, self.keep, wanted, entropy_grad,
-                self.settings, self.gather,
-            )  # type: ignore[misc]  # fmt: skip
+            how = How(self.rows, self.counted, self.keep, wanted, entropy_grad, self.settings, self.gather)
+            logp, entropy, lse, extra = LinearTokenStats.apply(self.hidden, self.weight, self.bias, how)  # type: ignore[misc]
         return as_asked(outputs, entropy_grad, logp, entropy, lse, extra)
 
 
@@ -141,7 +148,7 @@ def prepare(
             )  # fmt: skip
             shard = shard_of(weight, options.vocab_group)
     check_rows(
-        hidden, "hidden without its last dimension", target, mask, temperature, softcap, logit_scale,
+        hidden, "hidden without its last dimension", target, mask, Transform(temperature, softcap, logit_scale),
         V if shard is None else shard.total,
     )  # fmt: skip
     capacity = check_capacity(options.static_capacity, target, mask)

@@ -22,7 +22,8 @@ from rlloss.lm_head.row_subset import Picked
 from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import row_local
-from rlloss.losses.loss import policy_loss
+from rlloss.losses.inputs import AwaitingLogp
+from rlloss.losses.loss import loss_of
 from rlloss.losses.metrics import PolicyLoss
 
 _PART = 4096  # rows of the weight's gradient that are multiplied at a time
@@ -217,16 +218,13 @@ def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | 
     return has_advantage.expand(mask.shape)
 
 
-def gradient_in_forward(
-    call: Call, advantage: Tensor, mask: Tensor, config: LossConfig, given: dict[str, Any]
-) -> PolicyLoss:
-    """What `linear_token_stats` and `policy_loss` make together. given: the optional arguments of the latter."""
+def gradient_in_forward(call: Call, config: LossConfig, given: AwaitingLogp) -> PolicyLoss:
+    """What `linear_token_stats` and `policy_loss` make together."""
 
-    def loss_of(logp: Tensor, entropy: Tensor) -> PolicyLoss:
-        return policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
+    def of(logp: Tensor, entropy: Tensor) -> PolicyLoss:
+        return loss_of(given(logp=logp, entropy=entropy))
 
     loss, names, *values = _GradientInForward.apply(
-        call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, loss_of,
-        config.entropy_coef != 0.0,
-    )  # type: ignore[misc]  # fmt: skip
+        call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, of, config.entropy_coef != 0.0
+    )  # type: ignore[misc]
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))

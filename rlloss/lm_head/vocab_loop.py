@@ -16,6 +16,7 @@ from rlloss import backends
 from rlloss.lm_head.matmul import multiply
 from rlloss.lm_head.row_subset import Picked
 from rlloss.lm_head.vocab_parallel import Shard
+from rlloss.logits.transform import Transform
 from rlloss.torch_kernels.rows import LOG2_E, row_scale
 
 STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
@@ -59,19 +60,6 @@ class Head(NamedTuple):
         """x as an operand of a product: rounded to the dtype of the computation, widened where sums need it."""
         x = x.to(self.compute_dtype)
         return x if x.is_cuda else x.to(self.sum_dtype)
-
-
-class Transform(NamedTuple):
-    """What stands between a product and the softmax. temperature: [N] or a number."""
-
-    temperature: Tensor | float
-    softcap: float | None
-    logit_scale: float
-
-    def of(self, rows: slice | Tensor) -> "Transform":
-        if not isinstance(self.temperature, Tensor):
-            return self
-        return self._replace(temperature=self.temperature[rows].contiguous())
 
 
 class Wanted(NamedTuple):
@@ -218,7 +206,7 @@ def forward(
                 head.offset + start,
                 target[r],
                 state[:, r],
-                *transform.of(r),
+                transform.of(r),
                 **wanted._asdict(),
                 overwrite=whole is None,
             )
@@ -323,7 +311,7 @@ def backward(
             m, log_s = stats.saved[:, r]
             entropy = None if coefs.entropy is None else stats.entropy[r]
             gradient = folder.gradient_tile(
-                tile, head.offset + start, target[r], m, log_s, entropy, *coefs.of(r), *transform.of(r), operand_dtype
+                tile, head.offset + start, target[r], transform.of(r), (m, log_s, entropy), coefs.of(r), operand_dtype
             )
             add = into is not None or r.start > 0
             if g_hidden is not None:

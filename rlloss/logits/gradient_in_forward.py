@@ -6,19 +6,17 @@ rounded twice. A second backward (`retain_graph`) writes a gradient of its own, 
 what the first one returned stays as it is.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rlloss import backends
 from rlloss.config import LossConfig
-from rlloss.logits.statistics import check_call
+from rlloss.logits.statistics import LogitsInputs, check_call
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import default_denominator, row_local
 from rlloss.losses.fused import kernel_settings, knows
-from rlloss.losses.inputs import LossInputs, as_scalar, check
-from rlloss.losses.loss import policy_loss
+from rlloss.losses.inputs import AwaitingLogp, LossInputs, as_scalar, check
+from rlloss.losses.loss import loss_of
 from rlloss.losses.metrics import PolicyLoss
 
 
@@ -55,10 +53,10 @@ def worthwhile(logits: Tensor) -> bool:
 
 class _SingleLaunch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, rows, scaling, advantage, mask, config, given, arguments):
-        grad, logp, entropy, saved, *coefs = backends.triton.gradient_in_forward(logits, *rows, *scaling, *arguments)
-        loss, metrics = policy_loss(logp, advantage, mask, config=config, entropy=entropy, **given)
-        ctx.held, ctx.rows, ctx.scaling = grad, rows, scaling
+    def forward(ctx, logits, rows, given, arguments):
+        grad, logp, entropy, saved, *coefs = backends.triton.gradient_in_forward(logits, *rows, *arguments)
+        loss, metrics = loss_of(given(logp=logp, entropy=entropy))
+        ctx.held, ctx.rows = grad, rows
         ctx.save_for_backward(logits, saved, entropy, *coefs)
         ctx.mark_non_differentiable(*metrics.values())
         return loss, tuple(metrics), *metrics.values()
@@ -71,48 +69,36 @@ class _SingleLaunch(torch.autograd.Function):
         factor = g_loss.to(torch.float32)
         coefs = (None if c is None else torch.where(c == 0.0, 0.0, c * factor) for c in coefs)
         grad = backends.triton.token_stats_backward(
-            logits, *ctx.rows, *ctx.scaling, saved, entropy.view(-1), *coefs, None,
+            logits, *ctx.rows, (saved, entropy.view(-1)), (*coefs, None),
             held=None if held is None else (held, factor),
         )  # fmt: skip
-        return grad, *(None for _ in range(7))
+        return grad, None, None, None
 
 
-def single_launch_loss(
-    logits: Tensor,
-    target: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    config: LossConfig,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    given: dict[str, Any],
-) -> PolicyLoss:
-    """What `token_stats` and `policy_loss`, whose arguments these are (`given`: the optional ones), make together."""
-    check_call(logits, target, mask, temperature, softcap, logit_scale)
+def single_launch_loss(rows: LogitsInputs, given: AwaitingLogp) -> PolicyLoss:
+    """What `token_stats` and `policy_loss` make together."""
+    check_call(rows)
+    logits, target, mask, transform = rows
+    assert mask is not None
     stand_in = torch.empty(mask.shape, dtype=torch.float32, device=logits.device)  # only shape and dtype are looked at
     with torch.no_grad():
-        inputs = check(LossInputs(stand_in, advantage, mask, config, entropy=stand_in, **given))
-        tensors = (inputs.advantage, inputs.old_logp, inputs.ref_logp, inputs.sampler_ratio)
-    cutoff = given["cutoff"]
-    if cutoff is not None:
-        cutoff = as_scalar(cutoff, stand_in)
+        inputs = check(given(logp=stand_in, entropy=stand_in))
+    cutoff = None if inputs.cutoff is None else as_scalar(inputs.cutoff, stand_in)
+    tensors = (inputs.advantage, inputs.old_logp, inputs.ref_logp, inputs.sampler_ratio)
     tensors = backends.triton.LossTensors(
-        *(None if x is None else x.contiguous() for x in tensors), cutoff, _weights(mask, config, given["denominator"])
+        *(None if x is None else x.contiguous() for x in tensors), cutoff, _weights(inputs)
     )
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(torch.float32).contiguous()
+    if isinstance(transform.temperature, Tensor):
+        transform = transform._replace(temperature=transform.temperature.detach().to(torch.float32).contiguous())
     loss, names, *values = _SingleLaunch.apply(
-        logits, (target.contiguous(), mask.contiguous()), (temperature, softcap, float(logit_scale)), advantage, mask,
-        config, given, (tensors, kernel_settings(config)),
-    )  # fmt: skip
+        logits, (target.contiguous(), mask.contiguous(), transform), given, (tensors, kernel_settings(inputs.config))
+    )  # type: ignore[misc]
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))
 
 
-def _weights(mask: Tensor, config: LossConfig, denominator: Tensor | float | None) -> Tensor:
+def _weights(inputs: LossInputs) -> Tensor:
     """[2, B]: by what the coefficients of logp and of entropy in each sequence are multiplied."""
-    loss_type = LOSSES[config.loss_type]
+    mask, config, denominator, loss_type = inputs.mask, inputs.config, inputs.denominator, inputs.loss_type
     count = mask.sum(-1).float()
     if denominator is None:
         denominator = default_denominator(mask, loss_type, config)

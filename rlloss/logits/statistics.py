@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlloss import backends, checks
 from rlloss.backends import backend, choose_backend
+from rlloss.logits.transform import Transform
 from rlloss.operators import operator
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
@@ -39,19 +40,33 @@ def _flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.reshape(-1).to(dtype or x.dtype).contiguous()
 
 
-def _rows(target: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, dtype: torch.dtype):
-    """(target, mask, temperature) as the kernels take them: [N] contiguous."""
-    mask = None if mask is None else _flat(mask)
-    return _flat(target), mask, temperature if temperatures is None else _flat(temperatures, dtype)
+class LogitsInputs(NamedTuple):
+    """What `token_stats` computes from, and describes."""
+
+    logits: Tensor
+    target: Tensor
+    mask: Tensor | None
+    transform: Transform
+
+    def flat(self) -> "LogitsInputs":
+        """Of N rows, contiguous, as kernels take them; the logits keep their shape."""
+        temperature = self.transform.temperature
+        if isinstance(temperature, Tensor):
+            temperature = _flat(temperature, _stats_dtype(self.logits))
+        mask = None if self.mask is None else _flat(self.mask)
+        return LogitsInputs(self.logits, _flat(self.target), mask, self.transform._replace(temperature=temperature))
 
 
-def _run_backward(
-    logits, target, mask, temperatures, temperature, softcap, logit_scale, saved, entropy, grads, inplace=False
-):
-    rows = _rows(target, mask, temperatures, temperature, saved.dtype)
-    grads = (None if g is None else _flat(g, saved.dtype) for g in grads)
-    return backends.of(logits).token_stats_backward(
-        logits, *rows, softcap, logit_scale, saved.view(2, -1), entropy.view(-1), *grads, inplace=inplace
+def _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale) -> LogitsInputs:
+    """From what an operator takes."""
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    return LogitsInputs(logits, target, mask, transform)
+
+
+def _run_backward(inputs: LogitsInputs, saved: Tensor, entropy: Tensor, grads, inplace: bool = False) -> Tensor:
+    grads = tuple(None if g is None else _flat(g, saved.dtype) for g in grads)
+    return backends.of(inputs.logits).token_stats_backward(
+        *inputs.flat(), (saved.view(2, -1), entropy.view(-1)), grads, inplace=inplace
     )
 
 
@@ -67,10 +82,8 @@ def _forward(
     entropy_grad: bool,
     extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(target, mask, temperatures, temperature, _stats_dtype(logits))
-    logp, entropy_out, lse, saved, more = backends.of(logits).token_stats_forward(
-        logits, *rows, softcap, logit_scale, entropy=entropy, extra=extra
-    )
+    inputs = _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale).flat()
+    logp, entropy_out, lse, saved, more = backends.of(logits).token_stats_forward(*inputs, entropy=entropy, extra=extra)
     shape = target.shape
     return (
         logp.view(shape),
@@ -107,18 +120,8 @@ def _gradient(
     g_entropy: Tensor | None,
     g_lse: Tensor | None,
 ) -> Tensor:
-    return _run_backward(
-        logits,
-        target,
-        mask,
-        temperatures,
-        temperature,
-        softcap,
-        logit_scale,
-        saved,
-        entropy,
-        (g_logp, g_entropy, g_lse),
-    )
+    inputs = _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale)
+    return _run_backward(inputs, saved, entropy, (g_logp, g_entropy, g_lse))
 
 
 def _setup_context(ctx, inputs, output):
@@ -163,7 +166,8 @@ class _InplaceTokenStats(torch.autograd.Function):
         grad = None
         if any(g is not None for g in (g_logp, g_entropy, g_lse)):
             with backend(ctx.backend):
-                logits = _run_backward(*_saved(ctx), grads=(g_logp, g_entropy, g_lse), inplace=True)
+                *of_inputs, saved, entropy = _saved(ctx)
+                logits = _run_backward(_inputs(*of_inputs), saved, entropy, (g_logp, g_entropy, g_lse), inplace=True)
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()  # the logits have a history of their own, which is not that of their gradient
         return grad, *(None for _ in range(9))
@@ -208,7 +212,18 @@ def token_stats(
         ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
             with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
     """
-    check_call(logits, target, mask, temperature, softcap, logit_scale)
+    return stats_of(
+        LogitsInputs(logits, target, mask, Transform(temperature, softcap, logit_scale)), outputs, entropy_grad,
+        inplace_grad,
+    )  # fmt: skip
+
+
+def stats_of(
+    inputs: LogitsInputs, outputs: tuple[str, ...], entropy_grad: bool = False, inplace_grad: bool = False
+) -> TokenStats:
+    """`token_stats`, its first arguments as one bundle."""
+    check_call(inputs)
+    logits, target, mask, (temperature, softcap, logit_scale) = inputs
     check_outputs(outputs, entropy_grad)
     checks.flag("inplace_grad", inplace_grad)
     if inplace_grad:
@@ -265,18 +280,18 @@ def check_outputs(outputs, entropy_grad) -> None:
     )
 
 
-def check_call(logits, target, mask, temperature, softcap, logit_scale) -> None:
+def check_call(inputs: LogitsInputs) -> None:
     """Raise, naming the argument, where one does not fit: shapes and types always, values where looking is free."""
+    logits, target, mask, transform = inputs
     checks.local("logits", logits, LOCAL_ROWS)
     checks.of_dtype("logits", logits, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
     checks.require(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits", tuple(logits.shape), "[..., V] with V >= 1")
-    check_rows(
-        logits, "logits without the vocabulary", target, mask, temperature, softcap, logit_scale, logits.shape[-1]
-    )
+    check_rows(logits, "logits without the vocabulary", target, mask, transform, logits.shape[-1])
 
 
-def check_rows(x, name, target, mask, temperature, softcap, logit_scale, V: int) -> None:
+def check_rows(x: Tensor, name: str, target: Tensor, mask: Tensor | None, transform: Transform, V: int) -> None:
     """The part of `check_call` that does not depend on whether x [..., V or D] are logits or hidden states."""
+    temperature, softcap, logit_scale = transform
     for argument, given in (("target", target), ("mask", mask), ("temperature", temperature)):
         checks.local(argument, given, LOCAL_ROWS)
     rows = x.shape[:-1]

@@ -1,5 +1,6 @@
 """The arguments of a loss as one bundle, checked against each other and its settings where it is made."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ class LossInputs(NamedTuple):
     def behavior_logp(self) -> Tensor | None:
         """Of the policy that sampled, as far as it is known; None: this one."""
         return self.old_logp if self.sampler_logp is None else self.sampler_logp
+
+
+# `LossInputs` but for the log-probabilities and entropies, which are still to be computed.
+AwaitingLogp = Callable[..., LossInputs]
 
 
 def check(given: LossInputs) -> LossInputs:

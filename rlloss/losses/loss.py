@@ -68,12 +68,17 @@ def policy_loss(
 
     Source: the formulas are in `rlloss.reference`, their papers in `LossConfig`.
     """
-    inputs = check(
+    return loss_of(
         LossInputs(
             logp, advantage, mask, LossConfig() if config is None else config, old_logp, ref_logp, sampler_ratio,
             sampler_logp, entropy, cutoff, denominator, kept, selected,
         )
     )  # fmt: skip
+
+
+def loss_of(given: LossInputs) -> PolicyLoss:
+    """`policy_loss`, its arguments as one bundle."""
+    inputs = check(given)
     tokens = choose_tokens(inputs)
     loss, metrics, coefficients = fused_pass(inputs, tokens) if fits(inputs) else plain_pass(inputs, tokens)
-    return PolicyLoss(with_gradient(loss, logp, entropy, coefficients), metrics)
+    return PolicyLoss(with_gradient(loss, given.logp, given.entropy, coefficients), metrics)

@@ -40,7 +40,7 @@ def entropy_temperature(
     """See `rlloss.kernels.entropy_temperature.entropy_temperature`."""
     N, V = logits.shape
     target = torch.zeros(N, dtype=torch.int64, device=logits.device)
-    entropy = token_stats_forward(logits, target, mask, 1.0, None, 1.0)[1]
+    entropy = token_stats_forward(logits, target, mask, (1.0, None, 1.0))[1]
     candidates = torch.ones_like(target)
     step = max(1, of_logits.TILE_ENTRIES // V)
     if mask is None:

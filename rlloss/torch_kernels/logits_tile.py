@@ -40,15 +40,14 @@ def fold_tile(
     start: int,
     target: Tensor,
     state: Tensor,
-    temperature: Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[Tensor | float, float | None, float],
     *,
     entropy: bool,
     extra: bool,
     overwrite: bool,
 ) -> None:
     """See `rlloss.kernels.logits_tile.fold_tile`. `overwrite`: the tile's values are not needed any more."""
+    _, softcap, logit_scale = transform
     u = tile
     if softcap is not None:
         u = tile.mul_(logit_scale / softcap) if overwrite else tile * (logit_scale / softcap)
@@ -66,7 +65,7 @@ def fold_tile(
         earlier = torch.where(columns < local.unsqueeze(-1), u, -math.inf).amax(-1)
         before.copy_(torch.maximum(before, earlier))
 
-    scale = row_scale(temperature, softcap, logit_scale)
+    scale = row_scale(*transform)
     m_new = torch.maximum(m, u.amax(-1))
     shift = _shift(m_new)
     d_old = (m - shift).mul_(scale * LOG2_E).clamp_(min=FLOOR[tile.dtype])
@@ -95,19 +94,14 @@ def gradient_tile(
     tile: Tensor,
     start: int,
     target: Tensor,
-    m: Tensor,
-    log_s: Tensor,
-    entropy: Tensor | None,
-    g_logp: Tensor | None,
-    g_entropy: Tensor | None,
-    g_lse: Tensor | None,
-    temperature: Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[Tensor | float, float | None, float],
+    stats: tuple[Tensor, Tensor, Tensor | None],
+    coefs: tuple[Tensor | None, Tensor | None, Tensor | None],
     dtype: torch.dtype,
 ) -> Tensor:
     """See `rlloss.kernels.logits_tile.gradient_tile`."""
-    scale = row_scale(temperature, softcap, logit_scale)
+    (_, softcap, logit_scale), (m, log_s, entropy), (g_logp, g_entropy, g_lse) = transform, stats, coefs
+    scale = row_scale(*transform)
     bend = None
     u = tile
     if softcap is not None:

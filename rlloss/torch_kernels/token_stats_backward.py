@@ -12,21 +12,17 @@ def token_stats_backward(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    temperature: Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
-    saved: Tensor,
-    entropy: Tensor,
-    g_logp: Tensor | None,
-    g_entropy: Tensor | None,
-    g_lse: Tensor | None,
+    transform: tuple[Tensor | float, float | None, float],
+    stats: tuple[Tensor, Tensor],
+    coefs: tuple[Tensor | None, Tensor | None, Tensor | None],
     *,
     inplace: bool = False,
 ) -> Tensor:
     """See `rlloss.kernels.token_stats_backward.token_stats_backward`. Dead rows are neither read nor computed."""
+    (_, softcap, logit_scale), (saved, entropy), (g_logp, g_entropy, g_lse) = transform, stats, coefs
     V = logits.shape[-1]
     dtype = saved.dtype
-    given = [g for g in (g_logp, g_entropy, g_lse) if g is not None]
+    given = [g for g in coefs if g is not None]
     live = torch.stack(given).ne(0).any(0)  # NaN != 0: a broken coefficient is live and shows itself
     if mask is not None:
         live &= mask
@@ -39,7 +35,7 @@ def token_stats_backward(
     # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, a row's gradient is, but for the target's own entry,
     # e (slope t + level): all that is constant along the row is in these two.
     m, log_s = saved
-    scale = row_scale(temperature, softcap, logit_scale)
+    scale = row_scale(*transform)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
     level = torch.zeros_like(m) if g_lse is None else g_lse

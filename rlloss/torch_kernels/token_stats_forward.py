@@ -12,18 +12,17 @@ def token_stats_forward(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    temperature: Tensor | float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: tuple[Tensor | float, float | None, float],
     *,
     entropy: bool = True,
     extra: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `rlloss.kernels.token_stats_forward.token_stats_forward`."""
+    _, softcap, logit_scale = transform
     N, V = target.numel(), logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     read = reader(logits, dtype)
-    scale = row_scale(temperature, softcap, logit_scale)
+    scale = row_scale(*transform)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
     u_target, m, w, total = (logits.new_zeros(N, dtype=dtype) for _ in range(4))

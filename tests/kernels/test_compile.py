@@ -121,7 +121,7 @@ NESTED = """
         /*0060*/               @P2 BRA 0xb0 ;
         /*0070*/                   BSSY B0, 0x90 ;
         /*0080*/                   BSYNC B0 ;
-        /*0090*/                   BRA.U UP0, 0x10 ;
+        /*0090*/                   BRA.U UP0, 0x10          ?trans5;
         /*00a0*/                   EXIT ;
         /*00b0*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
         /*00c0*/                   BRA 0x70 ;
@@ -162,13 +162,13 @@ def call():
             mask = torch.ones(B * T, dtype=torch.bool)
             for split in (False, True):
                 logp, entropy, lse, saved, _ = token_stats_forward.token_stats_forward(
-                    logits, target, mask, number, None, 1, split=split)
+                    logits, target, mask, (number, None, 1), split=split)
             token_stats_backward.token_stats_backward(
-                logits, target, mask, number, None, 1, saved, entropy, logp, None, None)
+                logits, target, mask, (number, None, 1), (saved, entropy), (logp, None, None))
             x = torch.zeros(B, T)
             settings = token_pass.TokenSettings(0.0, 0.8 * number, 1.2, 0.2, 3.0)
             gradient_in_forward.gradient_in_forward(
-                logits, target, mask.view(B, T), number, None, 1.0,
+                logits, target, mask.view(B, T), (number, None, 1.0),
                 gradient_in_forward.LossTensors(x, x, None, None, None, torch.ones(2, B)), settings)
             for on in (0.0, 1.0):
                 token_pass.token_pass(
@@ -178,10 +178,10 @@ def call():
                         kl_estimator=2.0 + on, kl_bias_correction=on, off_policy_threshold=number, delta=number))
             tile, running = torch.zeros(B * T, 4000), torch.zeros(7, B * T)
             for start in (0, 1, 64000):
-                logits_tile.fold_tile(tile, start, target, running, number, None, 1, entropy=True, extra=False)
+                logits_tile.fold_tile(tile, start, target, running, (number, None, 1), entropy=True, extra=False)
                 row = running[0]
                 logits_tile.gradient_tile(
-                    tile, start, target, row, row, None, row, None, None, number, None, 1, torch.bfloat16)
+                    tile, start, target, (number, None, 1), (row, row, None), (row, None, None), torch.bfloat16)
     for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
         entropy, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool)
         for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):

@@ -27,9 +27,9 @@ def logits_and_target(N: int, V: int, dtype=torch.float32, seed=0):
 def test_the_bits_of_a_row_do_not_depend_on_the_launch(dtype, V):
     logits, target = logits_and_target(3, V, dtype)
     flags = {"extra": True, "block_v": 256}
-    whole = backends.triton.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=False, **flags)
-    split = backends.triton.token_stats_forward(logits, target, None, 0.9, None, 1.0, split=True, **flags)
-    alone = backends.triton.token_stats_forward(logits[1:2], target[1:2], None, 0.9, None, 1.0, **flags)
+    whole = backends.triton.token_stats_forward(logits, target, None, (0.9, None, 1.0), split=False, **flags)
+    split = backends.triton.token_stats_forward(logits, target, None, (0.9, None, 1.0), split=True, **flags)
+    alone = backends.triton.token_stats_forward(logits[1:2], target[1:2], None, (0.9, None, 1.0), **flags)
     for x, y, z in zip(whole, split, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x[..., 1:2], z)
@@ -50,7 +50,7 @@ def test_split_rows_take_mask_temperature_softcap_and_strides(view):
     target = torch.randint(0, 1500, shape, generator=g).to(DEVICE).flatten()
     mask = (torch.rand(shape, generator=g) < 0.7).to(DEVICE).flatten()
     temperature = (torch.rand(shape, generator=g) + 0.5).to(DEVICE).flatten()
-    arguments = (logits, target, mask, temperature, 20.0, 1.5)
+    arguments = (logits, target, mask, (temperature, 20.0, 1.5))
     whole, split = (
         backends.triton.token_stats_forward(*arguments, **EVERY_OUTPUT, split=s, block_v=64) for s in (False, True)
     )
@@ -107,10 +107,10 @@ def test_a_target_that_no_check_has_seen_poisons_its_own_row(twin, bad):
     backward = (backends.plain if twin else backends.triton).token_stats_backward
     logits, target = logits_and_target(3, 300)
     target[1] = bad
-    logp, entropy, lse, saved, extra = forward(logits, target, None, 1.0, None, 1.0, **EVERY_OUTPUT)
+    logp, entropy, lse, saved, extra = forward(logits, target, None, (1.0, None, 1.0), **EVERY_OUTPUT)
     assert logp[1].isnan() and logp[[0, 2]].isfinite().all()
     assert entropy.isfinite().all() and lse.isfinite().all() and extra[2, 1] == 0
-    grad = backward(logits, target, None, 1.0, None, 1.0, saved, entropy, torch.ones_like(logp), None, None)
+    grad = backward(logits, target, None, (1.0, None, 1.0), (saved, entropy), (torch.ones_like(logp), None, None))
     assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
 

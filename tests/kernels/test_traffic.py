@@ -97,7 +97,7 @@ def test_the_statistics(monkeypatch, case):
     rows = Rows(case)
     with counted(monkeypatch) as traffic:
         token_stats_forward.token_stats_forward(
-            rows.logits, rows.target, rows.mask, *rows.scaling, extra=case["extra"], split=case["split"],
+            rows.logits, rows.target, rows.mask, rows.scaling, extra=case["extra"], split=case["split"],
             block_v=rows.block_v,
         )  # fmt: skip
     rows.reads(traffic, rows.counts, own_target=True)
@@ -124,7 +124,7 @@ def test_the_backward(monkeypatch, case):
         logits = rows.logits = logits.contiguous()
     with counted(monkeypatch) as traffic:
         grad = token_stats_backward.token_stats_backward(
-            logits, rows.target, rows.mask, *rows.scaling, torch.zeros(2, N), torch.zeros(N), *coefs,
+            logits, rows.target, rows.mask, rows.scaling, (torch.zeros(2, N), torch.zeros(N)), coefs,
             inplace=case["inplace"] and held is None, held=held, block_v=rows.block_v,
         )  # fmt: skip
     assert (grad.data_ptr() == logits.data_ptr()) == (case["inplace"] and held is None)
@@ -148,7 +148,7 @@ def test_the_loss_and_its_gradient(monkeypatch, case):
     advantage[0] = 0.0  # a sequence without a gradient, as far as the loss goes
     with counted(monkeypatch) as traffic:
         grad, *_, coef, g_entropy = gradient_in_forward.gradient_in_forward(
-            rows.logits, rows.target, rows.mask.view(B, T), *rows.scaling,
+            rows.logits, rows.target, rows.mask.view(B, T), rows.scaling,
             gradient_in_forward.LossTensors(
                 advantage, floats("token") if case["old"] else None, ref, sampler,
                 torch.tensor(3.0) if case["select"] else None, torch.ones(2, B),
@@ -190,7 +190,7 @@ def test_the_tiles_of_a_product(monkeypatch, case):
     target = (of.target * 3 + 50).to(case["target"])
     state = torch.zeros(7, 9)[:, 2:6]
     with counted(monkeypatch) as traffic:
-        logits_tile.fold_tile(tile, start, target, state, *of.scaling, entropy=True, extra=case["extra"])
+        logits_tile.fold_tile(tile, start, target, state, of.scaling, entropy=True, extra=case["extra"])
     (launch,) = traffic.all
     assert (launch.numbers()["chunks"] > 1) == (case["chunk_blocks"] == 1 and case["V"] > 256)
     read = traffic.of(tile, READ)
@@ -203,7 +203,7 @@ def test_the_tiles_of_a_product(monkeypatch, case):
     m, log_s, entropy = torch.zeros(3, 4)
     with counted(monkeypatch) as traffic:
         out = logits_tile.gradient_tile(
-            tile, start, target, m, log_s, entropy, g_logp, g_entropy, g_lse, *of.scaling, case["dtype"]
+            tile, start, target, of.scaling, (m, log_s, entropy), (g_logp, g_entropy, g_lse), case["dtype"]
         )
     assert len(traffic.all) == 1 and (traffic.of(tile, READ) == 1).all()
     written_once(traffic, out)

@@ -186,9 +186,9 @@ def test_who_may_get_a_gradient():
 def seen_logp(monkeypatch) -> list[torch.Tensor]:
     seen = []
     for module in (modules, gradient_in_forward):
-        of = module.policy_loss
-        spy = lambda logp, *a, of=of, **k: seen.append(logp.detach().clone()) or of(logp, *a, **k)  # noqa: E731
-        monkeypatch.setattr(module, "policy_loss", spy)
+        of = module.loss_of
+        spy = lambda given, of=of: seen.append(given.logp.detach().clone()) or of(given)  # noqa: E731
+        monkeypatch.setattr(module, "loss_of", spy)
     return seen
 
 

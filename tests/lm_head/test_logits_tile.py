@@ -28,7 +28,7 @@ def test_parts_of_a_tile_give_the_bits_of_the_whole(monkeypatch, temperature, so
         state[0] = state[5] = -math.inf
         for i, tile in enumerate(tiles):
             logits_tile.fold_tile(
-                tile.clone(), i * C, target, state, temperature, softcap, 1.0,
+                tile.clone(), i * C, target, state, (temperature, softcap, 1.0),
                 entropy=True, extra=True, overwrite=overwrite,
             )  # fmt: skip
         return state

@@ -1,0 +1,19 @@
+"""What stands between logits and the softmax."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """softcap * tanh(logits * logit_scale / softcap) / temperature. temperature: one a row, or a number; softcap: None
+    for none."""
+
+    temperature: Tensor | float
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def of(self, rows: slice | Tensor) -> "Transform":
+        if not isinstance(self.temperature, Tensor):
+            return self
+        return self._replace(temperature=self.temperature[rows].contiguous())
