@@ -121,14 +121,14 @@ def gradients(
         stats = _stats_of(stats, live)
         if kept is not None:
             vocab_loop.keep_only(kept, live)
+    if kept is not None:
+        stats = stats._replace(logits=kept.blocks)
     if rows.capacity is None and len(live) == rows.target.numel():
         places = None
     target = flat(rows.target, places).contiguous()
-    coefs = vocab_loop.poisoned(coefs, target, head.V)
     found = vocab_loop.backward(
-        operands(hidden, head, places), head, target, rows.transform(places), stats, coefs, needed,
-        kept=None if kept is None else kept.blocks,
-    )  # fmt: skip
+        operands(hidden, head, places), head, target, rows.transform(places), stats, coefs, needed
+    )
     return spread_hidden(hidden, found.hidden, places), found.weight, found.bias
 
 

@@ -151,8 +151,8 @@ class _Made:
             own = target[r][live].contiguous()
             found = vocab_loop.backward(
                 h[r][live], head, own, transform.of(r).of(live),
-                Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra),
-                vocab_loop.poisoned(coefs.of(live), own, head.V), needed, kept=kept.blocks, into=into,
+                Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra, kept.blocks),
+                coefs.of(live), needed, into,
             )  # fmt: skip
             if found.hidden is not None:
                 self.held.hidden.append(found.hidden)

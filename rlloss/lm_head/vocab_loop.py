@@ -68,13 +68,15 @@ class Wanted(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Of [N] rows. saved [2, N] = (m, log2 s); extra [3, N] = (mean logit, log sum p^2, is_top1), or [3, 0]."""
+    """Of [N] rows. saved [2, N] = (m, log2 s); extra [3, N] = (mean logit, log sum p^2, is_top1), or [3, 0]. logits:
+    those of the rows by blocks of the vocabulary, raw, as `forward` left them; None: they are not there."""
 
     logp: Tensor
     entropy: Tensor
     lse: Tensor
     saved: Tensor
     extra: Tensor
+    logits: list[Tensor | None] | None = None
 
 
 class Coefs(NamedTuple):
@@ -265,16 +267,14 @@ def backward(
     stats: Stats,
     coefs: Coefs,
     needed: tuple[bool, bool, bool],
-    *,
-    kept: list[Tensor | None] | None = None,
     into: Gradients | None = None,
 ) -> Gradients:
     """Gradients of (hidden, weight, bias), those that are `needed`, from rows that are all live.
 
-    hidden [L, D] (an operand); stats and coefs of these rows. kept: their raw logits by blocks as `forward` left them,
-    which are overwritten and released on the way; None: they are computed again. into: gradients of weight and bias in
-    the sums' dtype, to which these are added.
+    hidden [L, D] (an operand); stats and coefs of these rows. Logits that are there are overwritten and released on the
+    way, else they are computed again. into: gradients of weight and bias in the sums' dtype, to which these are added.
     """
+    kept, coefs = stats.logits, poisoned(coefs, target, head.V)
     n, V, D = *hidden.shape[:1], *head.weight.shape
     rows, width = tile_shape(n, V, hidden.device, False)
     if kept is not None:

@@ -83,9 +83,8 @@ def _picked(inputs: LossInputs, tokens: Tokens) -> Tensor:
         ).log
         flat = clipped(log_ratio, inputs.advantage, config)
         candidates = candidates & ~flat & ~log_ratio.isnan()  # a NaN must show
-    return covariance.select(
-        inputs.logp, inputs.advantage, inputs.mask, candidates, config.loss_type, config.covariance
-    )
+    tokens_of = covariance.Candidates(inputs.logp, inputs.advantage, inputs.mask, candidates)
+    return covariance.select(tokens_of, config.loss_type, config.covariance)
 
 
 @functools.cache

@@ -4,6 +4,8 @@ A token that is likely and better than average (or unlikely and worse) sharpens 
 first order the entropy falls by the learning rate times Cov(logp, A) (2505.22617). A few tokens hold most of it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -97,22 +99,30 @@ def covariance_selection(
     elif draw is not None:
         checks.whole("draw", draw)
     check_sequence_key(sequence_key, mask)
-    return select(logp, advantage, mask, mask if candidates is None else mask & candidates, loss_type, config, draw,
-                  sequence_key, process_group)  # fmt: skip
+    tokens = Candidates(logp, advantage, mask, mask if candidates is None else mask & candidates)
+    return select(tokens, loss_type, config, draw, sequence_key, process_group)
+
+
+class Candidates(NamedTuple):
+    """Tokens that may be picked: `candidates` among those of the mask, `[B, T]` bool; advantage `[B]`, `[B, 1]` or
+    `[B, T]`."""
+
+    logp: Tensor
+    advantage: Tensor
+    mask: Tensor
+    candidates: Tensor
 
 
 def select(
-    logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    candidates: Tensor,
+    tokens: Candidates,
     loss_type: str,
     config: CovarianceConfig,
     draw: Tensor | int | None = None,
     sequence_key: Tensor | None = None,
     process_group=None,
 ) -> Tensor:
-    """`covariance_selection` after its checks; advantage `[B]`, `[B, 1]` or `[B, T]`."""
+    """`covariance_selection` after its checks."""
+    logp, advantage, mask, candidates = tokens
     covariance = _covariance(logp, advantage, mask, process_group)
     candidates = candidates & ~covariance.isnan()
     score, key = covariance, None if sequence_key is None else token_key(mask, sequence_key)

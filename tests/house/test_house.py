@@ -219,6 +219,35 @@ def test_the_name_of_a_loss_is_compared_in_the_table_alone():
     assert not wrong, "\n".join(wrong)
 
 
+MAX_PARAMETERS = 8
+MANY_PARAMETERS = {
+    # Public: each is an argument of the user's.
+    "linear_token_stats", "token_stats", "policy_loss", "explain_plan", "covariance_selection", "head_costs",
+    "write_report", "GRPOLoss.forward", "LinearGRPOLoss.forward", "CollapseMonitor.__init__", "TokenLog.write",
+    # Operators take no bundle, and neither does what computes their shapes.
+    "linear_token_stats_op", "_backward_op", "rlloss.logits.statistics._forward", "rlloss.logits.statistics._gradient",
+    "rlloss.logits.statistics._fake", "rlloss.losses.fused._run", "rlloss.lm_head.autograd._",
+    # TRL calls it.
+    "LmHead.apply",
+}  # fmt: skip
+
+
+def test_what_is_carried_side_by_side_is_bundled():
+    many = []
+    for module, path in MODULES.items():
+        if is_within(module, "rlloss.kernels"):  # Triton takes numbers and pointers
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        owner = {id(f): f"{c.name}." for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+        for f in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+            name = owner.get(id(f), "") + f.name
+            count = len([n for n in names if n not in ("self", "ctx", "cls")])
+            if count > MAX_PARAMETERS and not {name, f"{module}.{name}"} & MANY_PARAMETERS:
+                many.append(f"{where(module, f.lineno)}: {name} has {count} parameters")
+    assert not many, f"at most {MAX_PARAMETERS}, then a bundle:\n" + "\n".join(many)
+
+
 def test_files_are_short():
     long = {
         str(path.relative_to(ROOT)): count

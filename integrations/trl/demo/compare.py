@@ -38,6 +38,7 @@ from rlloss.integrations.trl.demo.run import (
     REWARD_METRICS,
     WARM_START_STEPS,
     ShowProgress,
+    Student,
     one_thread,
     plotted,
     progress_bars,
@@ -154,9 +155,8 @@ class _Start:
         if temperature.get("cutoff") == PERCENTILE_80:
             temperature["cutoff"] = round(self.cutoff, 4)
         self.model.load_state_dict(self.weights)
-        history, found = train_arm(
-            self.model, self.tokenizer, self.dataset, options, steps, self.seed, output / "trainer", callback
-        )
+        student = Student(self.model, self.tokenizer, self.dataset)
+        history, found = train_arm(student, options, steps, self.seed, output / "trainer", callback)
         warned = [f"step {finding.step}: {finding.kind}" for finding in found]
         seconds = time.perf_counter() - began
         scores = task.evaluate(self.model, self.tokenizer, self.held_out, samples=samples, seed=self.seed)

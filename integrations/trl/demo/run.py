@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -109,15 +109,7 @@ def run_demo(
             result = ArmResult(arm.name, arm.options, [], {}, 0.0)
             folder = fresh_run_folder(output / result.folder)
             result.history, found = train_arm(
-                model,
-                tokenizer,
-                dataset,
-                arm.options,
-                steps,
-                seed,
-                folder,
-                callback,
-                token_log_steps=max(1, steps // 4),
+                Student(model, tokenizer, dataset), arm.options, steps, seed, folder, callback, max(1, steps // 4)
             )
             arm_seconds = time.perf_counter() - arm_began
             result.warnings = [f"Step {finding.step}: {finding.message}" for finding in found]
@@ -150,10 +142,19 @@ def fresh_run_folder(folder: Path) -> Path:
     return folder
 
 
+class Student(NamedTuple):
+    """Who learns, and from what."""
+
+    model: Any
+    tokenizer: Any
+    dataset: Any
+
+
 def train_arm(
-    model, tokenizer, dataset, options, steps, seed, folder, callback, token_log_steps=0
+    student: Student, options, steps, seed, folder, callback, token_log_steps=0
 ) -> tuple[list[dict[str, float | None]], list[Finding]]:
     """Train in place; (metrics of each step, what the monitor of collapse found)."""
+    model, tokenizer, dataset = student
     monitor = CollapseMonitor()
     settings = {"loss_type": "dapo", **options}
     config = GRPOConfig(
