@@ -25,47 +25,14 @@ from rlloss.entropy.temperature import temperature_rule
 from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
 from rlloss.integrations.trl import compat
 from rlloss.integrations.trl.config import given, options
-from rlloss.integrations.trl.lm_head import token_temperatures
-from rlloss.integrations.trl.zero_advantage import PartedModel, counted_tokens
+from rlloss.integrations.trl.model_call import ModelCall
+from rlloss.integrations.trl.zero_advantage import counted_tokens
 from rlloss.loss_types import LOSSES
 from rlloss.tokens.covariance import covariance_selection
 from rlloss.tokens.exact_k import sequence_key
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
 
 ENTROPY_SCOPES = ("microbatch", "window", "generation")
-
-
-class ScaledModel:
-    """Called in the place of a model: its lm_head divides by a temperature of each token, `token_temperature`
-    `[B, L]`, that of what stands in a column and not of what it predicts."""
-
-    def __init__(self, model):
-        self._model = model
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def __call__(self, *, token_temperature: Tensor, labels: Tensor, **inputs):
-        # The head's rows: those with a label, which stands one column further than what predicts it.
-        with token_temperatures(token_temperature[:, 1:][labels[:, 1:] != -100]):
-            return self._model(labels=labels, **inputs)
-
-
-class _Feed:
-    """Gives each call its next rows of `temperatures` [N, T], as columns of prompt and completion."""
-
-    def __init__(self, model, temperatures: Tensor):
-        self._model, self._temperatures, self._next = model, temperatures, 0
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def __call__(self, *, input_ids: Tensor, **inputs):
-        B, L = input_ids.shape
-        rows = self._temperatures[self._next : self._next + B]
-        self._next += B
-        padded = nn.functional.pad(rows, (L - rows.shape[1], 0), value=1.0)
-        return self._model(input_ids=input_ids, token_temperature=padded, **inputs)
 
 
 class Rollout:
@@ -78,7 +45,6 @@ class Rollout:
         self._recorded: Tensor | None = None  # temperatures of the generation that is not complete yet
         self._generating = False
         self._pass: tuple[Tensor, Tensor] | None = None  # logp and entropy of the first pass without gradient
-        self._now: Tensor | None = None
         self._window: list[dict] = []
 
     @property
@@ -89,8 +55,9 @@ class Rollout:
     def entropy_scope(self) -> str:
         return options(self.trainer.args).entropy_scope
 
-    def check(self, config: LossConfig | None, trls_own: str | None) -> None:
-        """Raise where an option would be ignored. trls_own: why the loss is TRL's own, or None."""
+    def check(self, config: LossConfig | None, trls_own: str | None, trls_call: str | None) -> None:
+        """Raise where an option would be ignored. trls_own, trls_call: why the loss, or the call of the model, is
+        TRL's, or None."""
         trainer, args, scope = self.trainer, self.trainer.args, self.entropy_scope
         checks.one_of("entropy_scope", scope, ENTROPY_SCOPES)
         if trls_own is not None:
@@ -117,7 +84,7 @@ class Rollout:
         checks.require(args.temperature == 1.0, "temperature", args.temperature,
                        "1.0 with dynamic_temperature, which is the temperature itself")  # fmt: skip
         checks.require(plan != "trl", name, found, "None with lm_head_plan='trl', whose head has one temperature")
-        why = trainer._why_trls_call() or compat.why_no_lm_head()
+        why = trls_call or compat.why_no_lm_head()
         checks.require(why is None, name, found, f"None with {why}")
         checks.require(self.rule.lowest > 0.0, name, found,
                        "temperatures above 0: a greedy token has no log-probability to train on")  # fmt: skip
@@ -154,7 +121,7 @@ class Rollout:
 
     @contextlib.contextmanager
     def generation(self):
-        """A generation batch in the making: `temperatures_now` are its own, and the first pass is kept."""
+        """A generation batch in the making: TRL's passes over it have its temperatures, and the first one is kept."""
         self._recorded = self._pass = None
         self._generating = True
         try:
@@ -163,26 +130,12 @@ class Rollout:
             self._generating = False
             self._recorded = self._pass = None
 
-    @contextlib.contextmanager
-    def training(self, inputs: dict):
-        """A micro-batch in the loss: `temperatures_now` are its own."""
-        self._now = inputs.get("temperatures")
-        try:
-            yield
-        finally:
-            self._now = None
-
-    def fed(self, model, ids: Tensor, attention_mask: Tensor, T: int):
-        """The model, or what is to be called in its place so that its head takes the temperatures of this batch."""
-        if self.rule is None:
+    def in_generation(self, model: Any, ids: Tensor, attention_mask: Tensor, T: int) -> Any:
+        """What TRL is to call in the place of its model, for a pass over the generation batch in the making."""
+        if self.rule is None or not self._generating:
             return model
-        temperatures = self._now
-        if self._generating:
-            temperatures = self._of_generation(ids, attention_mask, T)
-        if temperatures is None:
-            return model
-        scaled = isinstance(model, ScaledModel | PartedModel)  # a PartedModel has one inside
-        return _Feed(model if scaled else ScaledModel(model), temperatures)
+        temperatures = self._of_generation(ids, attention_mask, T)
+        return model if temperatures is None else ModelCall(model, temperatures=temperatures)
 
     def _of_generation(self, ids: Tensor, attention_mask: Tensor, T: int) -> Tensor | None:
         """[B, T]: as recorded in sampling, or, where an engine sampled, by the rule from the model's own entropies."""
@@ -190,11 +143,7 @@ class Rollout:
         if self._recorded is None:
             if not self._by_engine:
                 return None
-            self._generating = False  # the pass that finds them is one at temperature 1
-            try:
-                _, entropy = self._without_gradient(ids, attention_mask, T)
-            finally:
-                self._generating = True
+            _, entropy = self._without_gradient(ids, attention_mask, T, None)  # at temperature 1
             vocabulary = self.trainer.accelerator.unwrap_model(self.trainer.model).config.get_text_config().vocab_size
             self._recorded = self.rule.temperature(entropy, vocabulary)
         steps = self._recorded.shape[1]
@@ -227,7 +176,7 @@ class Rollout:
                 logp, entropy = self._pass
             if logp is None or (by_entropy and entropy is None):
                 more = {name: output[name] for name in self.multimodal if name in output}
-                logp, entropy = self._without_gradient(ids, attention_mask, T, **more)
+                logp, entropy = self._without_gradient(ids, attention_mask, T, output.get("temperatures"), **more)
             output |= {"rollout_logp": logp} if by_covariance else {}
             output |= {"rollout_entropy": entropy} if by_entropy else {}
         return output
@@ -240,13 +189,18 @@ class Rollout:
         log["sampling/temperature/mean"].append(mean)
         log["sampling/temperature/std"].append(max(squares / max(n, 1.0) - mean**2, 0.0) ** 0.5)
 
-    def _without_gradient(self, ids: Tensor, attention_mask: Tensor, T: int, **more) -> tuple[Tensor, Tensor]:
+    def _without_gradient(
+        self, ids: Tensor, attention_mask: Tensor, T: int, temperatures: Tensor | None, **more
+    ) -> tuple[Tensor, Tensor]:
+        model = self.trainer.model
+        if self.rule is not None:
+            model = ModelCall(model, temperatures=temperatures)
         args, training = self.trainer.args, self.trainer.model.training
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         with torch.no_grad():
-            return compat.token_stats(
-                self.trainer, self.trainer.model, ids, attention_mask, T, size, compute_entropy=True, **more
-            )[:2]
+            return compat.token_stats(self.trainer, model, ids, attention_mask, T, size, compute_entropy=True, **more)[
+                :2
+            ]
 
     def select(self, batches: list[dict], config: LossConfig, draw: int) -> None:
         """Make the selections of a whole generation batch, and give each of its micro-batches its part."""
@@ -281,8 +235,8 @@ class Rollout:
             ids, attention = (
                 torch.cat([member[f"prompt_{of}"], member[f"completion_{of}"]], dim=1) for of in ("ids", "mask")
             )
-            with self.training(member):
-                entropies.append(self._without_gradient(ids, attention, T, **more)[1])
+            temperatures = member.get("temperatures")
+            entropies.append(self._without_gradient(ids, attention, T, temperatures, **more)[1])
         self._keep(self._window, [counted_tokens(member) for member in self._window], torch.cat(entropies), config)
 
     def close_window(self) -> None:

@@ -139,7 +139,7 @@ class LossMetrics:
 
         if "window_entropy" in averages:
             self._adapt_entropy_coef(averages["window_entropy"])
-        if trainer._has_entropy_bonus() and mode == "train" and trainer.accelerator.sync_gradients:
+        if compat.has_entropy_bonus(trainer) and mode == "train" and trainer.accelerator.sync_gradients:
             log["entropy_coef"].append(trainer.entropy_coef)
         self._log_gauges(mode, log, vector[len(sums) :], gauge_sums)
 
@@ -170,7 +170,7 @@ class LossMetrics:
     def _entropy_window(self, mode: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums over this rank's window that end with this micro-batch, if it ends one; {} otherwise."""
         trainer = self.trainer
-        if mode != "train" or not (trainer._has_entropy_bonus() and trainer.use_adaptive_entropy):
+        if mode != "train" or not (compat.has_entropy_bonus(trainer) and trainer.use_adaptive_entropy):
             return {}
         on_kept = options(trainer.args).entropy_bonus_tokens == "kept"
         names = ("entropy_kept", "kept") if on_kept else ("entropy", "tokens")

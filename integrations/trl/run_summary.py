@@ -100,7 +100,7 @@ class RunSummary(TrainerCallback):
         say(
             args,
             f"rlloss {__version__}: {_backend(trainer.accelerator.device)}{loss}; lm_head {self._plan()}; "
-            f"{trainer._zero_advantage.says(theirs)}.",
+            f"{trainer._zero_advantage.says(theirs, trainer._why_trls_call())}.",
         )
 
     def _plan(self) -> str:

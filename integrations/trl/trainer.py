@@ -29,9 +29,10 @@ from rlloss.integrations.trl.config import (
     trls_settings,
 )
 from rlloss.integrations.trl.config import GRPOConfig as GRPOConfig
-from rlloss.integrations.trl.generation_batch import Rollout, ScaledModel, content_key
+from rlloss.integrations.trl.generation_batch import Rollout, content_key
 from rlloss.integrations.trl.lm_head import patch_trl
 from rlloss.integrations.trl.metrics import LogOrder, LossMetrics
+from rlloss.integrations.trl.model_call import ModelCall
 from rlloss.integrations.trl.model_card import about_run, complete_card, dataset_of
 from rlloss.integrations.trl.run_summary import RunSummary
 from rlloss.integrations.trl.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
@@ -176,7 +177,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
                 checks.require(
                     found == expected, name, repr(found), f"{expected!r} with {theirs}, where the loss is TRL's own"
                 )
-            self._rollout.check(None, theirs)
+            self._rollout.check(None, theirs, None)
             return None
         read = LOSSES[self.loss_type].reads
         for name, default in NOT_READ_BY_COVARIANCE.items():
@@ -186,7 +187,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
                     f"none: leave it out, loss_type={self.loss_type!r} does not read it",
                 )  # fmt: skip
         checks.require(
-            bonus_tokens == "kept" or self._has_entropy_bonus(), "entropy_bonus_tokens", repr(bonus_tokens),
+            bonus_tokens == "kept" or compat.has_entropy_bonus(self), "entropy_bonus_tokens", repr(bonus_tokens),
             "'kept' without an entropy bonus (entropy_coef or use_adaptive_entropy), where it has no effect",
         )  # fmt: skip
         settings = trls_settings(self)
@@ -203,7 +204,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
                 "takes it from epsilon where it is not given), so nearly every token has that weight. The cap is "
                 "meant to be above 1: ScaleRL (2510.13786) takes epsilon_high=5.0."
             )
-        self._rollout.check(config, None)
+        self._rollout.check(config, None, self._why_trls_call())
         return config
 
     def _compute_loss(self, model, inputs):
@@ -216,12 +217,9 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         self._summary.loss_begins(whole["completion_ids"])
         if config.top_entropy_quantile < 1.0:
             self._rollout.open_window(whole, config)
-        if "temperatures" in whole:
-            model = ScaledModel(model)
-        model, inputs = self._zero_advantage.apart(model, whole)
+        model, inputs = self._zero_advantage.apart(model, whole, self._why_trls_call())
         mask = counted_tokens(inputs)
-        with self._rollout.training(inputs):
-            logp, entropy, aux_loss = self._token_stats(model, inputs)
+        logp, entropy, aux_loss = self._token_stats(model, inputs)
 
         cutoff, kept = self._selection(config, inputs, entropy, mask)
         denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff, kept)
@@ -241,7 +239,9 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         )
         loss, metrics = policy_loss(logp, inputs["advantages"], mask, **given)
         self._write_tokens(logp, inputs, mask, given)
-        if self._has_entropy_bonus():  # TRL logs the loss without it, and divided where its own divisor counts windows
+        if compat.has_entropy_bonus(
+            self
+        ):  # TRL logs the loss without it, and divided where its own divisor counts windows
             of = "entropy_kept" if config.entropy_bonus_tokens == "kept" else "entropy"
             without = loss.detach() + config.entropy_coef * means(metrics)[of]
             metrics["policy_loss"] = without if denominator is None else without / accumulation
@@ -308,7 +308,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             self._rollout.select([inputs], config, compat.micro_batches(self))
         elif buffered is not None and buffered is not before:
             self._rollout.select(buffered, config, compat.micro_batches(self))
-            self._zero_advantage.look_ahead(buffered)
+            self._zero_advantage.look_ahead(buffered, self._why_trls_call())
         return inputs
 
     def _calculate_rewards(self, *args, **kwargs):
@@ -347,7 +347,9 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""
         if self._rollout.wants_entropy:
             kwargs["compute_entropy"] = True
-        model = self._rollout.fed(model, input_ids, attention_mask, logits_to_keep)
+        trls_pass = not isinstance(model, ModelCall)
+        if trls_pass:
+            model = self._rollout.in_generation(model, input_ids, attention_mask, logits_to_keep)
         plan = options(self.args).lm_head_plan
         patch = contextlib.nullcontext()
         if plan != "trl" and compat.why_no_lm_head() is None:
@@ -357,7 +359,8 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        self._rollout.remember(result)
+        if trls_pass:
+            self._rollout.remember(result)
         return result
 
     def _token_stats(self, model, inputs):
@@ -410,12 +413,9 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             denominator = denominator * kept.clamp(min=1) / tokens.clamp(min=1)
         return denominator
 
-    def _has_entropy_bonus(self) -> bool:
-        return compat.has_entropy_bonus(self)
-
     def _entropy_coef_now(self) -> float:
         """Of the bonus in this accumulation window. Adaptive: none while the last window's entropy is above target."""
-        if not self._has_entropy_bonus():
+        if not compat.has_entropy_bonus(self):
             return 0.0
         if not self.use_adaptive_entropy:
             return self.entropy_coef

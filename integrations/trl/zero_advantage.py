@@ -6,15 +6,16 @@ A completion is dead if its advantage is exactly 0 wherever a token counts, or i
 import logging
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlloss import checks
+from rlloss.integrations.trl import compat
 from rlloss.integrations.trl.batch_dependence import BatchDependence
 from rlloss.integrations.trl.config import given, options
+from rlloss.integrations.trl.model_call import ModelCall, Parts
 from rlloss.loss_types import LOSSES
 
 CHOICES = ("forward_only", "drop", "keep")
@@ -62,13 +63,6 @@ def look(batches: list[dict]) -> list[Rows]:
         rows.append(Rows([bool(x) for x in dead[start:end]], reach[start:end]))
         start = end
     return rows
-
-
-class Parts(NamedTuple):
-    """Rows run with gradient, and those run before them without; a row in both counts with gradient."""
-
-    live: list[int]
-    dead: list[int]
 
 
 def split(rows: Rows, agreed: bool | None = None) -> Parts:
@@ -163,77 +157,6 @@ def spread_size(steps_per_generation: int, accumulation: int) -> int:
     return math.gcd(steps_per_generation, accumulation)
 
 
-class PartedModel:
-    """Called in the place of a model that returns log-probabilities: the rows of `parts`, merged to one output.
-
-    model: called with keywords, tensors `[B, L]` of prompt and completion; gives `log_probs` and other tensors
-    `[B, L - 1]` by name. inputs: the micro-batch. parts: None: one call, as it comes. reach: None: no column is cut
-    off; otherwise each call ends at its longest completion, on a multiple of `multiple`. Left padding stays, since
-    positions count it. What a tool wrote gets no label, so that no head scores it.
-
-    Returns what the model returns where it was called once and whole; otherwise a namespace of its `[B, L - 1]`
-    tensors, 0 where a column was cut off.
-    """
-
-    def __init__(self, model, inputs: dict, parts: Parts | None, reach: list[int] | None, multiple: int = 1):
-        self._model, self._parts, self._reach, self._multiple = model, parts, reach, multiple
-        self._T, self._tool_mask = inputs["completion_ids"].shape[1], inputs.get("tool_mask")
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def __call__(self, **inputs):
-        B, L = inputs["input_ids"].shape
-        if self._tool_mask is not None and "labels" in inputs and self._T > 0:
-            labels = inputs["labels"].clone()
-            labels[:, -self._T :].masked_fill_(self._tool_mask == 0, -100)
-            inputs["labels"] = labels
-        if self._parts is None:
-            return self._model(**inputs)
-        if len(self._parts.live) == B and not self._parts.dead and self._length(self._parts.live, L) == L:
-            return self._model(**inputs)
-        apart = None
-        if self._parts.dead:
-            with torch.no_grad():
-                apart = self._run(inputs, self._parts.dead, L)
-            # Weights that autocast cast without gradient are not to be taken up by the call with gradient.
-            torch.clear_autocast_cache()
-        merged = {}
-        for name, x in self._run(inputs, self._parts.live, L).items():
-            if len(self._parts.live) < B:
-                live = torch.tensor(self._parts.live, device=x.device)
-                whole = x.new_zeros(B, x.shape[1])
-                if apart is not None:
-                    whole = whole.index_copy(0, torch.tensor(self._parts.dead, device=x.device), apart[name])
-                x = whole.index_copy(0, live, x)
-            merged[name] = x
-        return SimpleNamespace(**merged)
-
-    def _length(self, rows: list[int], L: int) -> int:
-        if self._reach is None:
-            return L
-        length = L - self._T + max(self._reach[i] for i in rows)
-        return min(L, max(-(-length // self._multiple), 1) * self._multiple)
-
-    def _run(self, inputs: dict, rows: list[int], L: int) -> dict[str, Tensor]:
-        """The model's per-token outputs of these rows, as long as of the whole."""
-        ids = inputs["input_ids"]
-        B, length = ids.shape[0], self._length(rows, L)
-        index = torch.tensor(rows, device=ids.device)
-        part = {}
-        for name, x in inputs.items():
-            if isinstance(x, Tensor) and x.dim() >= 1 and x.shape[0] == B:
-                x = x if len(rows) == B else x[index]
-                x = x[:, :length] if x.dim() >= 2 and x.shape[1] == L else x
-            part[name] = x
-        outputs = self._model(**part)
-        return {
-            name: nn.functional.pad(x, (0, L - length))
-            for name, x in outputs.items()
-            if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] == len(rows)
-        }
-
-
 class ZeroAdvantage:
     """The option of a trainer of TRL at work: which completions of a micro-batch run, and how.
 
@@ -291,19 +214,20 @@ class ZeroAdvantage:
             f"False with {mean}: the loss depends on which completions share a micro-batch",
         )  # fmt: skip
 
-    def says(self, trls_own: str | None) -> str:
-        """What becomes of completions whose advantage is 0, and why. trls_own: why the loss is TRL's, or None."""
-        why = f"zero_advantage={self.choice!r}" if self.choice == "keep" else trls_own or self.why_one_call()
+    def says(self, trls_own: str | None, trls_call: str | None) -> str:
+        """What becomes of completions whose advantage is 0, and why. trls_own, trls_call: why the loss, or the call of
+        the model, is TRL's, or None."""
+        why = f"zero_advantage={self.choice!r}" if self.choice == "keep" else trls_own or self._why_one_call(trls_call)
         of_them = "completions whose advantage is 0"
         if why is not None:
             return f"{of_them} run as the others do ({why})"
         return f"{of_them} {'run forward only' if self.choice == 'forward_only' else 'do not run'}"
 
-    def look_ahead(self, batches: list[dict]) -> None:
+    def look_ahead(self, batches: list[dict], trls_call: str | None) -> None:
         """At a new generation batch: spread its live rows and learn what every micro-batch has, in one go."""
         if self.choice == "keep":
             return
-        if self.spreads and self.why_one_call() is None:
+        if self.spreads and self._why_one_call(trls_call) is None:
             if any(map(self._sees, batches)):
                 self._say("spread_live_rows: completions with images stay where they are")
             else:
@@ -311,10 +235,10 @@ class ZeroAdvantage:
                 spread(batches, spread_size(args.steps_per_generation, args.gradient_accumulation_steps))
         self.memory.remember(batches, self._agreement(batches))
 
-    def apart(self, model, inputs: dict):
-        """The model to call and the completions to call it with; decided each step: callbacks may change settings."""
+    def apart(self, model: Any, inputs: dict, trls_call: str | None) -> tuple[Any, dict]:
+        """What to call, and the completions to call it with; decided each step: callbacks may change settings."""
         trainer, choice, sees = self.trainer, self.choice, self._sees(inputs)
-        trls_call, together = trainer._why_trls_call(), self._why_compiled() or self._why_together()
+        together = self._why_compiled() or self._why_together()
         why = trls_call or together or self._why_all_live()
         splits = choice != "keep" and trainer.model.training and torch.is_grad_enabled()
         if splits and (why is not None or sees):
@@ -324,7 +248,7 @@ class ZeroAdvantage:
             return model, inputs
         trims = choice != "keep" and together is None and not sees
         if not splits and not trims:
-            return PartedModel(model, inputs, None, None), inputs
+            return ModelCall(model, inputs, temperatures=inputs.get("temperatures")), inputs
 
         B = len(inputs["completion_ids"])
         rows, agreed = self.memory.recall(inputs, self._agreement([inputs]) if splits else None)
@@ -335,7 +259,11 @@ class ZeroAdvantage:
         self.without_backward += B - len(parts.live)
         cuts = trims and not self._of_model().on_length
         multiple = getattr(trainer.args, "pad_to_multiple_of", None) or 1
-        return PartedModel(model, inputs, parts, rows.reach if cuts else None, multiple), inputs
+        call = ModelCall(
+            model, inputs, parts=parts, reach=rows.reach if cuts else None, multiple=multiple,
+            temperatures=inputs.get("temperatures"),
+        )  # fmt: skip
+        return call, inputs
 
     def _agreement(self, batches: list[dict]):
         """How processes agree which micro-batches they all run in two calls; None: each runs its own in one."""
@@ -358,8 +286,7 @@ class ZeroAdvantage:
             self.dependence = BatchDependence(self.trainer.model)
         return self.dependence
 
-    def why_one_call(self) -> str | None:
-        trls_call = self.trainer._why_trls_call()
+    def _why_one_call(self, trls_call: str | None) -> str | None:
         return trls_call or self._why_compiled() or self._why_together() or self._why_all_live()
 
     def _why_compiled(self) -> str | None:
@@ -382,7 +309,7 @@ class ZeroAdvantage:
         row = LOSSES.get(self.trainer.loss_type)
         if row is not None and not row.silent_without_advantage:
             return f"loss_type={self.trainer.loss_type!r}"
-        return "an entropy bonus" if self.trainer._has_entropy_bonus() else None
+        return "an entropy bonus" if compat.has_entropy_bonus(self.trainer) else None
 
     def _why_picks_here(self) -> str | None:
         """A loss that picks tokens among those of one micro-batch."""
@@ -393,7 +320,7 @@ class ZeroAdvantage:
 
     def _why_mean_of_call(self) -> str | None:
         """A term of the loss that is a mean over one micro-batch."""
-        if self.trainer._has_entropy_bonus():
+        if compat.has_entropy_bonus(self.trainer):
             return "an entropy bonus"
         return "an auxiliary loss" if self.trainer.aux_loss_enabled else None
 

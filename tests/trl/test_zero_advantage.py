@@ -249,7 +249,7 @@ def test_images_and_auxiliary_losses_are_one_call(trainer, monkeypatch):
     model = Echo()
     for more, aux in (({"pixel_values": torch.zeros(4, 2)}, False), ({}, True)):
         monkeypatch.setattr(trainer, "aux_loss_enabled", aux)
-        called, same = trainer._zero_advantage.apart(model, inputs | more)
+        called, same = trainer._zero_advantage.apart(model, inputs | more, trainer._why_trls_call())
         assert same == inputs | more
         called(input_ids=ids, attention_mask=ids, labels=ids, fused_lm_head=True)
     assert [(grad, shape) for grad, shape, _ in model.seen] == [(True, (4, 10))] * 2
@@ -359,5 +359,5 @@ def test_a_model_that_was_compiled_by_its_owner_is_called_once_and_whole(trainer
         if compiled:
             monkeypatch.setitem(layers._modules, "0", torch.compile(layers[0], backend="eager"))
         plan.dependence = None
-        assert (plan.apart(trainer.model, inputs)[0]._parts is None) == compiled
+        assert (plan.apart(trainer.model, inputs, None)[0].parts is None) == compiled
     plan.dependence = None

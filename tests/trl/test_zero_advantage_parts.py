@@ -12,11 +12,10 @@ if not hasattr(utils, "add_fused_lm_head"):
 
 from rlloss.backends import backend
 from rlloss.integrations.trl.batch_dependence import BatchDependence
+from rlloss.integrations.trl.model_call import ModelCall, Parts
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
 from rlloss.integrations.trl.zero_advantage import (
     Memory,
-    PartedModel,
-    Parts,
     Rows,
     dead_completions,
     look,
@@ -78,7 +77,7 @@ def test_there_is_always_a_row_with_gradient_and_two_calls_where_processes_agree
 def test_parts_are_merged_in_their_order_and_cut_columns_are_zero(parts, multiple):
     model, (inputs, batch) = Echo(), echo_inputs()
     reach = [3, 1, 2]
-    merged = PartedModel(model, batch, parts, reach, multiple)(**inputs)
+    merged = ModelCall(model, batch, parts=parts, reach=reach, multiple=multiple)(**inputs)
     lengths = [-(-(2 + max(reach[i] for i in rows)) // multiple) * multiple for rows in (parts.dead, parts.live)]
     lengths = [min(length, 6) for length in lengths]
     shapes = [(len(parts.dead), lengths[0]), (len(parts.live), lengths[1])]
@@ -98,7 +97,7 @@ def test_parts_are_merged_in_their_order_and_cut_columns_are_zero(parts, multipl
 def test_tokens_of_a_tool_are_no_labels(parts):
     model, (inputs, batch) = Echo(), echo_inputs()
     before = inputs["labels"].clone()
-    outputs = PartedModel(model, batch, parts, None)(**inputs)
+    outputs = ModelCall(model, batch, parts=parts)(**inputs)
     for _, _, labels in model.seen:
         assert (labels[:, 3] == -100).all() and (labels[:, [0, 1, 2, 4, 5]] != -100).all()
     assert torch.equal(inputs["labels"], before) and isinstance(outputs, dict) == (parts is None or not parts.dead)
@@ -281,7 +280,7 @@ def _on_a_rank(rank: int, port: int, folder: str) -> None:
         trainer.args.zero_advantage = "forward_only"
         live = random_inputs(trainer, seed=rank)
         batches = [inputs, kill(live, [])]
-        plan.look_ahead(batches)
+        plan.look_ahead(batches, None)
         assert len(counted) == 1 and [known[-1] for known in plan.memory._known] == [True, False]
         for batch, sequence in zip(batches, ([False, True], [True]), strict=True):
             calls.clear()
@@ -292,7 +291,7 @@ def _on_a_rank(rank: int, port: int, folder: str) -> None:
         # Where one rank has images, which are not split, no rank splits.
         seeing = inputs | ({"pixel_values": torch.zeros(4, 2)} if rank else {})
         plan.memory.remember([], None)
-        assert plan.apart(model, seeing)[0]._parts == Parts([0, 1, 2, 3], [])
+        assert plan.apart(model, seeing, None)[0].parts == Parts([0, 1, 2, 3], [])
     torch.distributed.destroy_process_group()
     os._exit(0)  # threads of DDP and gloo can abort the interpreter's own way out; every check has passed
 
