@@ -91,24 +91,21 @@ def gradient_in_forward_kernel(
     read if their bit is in `given`, ref_ptr with a kl_estimator above 0.
     """
     row = tl.program_id(0).to(tl.int64)
-    sequence = row // T
-    token = row - sequence * T
     row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
     out_ptr = grad_ptr + row_offset(row, rows_inner, out_outer, out_inner)
     if ALIGNED:
         row_ptr = tl.multiple_of(row_ptr, 16)
         out_ptr = tl.multiple_of(out_ptr, 16)
+    target = tl.load(target_ptr + row)
+    inside = (target >= 0) & (target < V)
+    scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
     logp = 0.0
     entropy = 0.0
     coef = 0.0
     g_entropy = 0.0
     m = -float("inf")
     log_s = 0.0
-    if tl.load(mask_ptr + row) == 0:
-        write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
-    else:
-        target = tl.load(target_ptr + row)
-        scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
+    if tl.load(mask_ptr + row) != 0:
         s = 0.0
         w = 0.0
         q = 0.0
@@ -118,13 +115,14 @@ def gradient_in_forward_kernel(
                 logit_scale, False, ALIGNED, BLOCK_V,
             )  # fmt: skip
             m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, False)
-        inside = (target >= 0) & (target < V)
         logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
         log_s = tl.log2(s)
         logp = (softcapped(logit, softcap, logit_scale) - m) * scale - log_s * LN_2
         logp = tl.where(inside, logp, float("nan"))
         entropy = (log_s - w / s) * LN_2
 
+        sequence = row // T
+        token = row - sequence * T
         advantage = tl.load(advantage_ptr + sequence * advantage_sequence + token * advantage_token)
         old_logp = tl.load(old_ptr + row, mask=(given & OLD) != 0, other=0.0)
         old_logp = tl.where((given & OLD) != 0, old_logp, logp)
@@ -146,14 +144,7 @@ def gradient_in_forward_kernel(
         coef = tl.where(coef == 0.0, 0.0, coef * weight)
         if g_entropy_ptr is not None:
             g_entropy = tl.where(kept, tl.load(weight_ptr + tl.num_programs(0) // T + sequence), 0.0)
-        if (coef == 0.0) & (g_entropy == 0.0):
-            write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
-        else:
-            common = tl.where(inside, -coef - g_entropy * entropy, float("nan"))
-            write_gradient(
-                row_ptr, out_ptr, 0, V, V, stride_v, out_v, target, coef, common, g_entropy, m, log_s, scale, k,
-                softcap, logit_scale, g_entropy_ptr is not None, BLOCK_V,
-            )  # fmt: skip
+    # Before the gradient is written, so that less is held in registers meanwhile.
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(saved_ptr + row, m)
@@ -161,6 +152,14 @@ def gradient_in_forward_kernel(
     tl.store(coef_ptr + row, coef)
     if g_entropy_ptr is not None:
         tl.store(g_entropy_ptr + row, g_entropy)
+    if (coef == 0.0) & (g_entropy == 0.0):
+        write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
+    else:
+        common = tl.where(inside, -coef - g_entropy * entropy, float("nan"))
+        write_gradient(
+            row_ptr, out_ptr, 0, V, V, stride_v, out_v, target, coef, common, g_entropy, m, log_s, scale, k, softcap,
+            logit_scale, g_entropy_ptr is not None, BLOCK_V,
+        )  # fmt: skip
 
 
 def gradient_in_forward(

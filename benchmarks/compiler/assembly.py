@@ -163,6 +163,6 @@ def _read_amd(text: str) -> Assembly:
             raise ValueError(f"amdgcn: found no .{name}")
         return int(found[1])
 
-    spills = stated("vgpr_spill_count") + stated("sgpr_spill_count")
-    local = stated("private_segment_fixed_size")
+    # A scalar register that spills goes to a lane of a vector register and not to memory.
+    spills, local = stated("vgpr_spill_count"), stated("private_segment_fixed_size")
     return Assembly(stated("vgpr_count"), spills, local, loops(parse_amdgcn(text), "v_exp_f32"), None)

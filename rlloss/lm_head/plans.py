@@ -1,43 +1,14 @@
 """How the loss is computed from hidden states: the plans, what each costs, and which one is taken.
 
-Costs of a forward and backward, as formulas that `tests/lm_head/test_counts.py` compares with what it counts. n
-rows count, L of them are live, r = L / n; V entries of the vocabulary; `gradients` is the number of those that are
-needed of hidden and weight. products: matrix products, in logits of all rows that count. read, written: bytes of tiles
-that the kernels move, fp32 logits and their gradients of g bytes an entry (those of a product's operand); the n extra
-entries are the targets' own. "forward" is what every plan comes to where nothing needs a gradient. A bias, the copies
-that "keep" makes of the logits of some rows, and the rows that batch_invariant pads a chunk with are not in it.
+Of n rows that count a share r is live. In units of the logits of all rows that count, a forward takes 1 matrix product;
+for hidden and weight each the backward takes r, and r once more where the logits are computed again:
 
-forward:
-    products = 1
-    read = 4 * n * V + 4 * n
-    written = 0
+    recompute             1 + 3 r    no memory beyond a tile
+    keep                  1 + 2 r    the logits of the rows that may get a gradient
+    gradient_in_forward   1 + 2 r    the gradients of hidden and weight, from the forward on
 
-recompute:
-    products = 1 + r * (1 + gradients)
-    read = 4 * n * V + 4 * n + 4 * L * V
-    written = g * L * V
-
-keep:
-    products = 1 + r * gradients
-    read = 4 * n * V + 4 * n + 4 * L * V
-    written = g * L * V
-
-gradient_in_forward:
-    products = 1 + r * gradients
-    read = 4 * n * V + 4 * n + 4 * L * V
-    written = g * L * V
-
-Bytes that the products themselves move, by kind and for those that a plan runs, where each operand and each result is
-moved once a product: hidden states have D entries of g bytes (on a CPU, which widens operands, 4), and the vocabulary
-is walked in `blocks`, the rows that count in `chunks`, live rows in `live_chunks`: of the live rows, with
-gradient_in_forward the chunks in which there is one. w: bytes of an entry of the weight's gradient as products write
-it, the weight's own with one chunk of live rows (with gradient_in_forward, of rows that count), else 4.
-
-products:
-    logits = 4 * n * V + g * D * (blocks * n + chunks * V)
-    recompute = 4 * L * V + g * D * (blocks * L + live_chunks * V)
-    hidden_grad = g * L * V + D * (4 * blocks * L + g * live_chunks * V)
-    weight_grad = g * L * V + D * (g * blocks * L + w * live_chunks * V)
+Whatever the plan, each entry of a tile of logits is read once in the forward, and those of live rows once in the
+backward, where their gradient is written once. `tests/lm_head/test_counts.py` counts both.
 """
 
 from typing import NamedTuple

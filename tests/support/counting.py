@@ -1,6 +1,5 @@
 """What kernels read, write and launch, counted by Triton's interpreter."""
 
-import ast
 import collections
 import contextlib
 import dataclasses
@@ -105,35 +104,3 @@ def counted(monkeypatch) -> Iterator[Traffic]:
         patch.setattr(builder, "create_atomic_rmw", counting_rmw)
         patch.setattr(executor, "__call__", launched)
         yield traffic
-
-
-def stated(docstring: str) -> dict[str, dict[str, str]]:
-    """{block: {name: formula}} of a docstring.
-
-    A block is a line `its name:`, and under it lines `name = formula`, indented by 4, in Python; a line that is
-    indented further goes on with the formula above it.
-    """
-    found: dict[str, dict[str, str]] = {}
-    block: dict[str, str] | None = None
-    name = ""
-    for line in docstring.splitlines():
-        indent = len(line) - len(line.lstrip())
-        head, equals, formula = (part.strip() for part in line.partition(" = "))
-        if indent == 0:
-            word = line.strip().removesuffix(":")
-            block = found.setdefault(word, {}) if line.endswith(":") and word.isidentifier() else None
-        elif block is not None and indent == 4 and equals and head.isidentifier():
-            name = head
-            block[name] = formula
-        elif block:
-            block[name] += " " + line.strip()
-    return {name: block for name, block in found.items() if block}
-
-
-def evaluated(formulas: dict[str, str], names: dict[str, Any]) -> dict[str, Any]:
-    """The values of formulas, each of which may use the ones above it."""
-    values: dict[str, Any] = {}
-    for name, formula in formulas.items():
-        code = compile(ast.parse(formula, mode="eval"), name, "eval")
-        values[name] = eval(code, {"__builtins__": {}}, names | values)
-    return values
