@@ -111,7 +111,7 @@ class Call(NamedTuple):
 
     def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
         check_outputs(outputs, entropy_grad)
-        wanted = Wanted("entropy" in outputs, not EXTRA.isdisjoint(outputs))
+        wanted = Wanted("entropy" in outputs, any(name in outputs for name in EXTRA))
         if self.report is None:
             target, temperature, softcap, logit_scale, capacity = self.rows
             per_token = isinstance(temperature, Tensor)

@@ -11,7 +11,7 @@ from rlloss.logits.transform import Transform
 from rlloss.operators import operator
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
-EXTRA = frozenset(OUTPUTS[3:])  # computed together, and where one of them is asked for
+EXTRA = OUTPUTS[3:]  # computed together, and where one of them is asked for
 # The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
 _SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
 LOCAL_ROWS = ".to_local() where that is whole rows, the same ones of each argument, or .full_tensor()"
@@ -251,7 +251,7 @@ def stats_of(
         float(logit_scale),
         "entropy" in outputs,
         entropy_grad,
-        not EXTRA.isdisjoint(outputs),
+        any(name in outputs for name in EXTRA),
     )
     return as_asked(outputs, entropy_grad, logp, entropy, lse, extra)
 
