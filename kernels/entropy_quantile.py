@@ -31,13 +31,13 @@ SIGN: tl.constexpr = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
-def _keys(entropy_ptr, mask_ptr, offsets, N, HAS_MASK: tl.constexpr):
+def _keys(entropy_ptr, mask_ptr, offsets, N):
     """(keys, which of them count)."""
     inside = offsets < N
     bits = tl.load(entropy_ptr + offsets, mask=inside, other=0.0).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     counted = inside & (magnitude <= 0x7F800000)  # above infinity lies NaN
-    if HAS_MASK:
+    if mask_ptr is not None:
         counted = counted & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
     bits = tl.where(magnitude == 0, 0, bits)
     return bits ^ ((bits >> 31) | SIGN), counted
@@ -95,7 +95,6 @@ def entropy_histogram_kernel(
     N: tl.int64,
     shift: tl.int32,
     known: tl.int32,
-    HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
@@ -110,7 +109,7 @@ def entropy_histogram_kernel(
     high = tl.zeros((BINS,), tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, N, tl.num_programs(0).to(tl.int64) * BLOCK):
-        key, counted = _keys(entropy_ptr, mask_ptr, start + tl.arange(0, BLOCK), N, HAS_MASK)
+        key, counted = _keys(entropy_ptr, mask_ptr, start + tl.arange(0, BLOCK), N)
         digit = (key >> shift) & (BINS - 1)
         low += tl.histogram(digit, BINS, mask=counted & ((key & known) == key_low))
         if apart:
@@ -175,12 +174,11 @@ def entropy_ties_kernel(
     state_ptr,
     ties_ptr,
     N: tl.int64,
-    HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (tiles,): how many values of each tile equal the upper one."""
     tile = tl.program_id(0).to(tl.int64)
-    key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + tl.arange(0, BLOCK), N, HAS_MASK)  # type: ignore
+    key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + tl.arange(0, BLOCK), N)  # type: ignore
     equal = counted & (key == tl.load(state_ptr + 1).to(tl.int32))
     tl.store(ties_ptr + tile, tl.sum(equal.to(tl.int32), axis=0))
 
@@ -194,7 +192,6 @@ def entropy_last_tie_kernel(
     last_ptr,
     N: tl.int64,
     tiles: tl.int64,
-    HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (1,): the tile of the last tie to keep, and its place there."""
@@ -210,7 +207,7 @@ def entropy_last_tie_kernel(
         tile += tl.sum(passed.to(tl.int64), axis=0)
         before += tl.sum(tl.where(passed, ties, 0), axis=0)
         running += tl.sum(ties, axis=0)
-    key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + lanes, N, HAS_MASK)
+    key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + lanes, N)
     equal = counted & (key == tl.load(state_ptr + 1).to(tl.int32))
     passed = before + tl.cumsum(equal.to(tl.int64), axis=0) < wanted
     last = tile * BLOCK + tl.sum(passed.to(tl.int64), axis=0)
@@ -248,10 +245,10 @@ def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) 
     tiles = max(triton.cdiv(N, BLOCK), 1)
     ties = torch.empty(tiles, dtype=torch.int32, device=entropy.device)
     last = torch.empty((), dtype=torch.int64, device=entropy.device)
-    flags = {"HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": TIES_WARPS}
+    flags = {"BLOCK": BLOCK, "num_warps": TIES_WARPS}
     with device_of(entropy):
         cutoff, state = _select(entropy, mask, rho, EXACT_IN_FP32, None, interpolate=False)
-        arguments = (entropy, entropy if mask is None else mask, state, ties)
+        arguments = (entropy, mask, state, ties)
         entropy_ties_kernel[(tiles,)](*arguments, N, **flags)
         entropy_last_tie_kernel[(1,)](*arguments, last, N, tiles, **flags)
     return cutoff, last
@@ -272,13 +269,12 @@ def _select(entropy, mask, rho, rounded_up_to, reduce, interpolate) -> tuple[tor
     for i, shift in enumerate(SHIFTS):
         entropy_histogram_kernel[(programs,)](
             entropy,
-            entropy if mask is None else mask,
+            mask,
             states[i],
             histograms[i],
             N,
             shift,
             -(1 << (shift + BITS)) if i else 0,
-            HAS_MASK=mask is not None,
             BLOCK=BLOCK,
             BINS=BINS,
             num_warps=HISTOGRAM_WARPS,

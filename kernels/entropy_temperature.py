@@ -108,15 +108,14 @@ def entropy_temperature_kernel(
     c: tl.float32,
     least: tl.float32,
     RULE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     WRITE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (N,). A masked row is neither read nor written; its temperature is 1 and its entropy 0."""
+    """Grid (N,). mask_ptr may be None. A masked row is neither read nor written: temperature 1, entropy 0."""
     row = tl.program_id(0).to(tl.int64)
-    if HAS_MASK:
+    if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
             tl.store(temperature_ptr + row, 1.0)
             tl.store(entropy_ptr + row, 0.0)
@@ -179,7 +178,7 @@ def entropy_temperature(
     with device_of(logits):
         entropy_temperature_kernel[(N,)](
             logits,
-            temperature if mask is None else mask,
+            mask,
             temperature,
             entropy,
             written,
@@ -190,7 +189,6 @@ def entropy_temperature(
             *map(float, constants),
             least,
             RULE=rule,
-            HAS_MASK=mask is not None,
             WRITE=out is not None,
             ALIGNED=aligned,
             BLOCK_V=BLOCK_V,

@@ -23,7 +23,7 @@ from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import row_local
 from rlloss.losses.inputs import AwaitingLogp
-from rlloss.losses.loss import loss_of
+from rlloss.losses.loss import gradient_of, loss_of
 from rlloss.losses.metrics import PolicyLoss
 
 _PART = 4096  # rows of the weight's gradient that are multiplied at a time
@@ -48,12 +48,12 @@ def why_not_in_forward(
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, counted, settings, loss_of, entropy_grad):
+    def forward(ctx, hidden, weight, bias, rows, counted, settings, given, entropy_grad):
         needed, head = ctx.needs_input_grad[:3], Head(weight, bias, *settings)
         with plain(hidden.device):
-            made = _Made(hidden, head, rows, counted, loss_of, entropy_grad, needed)
+            made = _Made(hidden, head, rows, counted, given, entropy_grad, needed)
             logp, entropy = (spread(x, counted, rows.target.shape) for x in (made.logp, made.entropy))
-            loss, metrics = loss_of(logp, entropy)
+            loss, metrics = loss_of(given(logp=logp, entropy=entropy))
         ctx.held = made.held
         ctx.rest, ctx.backend = (rows, counted, settings, entropy_grad), choose_backend(hidden)
         ctx.save_for_backward(
@@ -118,7 +118,7 @@ class _Held:
 class _Made:
     """Statistics, coefficients and held gradients of the rows that count, made a chunk of rows at a time."""
 
-    def __init__(self, hidden, head, rows, counted, loss_of, entropy_grad, needed):
+    def __init__(self, hidden, head, rows, counted, given, entropy_grad, needed):
         target = flat(rows.target, counted).contiguous()
         n, (V, D) = len(target), head.weight.shape
         count_unit(n, V, D)
@@ -140,7 +140,7 @@ class _Made:
             stats, kept = vocab_loop.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True, tile_of=tile)
             assert kept is not None
             self.logp[r], self.entropy[r], self.saved[:, r] = stats.logp, stats.entropy, stats.saved
-            self._ask(loss_of, r, counted, rows.target.shape, entropy_grad)
+            self._ask(given, r, counted, rows.target.shape)
             coefs = Coefs(self.coefs[0, r], self.coefs[1, r] if entropy_grad else None, None)
             live = coefs.live().nonzero().squeeze(-1)
             if len(live) == 0:
@@ -160,13 +160,10 @@ class _Made:
             self.held.weight, self.held.bias = found.weight, found.bias
         self._nothing_live(hidden, head, needed)
 
-    def _ask(self, loss_of, r, counted, shape, entropy_grad):
+    def _ask(self, given: AwaitingLogp, r: slice, counted: Picked | None, shape: torch.Size) -> None:
         """The coefficients of rows r. The others do not matter: no row's coefficient depends on another row."""
-        with torch.enable_grad():
-            leaves = [spread(x, counted, shape).requires_grad_() for x in (self.logp, self.entropy)]
-            asked = leaves if entropy_grad else leaves[:1]
-            found = torch.autograd.grad(loss_of(*leaves).loss, asked, allow_unused=True)
-        for coefs, g in zip(self.coefs, found, strict=False):
+        logp, entropy = (spread(x, counted, shape) for x in (self.logp, self.entropy))
+        for coefs, g in zip(self.coefs, gradient_of(given(logp=logp, entropy=entropy)), strict=True):
             if g is not None:
                 coefs[r] = flat(g, counted)[r]
 
@@ -221,10 +218,7 @@ def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | 
 def gradient_in_forward(call: Call, config: LossConfig, given: AwaitingLogp) -> PolicyLoss:
     """What `linear_token_stats` and `policy_loss` make together."""
 
-    def of(logp: Tensor, entropy: Tensor) -> PolicyLoss:
-        return loss_of(given(logp=logp, entropy=entropy))
-
     loss, names, *values = _GradientInForward.apply(
-        call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, of, config.entropy_coef != 0.0
+        call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, given, config.entropy_coef != 0.0
     )  # type: ignore[misc]
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))

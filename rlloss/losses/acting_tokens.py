@@ -92,5 +92,5 @@ def _say_on_policy() -> None:
     warnings.warn(
         "kl_cov without old_logp: on-policy every ratio is 1, where the penalty has no gradient, so that it cannot "
         "act; train more than one step on a batch",
-        stacklevel=4,
+        stacklevel=6,
     )

@@ -19,6 +19,11 @@ class Coefficients(NamedTuple):
     of_entropy: Tensor | None = None
     entropy_scale: Tensor | None = None
 
+    def gradients(self) -> tuple[Tensor, Tensor | None]:
+        """d loss / d logp and d loss / d entropy, `[B, T]`."""
+        g_logp, g_entropy = _scaled(*self, torch.ones_like(self.scale))
+        return g_logp, None if self.of_entropy is None else g_entropy
+
 
 def _fake(logp, of_logp, scale, of_entropy, entropy_scale, g_loss):
     return torch.empty_like(of_logp), of_logp.new_empty((0,) if of_entropy is None else of_logp.shape)
@@ -34,6 +39,12 @@ def _gradients(
     g_loss: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """logp is not read: as an input it makes a second derivative an error and not a silent 0."""
+    return _scaled(of_logp, scale, of_entropy, entropy_scale, g_loss)
+
+
+def _scaled(
+    of_logp: Tensor, scale: Tensor, of_entropy: Tensor | None, entropy_scale: Tensor | None, g_loss: Tensor
+) -> tuple[Tensor, Tensor]:
     g_logp = torch.where(of_logp == 0.0, 0.0, of_logp * (g_loss * scale))
     if of_entropy is None or entropy_scale is None:
         return g_logp, of_logp.new_empty((0,))

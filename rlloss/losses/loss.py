@@ -4,7 +4,7 @@ from torch import Tensor
 
 from rlloss.config import LossConfig
 from rlloss.losses.acting_tokens import choose_tokens
-from rlloss.losses.coefficients import with_gradient
+from rlloss.losses.coefficients import Coefficients, with_gradient
 from rlloss.losses.fused import fits, fused_pass
 from rlloss.losses.inputs import LossInputs, check
 from rlloss.losses.metrics import PolicyLoss
@@ -78,7 +78,17 @@ def policy_loss(
 
 def loss_of(given: LossInputs) -> PolicyLoss:
     """`policy_loss`, its arguments as one bundle."""
+    loss, metrics, coefficients = _passed(given)
+    return PolicyLoss(with_gradient(loss, given.logp, given.entropy, coefficients), metrics)
+
+
+def gradient_of(given: LossInputs) -> tuple[Tensor, Tensor | None]:
+    """d loss / d logp and, with an entropy bonus, d loss / d entropy, `[B, T]`."""
+    _, _, coefficients = _passed(given)
+    return coefficients.gradients()
+
+
+def _passed(given: LossInputs) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
     inputs = check(given)
     tokens = choose_tokens(inputs)
-    loss, metrics, coefficients = fused_pass(inputs, tokens) if fits(inputs) else plain_pass(inputs, tokens)
-    return PolicyLoss(with_gradient(loss, given.logp, given.entropy, coefficients), metrics)
+    return fused_pass(inputs, tokens) if fits(inputs) else plain_pass(inputs, tokens)

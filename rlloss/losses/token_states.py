@@ -12,7 +12,8 @@ from torch import Tensor
 from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.loss_types import LOSSES
-from rlloss.losses.loss import policy_loss
+from rlloss.losses.inputs import LossInputs
+from rlloss.losses.loss import gradient_of
 from rlloss.tokens.masks import off_policy_mask, top_entropy_mask
 
 
@@ -76,7 +77,7 @@ def token_states(
     Raises:
         ValueError, TypeError: as `policy_loss`.
 
-    It runs `policy_loss` and its backward once more, on [B, T] numbers; twice for "clip_cov" and "kl_cov".
+    It computes what `policy_loss` does once more, on [B, T] numbers; twice for "clip_cov" and "kl_cov".
     """
     config = LossConfig() if config is None else config
     checks.tokens(logp, advantage, mask)
@@ -107,20 +108,9 @@ def token_states(
 
 
 def _gradient(logp: Tensor, advantage: Tensor, mask: Tensor, config: LossConfig, given: dict[str, Any]) -> Tensor:
-    """d loss / d logp and d loss / d entropy, [2, B, T]."""
-    with torch.enable_grad():
-        entropy = given.get("entropy")
-        inputs = [_leaf(x) for x in (logp, entropy) if x is not None]
-        if entropy is not None:
-            given = {**given, "entropy": inputs[1]}
-        loss = policy_loss(inputs[0], advantage, mask, config=config, **given).loss
-        found = torch.autograd.grad(loss, inputs, materialize_grads=True)
-    return torch.stack([x.to(inputs[0].dtype) for x in (found[0], found[-1])])
-
-
-def _leaf(x: Tensor) -> Tensor:
-    """A copy without history, in fp32 at least: a gradient in fp16 would underflow to 0."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True).requires_grad_()
+    """d loss / d logp and d loss / d entropy, [2, B, T]. In fp32 at least: in fp16 they would underflow to 0."""
+    g_logp, g_entropy = gradient_of(LossInputs(logp.detach(), advantage, mask, config, **given))
+    return torch.stack([g_logp, torch.zeros_like(g_logp) if g_entropy is None else g_entropy.to(g_logp.dtype)])
 
 
 def _kept(mask: Tensor, config: LossConfig, *, entropy: Any = None, kept=None, cutoff=None, **_: Any) -> Tensor:
