@@ -3,11 +3,10 @@ checked against fp64.
 
 Under pytest (`make bench-pytest`) pytest-benchmark times one contender after the other. As a program,
 
-    python -m benchmarks.suites.hidden [--rounds 9] [--scaling]
+    python -m benchmarks.suites.hidden [--rounds 9]
 
 the contenders take turns; it prints Markdown tables and writes them with all samples to
-benchmarks/results/<device>/linear.{md,json}, or files of another --name. --scaling adds how time and memory grow with
-each size.
+benchmarks/results/<device>/linear.{md,json}, or files of another --name.
 """
 
 import argparse
@@ -31,8 +30,8 @@ from benchmarks.contenders.hidden_case import Case, Reference, Result, Shape, ma
 from benchmarks.contenders.limits import bare_products
 from benchmarks.harness import errors
 from benchmarks.harness.conditions import ROOT, conditions, sentence
+from benchmarks.harness.examine import examined, under_pytest
 from benchmarks.harness.timing import CUDA, DEVICE, Start, in_turns, phases, refuse_interpreter, split, warm, with_peak
-from benchmarks.suites import scaling
 from rlloss.report import replace_file
 
 SHAPE_A = Shape(8, 128, 896, 32768)
@@ -132,7 +131,8 @@ def examine(
     own = peer.case(case)
     if own.rho not in references:
         return {"status": f"keeps every token: at rho {own.rho:g} only"}
-    try:
+
+    def find() -> dict:
         begin = time.monotonic()
         (found, units), peak = with_peak(lambda: products(peer, own))
         took = time.monotonic() - begin
@@ -146,13 +146,11 @@ def examine(
             took = time.monotonic() - begin
         if took > longest_step and peer.plan is None:
             return {"status": f"not measured: a step takes {took:.2g} s"}
-        entry = {"status": "measured", "errors": of, "rho": own.rho, "units": units, "peak_bytes": peak}
+        entry = {"errors": of, "rho": own.rho, "units": units, "peak_bytes": peak}
         plan = None if peer.plan is None else explained(peer.plan, own)
         return entry | ({} if plan is None else {"plan": str(plan), "plan_name": plan.plan})
-    except Exception as error:
-        if strict and (peer.plan is not None or not isinstance(error, ArithmeticError | torch.OutOfMemoryError)):
-            raise
-        return {"status": errors.failure(error)}
+
+    return examined(find, ours=peer.plan is not None, strict=strict)
 
 
 def compare(shape: Shape, dtype: torch.dtype, rho: float, contenders: list[Peer], rounds: int) -> dict:
@@ -284,8 +282,6 @@ def markdown(report: dict, contenders: list[Peer]) -> str:
         entries = result["peers"] | result["bare"]
         lines += [_row(name, entry, result["rho"]) for name, entry in entries.items()]
         lines += ["", f"Plan of {OURS}: {result['peers'][OURS]['plan']}"]
-    if "scaling" in report:
-        lines += ["", *scaling.markdown(report["scaling"])]
     return "\n".join([*lines, "", *(f"- {peer.name}: {peer.note}." for peer in contenders)]) + "\n"
 
 
@@ -295,21 +291,10 @@ CASES = [(shape, dtype, rho) for shape in SHAPES for dtype in DTYPES for rho in 
 @pytest.mark.parametrize("peer", peers(), ids=lambda p: p.name)
 @pytest.mark.parametrize("shape, dtype, rho", CASES, ids=[f"{tuple(s)}-{str(d)[6:]}-rho {rho}" for s, d, rho in CASES])
 def test_linear(benchmark, shape, dtype, rho, peer):
-    refuse_interpreter()
-    benchmark.group = f"{shape}, {str(dtype)[6:]}, rho {rho}"
     case, references = solved(shape, dtype, rho)
-    entry = examine(peer, case, references)
-    if entry["status"] != "measured":
-        pytest.skip(f"{peer.name}: {entry['status']}")
-    benchmark.extra_info.update(conditions() | shape._asdict() | {"dtype": str(dtype)[6:]} | entry)
-    own = peer.case(case)
-
-    def synchronised():
-        peer.step(own)
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, rounds=20 if CUDA else 5, warmup_rounds=1)
+    entry = shape._asdict() | {"dtype": str(dtype)[6:]} | examine(peer, case, references)
+    own, group = peer.case(case), f"{shape}, {str(dtype)[6:]}, rho {rho}"
+    under_pytest(benchmark, group, entry, lambda: peer.step(own), rounds=20 if CUDA else 5)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -318,8 +303,6 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("B", "T", "D", "V"))
     parser.add_argument("--dtypes", nargs="+", choices=[str(d)[6:] for d in DTYPES])
     parser.add_argument("--rho", type=float, nargs="+", default=list(RHOS))
-    parser.add_argument("--scaling", action="store_true", help="how time and memory grow with N, V, D and r, too")
-    parser.add_argument("--scaling-base", type=int, nargs=3, metavar=("N", "V", "D"), default=scaling.BASE)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", default="linear", help="of the files written (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -335,9 +318,6 @@ def main(arguments: list[str] | None = None) -> dict:
                 print(f"{shape}, {str(dtype)[6:]}, rho {rho:g}", file=sys.stderr, flush=True)
                 report["results"].append(compare(shape, dtype, rho, contenders, options.rounds))
     report["targets"] = [] if CUDA else judge(report["results"])
-    if options.scaling:
-        print("scaling", file=sys.stderr, flush=True)
-        report["scaling"] = scaling.measure(tuple(options.scaling_base), options.rounds)
     report["conditions"]["load_after"] = conditions(options.rounds)["load"]
     folder = options.out / report["conditions"]["slug"]
     replace_file(folder / f"{options.name}.json", json.dumps(report, indent=1) + "\n")

@@ -10,7 +10,6 @@ with all samples to benchmarks/results/<device>/token_stats.{md,json}.
 
 import argparse
 import functools
-import gc
 import json
 import math
 import statistics
@@ -27,12 +26,12 @@ from torch import Tensor
 from benchmarks.contenders.logits import Case, Peer, peers
 from benchmarks.harness import errors
 from benchmarks.harness.conditions import ROOT, conditions, sentence
+from benchmarks.harness.examine import examined, peak_of, under_pytest
 from benchmarks.harness.shapes import lengths
 from benchmarks.harness.timing import (
     CUDA,
     DEVICE,
     beside_copies,
-    peak_bytes,
     phases,
     refuse_interpreter,
     seconds,
@@ -137,18 +136,12 @@ def examine(peer: Peer, case: Case, measure: Measure, *, strict: bool = True, lo
     """
     if reason := peer.absent(DEVICE):
         return {"status": reason}
-    try:
-        entry = {"status": "measured", "errors": check(peer, case, measure)}
-        gc.collect()
-        begin = time.monotonic()
-        entry["peak_bytes"] = peak_bytes(runner(peer, case, measure))
-        if (took := time.monotonic() - begin) > longest_step and not peer.ours:
-            return {"status": f"not measured: a step takes {took:.2g} s"}
-        return entry
-    except Exception as error:
-        if strict and (peer.ours or not isinstance(error, ArithmeticError | torch.OutOfMemoryError)):
-            raise
-        return {"status": errors.failure(error)}
+
+    def find() -> dict:
+        found = {"errors": check(peer, case, measure)}
+        return found | peak_of(runner(peer, case, measure), math.inf if peer.ours else longest_step)
+
+    return examined(find, ours=peer.ours, strict=strict)
 
 
 def runner(peer: Peer, case: Case, measure: Measure) -> Callable[[], object]:
@@ -167,22 +160,10 @@ CASES = [(N, V, dtype, measure) for N, V in SHAPES for dtype in DTYPES for measu
 @pytest.mark.parametrize("peer", peers(compiled=CUDA), ids=lambda p: p.name)
 @pytest.mark.parametrize("N, V, dtype, measure", CASES, ids=[f"{N}x{V}-{str(d)[6:]}-{m.label}" for N, V, d, m in CASES])
 def test_token_stats(benchmark, N, V, dtype, measure, peer):
-    refuse_interpreter()
     case = make_case(N, V, dtype, measure)
-    entry = examine(peer, case, measure)
-    if entry["status"] != "measured":
-        pytest.skip(f"{peer.name}: {entry['status']}")
-    benchmark.group = f"N {N}, V {V}, {str(dtype)[6:]}: {measure.label}"
     shape = {"N": N, "V": V, "dtype": str(dtype)[6:], "measure": measure.label}
-    benchmark.extra_info.update(conditions() | shape | entry)
-    run = runner(peer, case, measure)
-
-    def synchronised():
-        run()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, rounds=20 if CUDA else 7, warmup_rounds=1)
+    entry = shape | examine(peer, case, measure)
+    under_pytest(benchmark, f"N {N}, V {V}, {str(dtype)[6:]}: {measure.label}", entry, runner(peer, case, measure))
 
 
 def compare(

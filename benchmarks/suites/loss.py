@@ -4,7 +4,6 @@ Under pytest (`make bench-pytest`) pytest-benchmark times one contender after th
 """
 
 import functools
-import gc
 import math
 import time
 from dataclasses import replace
@@ -17,9 +16,9 @@ from torch import Tensor
 from benchmarks.contenders.hidden_case import advantages, token_scales
 from benchmarks.contenders.loss import LossCase, LossPeer, loss_peers
 from benchmarks.harness import errors
-from benchmarks.harness.conditions import conditions
+from benchmarks.harness.examine import examined, peak_of, under_pytest
 from benchmarks.harness.shapes import lengths
-from benchmarks.harness.timing import CUDA, DEVICE, beside_copies, peak_bytes, phases, refuse_interpreter, split
+from benchmarks.harness.timing import CUDA, DEVICE, beside_copies, phases, split
 from benchmarks.suites.logits import Measure, make_logits
 from rlloss import reference
 
@@ -103,19 +102,13 @@ def examine(
         return {"status": reason}
     if peer.case(case).rho != case.rho:
         return {"status": f"keeps every token: at rho {peer.case(case).rho:g} only"}
-    try:
-        entry = {"status": "measured", "errors": check(peer, case, expected)}
-        gc.collect()
+
+    def find() -> dict:
+        found = {"errors": check(peer, case, expected)}
         peer.prepare(case)
-        begin = time.monotonic()
-        entry["peak_bytes"] = peak_bytes(lambda: peer.start(case)())
-        if (took := time.monotonic() - begin) > longest_step and not peer.ours:
-            return {"status": f"not measured: a step takes {took:.2g} s"}
-        return entry
-    except Exception as error:
-        if strict and (peer.ours or not isinstance(error, ArithmeticError | torch.OutOfMemoryError)):
-            raise
-        return {"status": errors.failure(error)}
+        return found | peak_of(lambda: peer.start(case)(), math.inf if peer.ours else longest_step)
+
+    return examined(find, ours=peer.ours, strict=strict)
 
 
 def clock(peer: LossPeer, case: LossCase) -> tuple[float, float]:
@@ -156,18 +149,8 @@ def compare(
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_grpo_loss(benchmark, shape, rho, peer):
-    refuse_interpreter()
     dtype = torch.bfloat16 if CUDA else torch.float32
     case, expected = solve(make_case(shape, dtype, rho, 1.0))
-    entry = examine(peer, case, expected)
-    if entry["status"] != "measured":
-        pytest.skip(f"{peer.name}: {entry['status']}")
-    benchmark.group = f"the whole loss from logits {shape}, {str(dtype)[6:]}, rho {rho}"
-    benchmark.extra_info.update(conditions() | {"shape": shape, "dtype": str(dtype)[6:], "rho": rho} | entry)
-
-    def synchronised():
-        peer.start(case)()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, setup=lambda: peer.prepare(case), rounds=20 if CUDA else 7, warmup_rounds=1)
+    entry = {"shape": shape, "dtype": str(dtype)[6:], "rho": rho} | examine(peer, case, expected)
+    group = f"the whole loss from logits {shape}, {str(dtype)[6:]}, rho {rho}"
+    under_pytest(benchmark, group, entry, lambda: peer.start(case)(), setup=lambda: peer.prepare(case))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.contenders.trainers import MODES, RHO, Contender, Result, Size, add_reference, contenders, make_batch
 from benchmarks.harness.conditions import ROOT, conditions, sentence
+from benchmarks.harness.examine import under_pytest
 from benchmarks.harness.timing import CUDA, peak_bytes, refuse_interpreter, seconds
 from benchmarks.report.plots import draw_step
 from rlloss import count_products
@@ -217,22 +218,12 @@ def _prepared(size: Size) -> tuple[dict[str, Contender], dict, Result]:
 
 @pytest.mark.parametrize("name", ["TRL", "TRL, patch_trl()", *(f"rlloss {mode}" for mode in MODES)])
 def test_step(benchmark, name):
-    refuse_interpreter()
     entrants, inputs, expected = _prepared(Size())
     contender = entrants[name]
-    benchmark.group = "an update step"
-    entry = examine(contender, inputs, None if name == "TRL" else expected)
+    entry = Size()._asdict() | {"dtype": "float32"} | examine(contender, inputs, None if name == "TRL" else expected)
     assert not entry["status"].startswith("wrong"), entry["status"]
-    if entry["status"] != "measured":
-        pytest.skip(f"{name}: {entry['status']}")
-    benchmark.extra_info.update(conditions() | Size()._asdict() | {"dtype": "float32"} | entry)
-
-    def synchronised():
-        contender.step(inputs)
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, setup=contender.clear, rounds=20 if CUDA else 5, warmup_rounds=1)
+    step = functools.partial(contender.step, inputs)
+    under_pytest(benchmark, "an update step", entry, step, setup=contender.clear, rounds=20 if CUDA else 5)
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.contenders.hidden import CLIP, loss_in_torch
 from benchmarks.contenders.hidden_case import advantages
 from benchmarks.harness import errors
-from benchmarks.harness.conditions import conditions
-from benchmarks.harness.timing import CUDA, DEVICE, in_turns, phases, refuse_interpreter, split
+from benchmarks.harness.examine import under_pytest
+from benchmarks.harness.timing import DEVICE, in_turns, phases, split
 from rlloss import LossConfig, policy_loss
 
 SHAPE = (16, 1024)
@@ -111,15 +111,7 @@ def compare(shape: tuple[int, int], rho: float, rounds: int, limit: float = math
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("rho", RHOS)
 def test_token_pass(benchmark, rho, name):
-    refuse_interpreter()
     case = make_case(SHAPE, rho)
-    benchmark.group = f"the token pass {SHAPE}, rho {rho}"
-    found = check(name, case)
-    benchmark.extra_info.update(conditions() | {"shape": SHAPE, "dtype": "float32", "rho": rho, "errors": found})
-
-    def synchronised():
-        start(CONTENDERS[name][1], case)()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, rounds=100, warmup_rounds=3)
+    entry = {"status": "measured", "shape": SHAPE, "dtype": "float32", "rho": rho, "errors": check(name, case)}
+    group, function = f"the token pass {SHAPE}, rho {rho}", CONTENDERS[name][1]
+    under_pytest(benchmark, group, entry, lambda: start(function, case)(), rounds=100, warmup_rounds=3)

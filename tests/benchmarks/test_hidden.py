@@ -16,7 +16,6 @@ from benchmarks.contenders import hidden as linear_peers
 from benchmarks.contenders import hidden_case as linear_case
 from benchmarks.contenders import limits
 from benchmarks.suites import hidden as bench
-from benchmarks.suites import scaling
 from rlloss import backends
 from rlloss.lm_head import vocab_loop
 
@@ -52,9 +51,7 @@ def device(request, monkeypatch):
 @pytest.mark.slow
 def test_the_program_runs(device, tmp_path, capsys):
     absent = {peer.name: peer.absent() for peer in linear_peers.peers()}
-    arguments = (
-        "--rounds 2 --shape 4 16 16 96 --dtypes float32 --rho 0.2 --scaling --scaling-base 8 4096 16 --out".split()
-    )
+    arguments = "--rounds 2 --shape 4 16 16 96 --dtypes float32 --rho 0.2 --out".split()
     bench.main([*arguments, str(tmp_path)])
     (text,) = tmp_path.glob("*/linear.md")
     assert text.read_text() in capsys.readouterr().out
@@ -84,10 +81,6 @@ def test_the_program_runs(device, tmp_path, capsys):
             assert entries[name]["units"] == pytest.approx(expected)
         assert all(entries[name]["peak_bytes"] > 0 for name in ("rlloss", "TRL", "naive") if not absent[name])
     assert report["targets"] == []  # they are for another shape
-    assert set(report["scaling"]["time"]) == {"N", "V", "D", "r"}
-    # The recomputing plan holds no N * V logits, and the other one those of the half that is live.
-    shares = report["scaling"]["memory"]["share"]
-    assert report["scaling"]["memory"]["met"] and abs(shares["recompute"]) < 0.01 and shares["keep"] > 0.4
 
 
 def test_trl_without_datasets_is_absent(monkeypatch):
@@ -220,12 +213,6 @@ def test_the_targets_are_judged_by_medians():
     assert "| float32, rho 0.2 | time of rlloss / TRL | 1/5 | 1/5 | met |" in lines
     assert "| float32, rho 1 | time of rlloss / TRL | 1/2.7 | 1/2.8 | missed |" in lines
     assert "| float32, rho 0.2 | time of rlloss / naive | no number | 1/2.7 | not measured |" in lines
-
-
-def test_exponents():
-    assert scaling.exponent([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1.0)
-    assert scaling.exponent([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
-    assert math.isnan(scaling.exponent([1, 2], [0.0, 1.0])) and not math.nan <= scaling.EXPONENT
 
 
 @pytest.fixture(scope="module")
