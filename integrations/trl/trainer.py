@@ -38,9 +38,10 @@ from rlloss.integrations.trl.run_summary import RunSummary
 from rlloss.integrations.trl.zero_advantage import ZeroAdvantage, counted_tokens, dead_completions
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import default_denominator
-from rlloss.losses.loss import policy_loss
+from rlloss.losses.inputs import LossInputs
+from rlloss.losses.loss import loss_of
 from rlloss.losses.metrics import means
-from rlloss.losses.token_states import token_states
+from rlloss.losses.token_states import states_of
 from rlloss.rewards.resolution import group_accuracy
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
 
@@ -225,8 +226,11 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         denominator = self._denominator(config, inputs, mode, entropy, mask, cutoff, kept)
         if denominator is None and inputs is not whole:
             denominator = default_denominator(counted_tokens(whole), LOSSES[self.loss_type], config)
-        given: dict[str, Any] = dict(
-            config=config,
+        given = LossInputs(
+            logp,
+            inputs["advantages"],
+            mask,
+            config,
             old_logp=inputs.get("old_per_token_logps"),
             ref_logp=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
             sampler_ratio=self._sampler_ratio(inputs),
@@ -237,11 +241,10 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             kept=kept,
             selected=inputs.get("selected_tokens"),
         )
-        loss, metrics = policy_loss(logp, inputs["advantages"], mask, **given)
-        self._write_tokens(logp, inputs, mask, given)
-        if compat.has_entropy_bonus(
-            self
-        ):  # TRL logs the loss without it, and divided where its own divisor counts windows
+        loss, metrics = loss_of(given)
+        self._write_tokens(inputs, given)
+        # TRL logs the loss without the bonus, and divided where its own divisor counts windows.
+        if compat.has_entropy_bonus(self):
             of = "entropy_kept" if config.entropy_bonus_tokens == "kept" else "entropy"
             without = loss.detach() + config.entropy_coef * means(metrics)[of]
             metrics["policy_loss"] = without if denominator is None else without / accumulation
@@ -287,15 +290,15 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         of_model: Any = self.model.dtype
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision)) or of_model
 
-    def _write_tokens(self, logp, inputs, mask, given):
+    def _write_tokens(self, inputs: dict, given: LossInputs) -> None:
         steps = options(self.args).token_log_steps
         if self._token_log is None or not self.model.training or self.state.global_step % steps:
             return
-        states = token_states(logp, inputs["advantages"], mask, **given)
+        assert given.entropy is not None
         rewards = dict(zip(self.reward_func_names, inputs["rewards"].T, strict=True)) if "rewards" in inputs else None
         self._token_log.write(
-            self.state.global_step, inputs["prompt_ids"], inputs["completion_ids"], mask, given["entropy"].detach(),
-            states, inputs["advantages"], rewards, prompt_mask=inputs["prompt_mask"].bool(),
+            self.state.global_step, inputs["prompt_ids"], inputs["completion_ids"], given.mask, given.entropy.detach(),
+            states_of(given), given.advantage, rewards, prompt_mask=inputs["prompt_mask"].bool(),
         )  # fmt: skip
 
     def _prepare_inputs(self, generation_batch):

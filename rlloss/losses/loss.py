@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rlloss.config import LossConfig
-from rlloss.losses.acting_tokens import choose_tokens
+from rlloss.losses.acting_tokens import Tokens, choose_tokens
 from rlloss.losses.coefficients import Coefficients, with_gradient
 from rlloss.losses.fused import fits, fused_pass
 from rlloss.losses.inputs import LossInputs, check
@@ -90,5 +90,9 @@ def gradient_of(given: LossInputs) -> tuple[Tensor, Tensor | None]:
 
 def _passed(given: LossInputs) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
     inputs = check(given)
-    tokens = choose_tokens(inputs)
+    return token_pass(inputs, choose_tokens(inputs))
+
+
+def token_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
+    """(loss, metrics, coefficients), in one launch where Triton knows the loss, else in torch."""
     return fused_pass(inputs, tokens) if fits(inputs) else plain_pass(inputs, tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from rlloss import checks
 from rlloss.config import LossConfig
-from rlloss.loss_types import LOSSES
-from rlloss.losses.inputs import LossInputs
-from rlloss.losses.loss import gradient_of
-from rlloss.tokens.masks import off_policy_mask, top_entropy_mask
+from rlloss.losses import acting_tokens
+from rlloss.losses.acting_tokens import Tokens, choose_tokens
+from rlloss.losses.inputs import LossInputs, check
+from rlloss.losses.loss import token_pass
 
 
 class TokenState(IntEnum):
@@ -79,26 +78,30 @@ def token_states(
 
     It computes what `policy_loss` does once more, on [B, T] numbers; twice for "clip_cov" and "kl_cov".
     """
-    config = LossConfig() if config is None else config
     checks.tokens(logp, advantage, mask)
-    if given.get("entropy") is not None:
-        checks.floating("entropy", given["entropy"])
-    gradient = _gradient(logp, advantage, mask, config, given)
-    live = (gradient != 0).any(0)
-    advantage_BT = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
-    picked = torch.zeros_like(mask)
-    if LOSSES[config.loss_type].picks is not None:
+    config = LossConfig() if config is None else config
+    return states_of(LossInputs(logp, advantage, mask, config, **given))
+
+
+def states_of(given: LossInputs) -> Tensor:
+    """`token_states`, its arguments as one bundle."""
+    inputs = check(given._replace(logp=given.logp.detach()))
+    mask, loss_type, tokens = inputs.mask, inputs.loss_type, choose_tokens(inputs)
+    gradient = _gradient(inputs, tokens)
+    live, picked = (gradient != 0).any(0), torch.zeros_like(mask)
+    unpicked = tokens._replace(picked=None, sampler_ratio=inputs.sampler_ratio)
+    if loss_type.picks is not None:
         # A token was picked where its gradient is not the one that it has when none is.
-        unpicked = replace(config, covariance=replace(config.covariance, scope="generation"))
-        other = _gradient(logp, advantage, mask, unpicked, {**given, "selected": torch.zeros_like(mask)})
+        other = _gradient(inputs, unpicked._replace(picked=picked))
         picked = ((other != gradient) & ~gradient.isnan()).any(0)
+    kept = acting_tokens.kept(inputs, tokens)
     reasons = {
         TokenState.MASKED: ~mask,
-        TokenState.PENALISED: live & picked & (LOSSES[config.loss_type].picked == "penalised"),
+        TokenState.PENALISED: live & picked & (loss_type.picked == "penalised"),
         TokenState.LIVE: live,
-        TokenState.DEAD: advantage_BT == 0,
-        TokenState.DROPPED: ~_kept(mask, config, **given),
-        TokenState.OFF_POLICY: ~_on_policy(logp, advantage_BT, mask, config, **given),
+        TokenState.DEAD: inputs.advantage == 0,
+        TokenState.DROPPED: ~kept,
+        TokenState.OFF_POLICY: ~acting_tokens.acting(inputs, unpicked, kept),
         TokenState.SELECTED: picked,
     }
     states = torch.full(mask.shape, TokenState.CLIPPED, dtype=torch.int8, device=mask.device)
@@ -107,35 +110,8 @@ def token_states(
     return states
 
 
-def _gradient(logp: Tensor, advantage: Tensor, mask: Tensor, config: LossConfig, given: dict[str, Any]) -> Tensor:
+def _gradient(inputs: LossInputs, tokens: Tokens) -> Tensor:
     """d loss / d logp and d loss / d entropy, [2, B, T]. In fp32 at least: in fp16 they would underflow to 0."""
-    g_logp, g_entropy = gradient_of(LossInputs(logp.detach(), advantage, mask, config, **given))
+    _, _, coefficients = token_pass(inputs, tokens)
+    g_logp, g_entropy = coefficients.gradients()
     return torch.stack([g_logp, torch.zeros_like(g_logp) if g_entropy is None else g_entropy.to(g_logp.dtype)])
-
-
-def _kept(mask: Tensor, config: LossConfig, *, entropy: Any = None, kept=None, cutoff=None, **_: Any) -> Tensor:
-    """Tokens that the entropy mask keeps."""
-    if kept is not None or config.top_entropy_quantile == 1.0:
-        return mask if kept is None else kept
-    return top_entropy_mask(entropy, mask, config.top_entropy_quantile, cutoff=cutoff, exact_k=config.exact_k)
-
-
-def _on_policy(
-    logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    config: LossConfig,
-    *,
-    old_logp=None,
-    sampler_logp=None,
-    sampler_ratio=None,
-    **_: Any,
-) -> Tensor:
-    """Tokens whose surrogate neither the off-policy mask nor a sampler's ratio of 0 leaves out."""
-    result = mask
-    if config.off_policy_threshold is not None:
-        behavior_logp = next((x for x in (sampler_logp, old_logp) if x is not None), logp.detach())
-        result = result & off_policy_mask(advantage, logp, behavior_logp, mask, config.off_policy_threshold)
-    if sampler_ratio is not None and LOSSES[config.loss_type].level != "product":
-        result = result & (sampler_ratio != 0)
-    return result
