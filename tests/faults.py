@@ -124,6 +124,25 @@ FAULTS = [
     ),
     ("rlloss/losses/surrogates.py", "1.0, value) * (4.0 / t)", "1.0, value) * (2.0 / t)", LOSSES),
     ("rlloss/losses/surrogates.py", "(ratio * small * (1.0 - small))", "(ratio * small)", LOSSES),
+    ("rlloss/losses/surrogates.py", "gain, c = x.advantage >= 0", "gain, c = x.advantage > 0", LOSSES),
+    (
+        "rlloss/losses/ratios.py",
+        "self.of_tokens.abs() < _MAX_LOG_WEIGHT",
+        "self.of_tokens.abs() < 1.0",
+        "tests/losses/test_loss_types.py",
+    ),
+    (
+        "rlloss/losses/coefficients.py",
+        "torch.where(of_logp == 0.0, 0.0, of_logp * (g_loss * scale))",
+        "of_logp * (g_loss * scale)",
+        "all: tests/losses tests/logits/test_overflow.py",
+    ),
+    (
+        "integrations/trl/model_call.py",
+        "temperature[:, 1:][inputs",
+        "temperature[:, :-1][inputs",
+        "tests/trl/test_remedies.py",
+    ),
     (
         "rlloss/losses/surrogates.py",
         "return None if value is None else torch.where(acts, value, 0.0)",

@@ -65,13 +65,15 @@ def with_slopes(x, config):
 @pytest.mark.parametrize("level", ["token", "sequence", "product"])
 @pytest.mark.parametrize("surrogate", [toy, of_logp, with_slopes])
 def test_slopes_reach_the_tokens_whatever_the_level(monkeypatch, surrogate, level, per_token):
-    """Against autograd through the whole formula. The ratio of a masked token is infinite, one weight is 0."""
+    """Against autograd through the whole formula. The ratio of a masked token is infinite, one weight is 0, and one
+    log-ratio is beyond the 20 to which a product bounds it."""
     monkeypatch.setitem(SURROGATES, "toy", surrogate)
     monkeypatch.setitem(LOSSES, "toy", LossType("toy", frozenset(), level=level, mean_of_sequence=True))
     g = torch.Generator().manual_seed(1)
     mask = torch.tensor([[True] * 4 + [False], [True] * 5, [True, True, False, False, False]])
     logp, old_logp = (-2 * torch.rand(3, 5, generator=g, dtype=torch.float64) for _ in range(2))
     logp[0, 2], old_logp[0, 4] = -1.5, -torch.inf
+    old_logp[0, :2] = logp[0, :2] + torch.tensor([25.0, -10.0])
     advantage = torch.randn((3, 5) if per_token else (3, 1), generator=g, dtype=torch.float64)
     weight = torch.rand(3, 5, generator=g, dtype=torch.float64)
     weight[1, 2] = 0.0
@@ -81,7 +83,8 @@ def test_slopes_reach_the_tokens_whatever_the_level(monkeypatch, surrogate, leve
     if level == "sequence":
         log_ratio = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
     if level == "product":  # of its sampler's ratio too, which is then no weight
-        log_ratio = (difference + torch.where(mask, weight, 1.0).log().clamp(min=math.log(1e-8))).sum(-1, keepdim=True)
+        bounded = difference.clamp(-20.0, 20.0)
+        log_ratio = (bounded + torch.where(mask, weight, 1.0).log().clamp(min=math.log(1e-8))).sum(-1, keepdim=True)
         log_ratio = log_ratio.clamp(math.log(1e-8), 20.0)
     ratio = torch.where(log_ratio > 0.0, log_ratio.exp(), 1.0)
     loss = -advantage * (log_ratio.exp() if surrogate is toy else ratio * leaf)

@@ -127,6 +127,9 @@ def test_vespo_by_hand():
         assert loss == pytest.approx(3 * phi * advantage) and gradient == pytest.approx([-phi * advantage / 2] * 2)
         assert metrics["weight"].item() == pytest.approx(phi) and metrics["ratio"].item() == pytest.approx(0.5)
         assert metrics["ratios"] == 1 and metrics["live"] == 2 and "clip_low" not in metrics
+    # An advantage of 0 has the weight of a gain, which is logged, and no gradient.
+    loss, gradient, metrics = of_ratios([2.0, 0.25], 0.0, LossConfig("vespo"), logp=-3.0)
+    assert loss == 0 and gradient == [0.0, 0.0] and metrics["weight"].item() == pytest.approx(math.exp(1.5) / 4)
     config = LossConfig("vespo", vespo=VespoConfig(k_pos=1.0, lambda_pos=2.0))  # e^2 (1/2) e^-1 = e / 2
     assert of_ratios([2.0, 0.25], 1.0, config)[1] == pytest.approx([-math.e / 4] * 2)
 
