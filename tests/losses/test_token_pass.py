@@ -215,6 +215,19 @@ def test_a_second_derivative_is_refused(on):
         torch.autograd.grad(gradient.sum(), logp)
 
 
+@pytest.mark.parametrize("on", [FUSED, "torch"])
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_broken_incoming_gradient_reaches_no_token_without_a_coefficient(factor, on):
+    x = batch(3, 5)
+    x["advantage"][1] = 0.0
+    logp = x.pop("logp").requires_grad_()
+    with backends.backend(on):
+        loss, metrics = policy_loss(logp, **x)
+    (gradient,) = torch.autograd.grad(loss, logp, torch.tensor(factor, device=DEVICE))
+    assert (gradient != 0).sum() == metrics["live"] and not gradient[gradient != 0].isfinite().any()
+    assert (gradient[1] == 0).all() and (gradient[~x["mask"]] == 0).all()
+
+
 def test_one_graph_under_compile():
     x = batch(3, 5)
     logp = x.pop("logp").requires_grad_()
