@@ -53,10 +53,14 @@ def _scaled(
 
 class _WithCoefficients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logp, entropy, loss, *coefficients):
+    def forward(logp, entropy, loss, *coefficients):
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logp, entropy, _, *coefficients = inputs
         ctx.save_for_backward(logp, *coefficients)
         ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
-        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any):

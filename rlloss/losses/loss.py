@@ -10,6 +10,8 @@ from rlloss.losses.inputs import LossInputs, check
 from rlloss.losses.metrics import PolicyLoss
 from rlloss.losses.plain_pass import plain_pass
 
+DEFAULT = LossConfig()  # torch.compile cannot make one
+
 
 def policy_loss(
     logp: Tensor,
@@ -59,8 +61,8 @@ def policy_loss(
     shows it: gather the log-probabilities first. `docs/losses.md` has what may stay split.
 
     Returns:
-        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. There is no second derivative: asking for
-        one is an error.
+        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. There is no second derivative and no torch.func
+        transform: asking for one is an error.
 
     Raises:
         ValueError, TypeError: an argument does not fit, is missing, would have no effect, or requires a gradient, which
@@ -70,7 +72,7 @@ def policy_loss(
     """
     return loss_of(
         LossInputs(
-            logp, advantage, mask, LossConfig() if config is None else config, old_logp, ref_logp, sampler_ratio,
+            logp, advantage, mask, DEFAULT if config is None else config, old_logp, ref_logp, sampler_ratio,
             sampler_logp, entropy, cutoff, denominator, kept, selected,
         )
     )  # fmt: skip

@@ -69,9 +69,11 @@ def surrogate(name: str, x: Inputs, acts: Tensor, config: LossConfig) -> Surroga
 
 def _differentiated(formula: Formula, x: Inputs, acts: Tensor, config: LossConfig) -> Surrogate:
     """Loss and slopes of a formula that gives its loss alone."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        copies: Any = (None if y is None else y.clone() for y in x)  # which autograd may save
+        x, acts = Inputs(*copies), acts.clone()
         # Each token gets a log-ratio of its own, and 0 where it does not act: the formula need not mind an overflow.
-        leaves = [torch.where(acts, value.expand_as(acts), 0.0).requires_grad_() for value in (x.log_ratio, x.logp)]
+        leaves = [torch.where(acts, y.expand_as(acts), 0.0).requires_grad_() for y in (x.log_ratio, x.logp)]
         found = formula(x._replace(log_ratio=leaves[0], logp=leaves[1]), config)
         total = torch.where(acts, found.loss, 0.0).sum()
         by_log_ratio, by_logp = torch.autograd.grad(total, leaves, materialize_grads=True)

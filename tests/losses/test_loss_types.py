@@ -103,6 +103,16 @@ def test_slopes_reach_the_tokens_whatever_the_level(monkeypatch, surrogate, leve
     assert (mine.grad != 0).any()
 
 
+def test_a_loss_without_slopes_runs_without_gradient_too():
+    _, _, _, advantage, mask, old_logp = inputs()
+    metrics = {}
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context():
+            x = old_logp + 0.1
+            metrics[context] = policy_loss(x, advantage, mask, config=LossConfig("toy"), old_logp=old_logp).metrics
+            assert metrics[context]["live"] == mask.sum()
+
+
 def test_what_it_does_not_read_is_refused():
     with pytest.raises(ValueError, match="delta: found 1.5, expected None: it has no effect with loss_type='toy'"):
         LossConfig("toy", delta=1.5)

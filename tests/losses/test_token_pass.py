@@ -228,15 +228,17 @@ def test_a_broken_incoming_gradient_reaches_no_token_without_a_coefficient(facto
     assert (gradient[1] == 0).all() and (gradient[~x["mask"]] == 0).all()
 
 
-def test_one_graph_under_compile():
+@pytest.mark.parametrize("on", [FUSED, "torch"])
+@pytest.mark.parametrize("config", [None, LossConfig(top_entropy_quantile=0.5)], ids=["default", "kept"])
+def test_one_graph_under_compile(config, on):
     x = batch(3, 5)
     logp = x.pop("logp").requires_grad_()
-    config = LossConfig(top_entropy_quantile=0.5)
 
     def loss(logp):
         return policy_loss(2 * logp, **x, config=config).loss
 
-    with backends.backend(FUSED):
+    torch.compiler.reset()
+    with backends.backend(on):
         eager = torch.autograd.grad(loss(logp), logp)[0]
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logp)
         torch.testing.assert_close(torch.autograd.grad(compiled, logp)[0], eager)
