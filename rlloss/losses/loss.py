@@ -61,8 +61,8 @@ def policy_loss(
     shows it: gather the log-probabilities first. `docs/losses.md` has what may stay split.
 
     Returns:
-        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. There is no second derivative and no torch.func
-        transform: asking for one is an error.
+        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. There is no second derivative and no
+        torch.func transform: asking for one is an error.
 
     Raises:
         ValueError, TypeError: an argument does not fit, is missing, would have no effect, or requires a gradient, which
