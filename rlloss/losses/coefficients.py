@@ -53,14 +53,10 @@ def _scaled(
 
 class _WithCoefficients(torch.autograd.Function):
     @staticmethod
-    def forward(logp, entropy, loss, *coefficients):
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logp, entropy, _, *coefficients = inputs
-        ctx.save_for_backward(logp, *coefficients)
+    def forward(ctx, logp, entropy, loss, of_logp, scale, of_entropy, entropy_scale):
+        ctx.save_for_backward(logp, of_logp, scale, of_entropy, entropy_scale)
         ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any):
@@ -73,4 +69,6 @@ class _WithCoefficients(torch.autograd.Function):
 def with_gradient(loss: Tensor, logp: Tensor, entropy: Tensor | None, coefficients: Coefficients) -> Tensor:
     """The loss as a function of logp and, with an entropy bonus, of entropy; `[B, T]` each."""
     bonus = entropy if coefficients.of_entropy is not None else None
+    if not (torch.is_grad_enabled() and (logp.requires_grad or (bonus is not None and bonus.requires_grad))):
+        return loss
     return _WithCoefficients.apply(logp, bonus, loss, *coefficients)  # type: ignore[return-value]

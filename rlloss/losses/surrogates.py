@@ -76,8 +76,13 @@ def _differentiated(formula: Formula, x: Inputs, acts: Tensor, config: LossConfi
         leaves = [torch.where(acts, y.expand_as(acts), 0.0).requires_grad_() for y in (x.log_ratio, x.logp)]
         found = formula(x._replace(log_ratio=leaves[0], logp=leaves[1]), config)
         total = torch.where(acts, found.loss, 0.0).sum()
-        by_log_ratio, by_logp = torch.autograd.grad(total, leaves, materialize_grads=True)
-    return found._replace(loss=found.loss.detach(), by_log_ratio=by_log_ratio, by_logp=by_logp)
+        if total.requires_grad:
+            slopes = torch.autograd.grad(total, leaves, materialize_grads=True)
+        else:  # a constant
+            slopes = (torch.zeros_like(leaf) for leaf in leaves)
+    by_log_ratio, by_logp = (slope.detach() for slope in slopes)
+    own: Any = (y.detach() if isinstance(y, Tensor) else y for y in found)
+    return Surrogate(*own)._replace(by_log_ratio=by_log_ratio, by_logp=by_logp)
 
 
 def _apart(x: Inputs, ratio: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

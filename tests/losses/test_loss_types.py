@@ -113,6 +113,15 @@ def test_a_loss_without_slopes_runs_without_gradient_too():
             assert metrics[context]["live"] == mask.sum()
 
 
+def test_a_loss_that_depends_on_nothing_has_no_gradient(monkeypatch):
+    monkeypatch.setitem(SURROGATES, "toy", lambda x, config: Surrogate(x.advantage.expand_as(x.logp)))
+    _, _, _, advantage, mask, old_logp = inputs()
+    logp = (old_logp + 0.1).requires_grad_()
+    loss, metrics = policy_loss(logp, advantage, mask, config=LossConfig("toy"), old_logp=old_logp)
+    assert torch.autograd.grad(loss, logp)[0].count_nonzero() == metrics["live"] == 0
+    torch.testing.assert_close(loss, torch.tensor((2 * 1.0 + 3 * -2.0) / 5), check_dtype=False)
+
+
 def test_what_it_does_not_read_is_refused():
     with pytest.raises(ValueError, match="delta: found 1.5, expected None: it has no effect with loss_type='toy'"):
         LossConfig("toy", delta=1.5)

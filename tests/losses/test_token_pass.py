@@ -229,10 +229,12 @@ def test_a_broken_incoming_gradient_reaches_no_token_without_a_coefficient(facto
 
 
 @pytest.mark.parametrize("on", [FUSED, "torch"])
-@pytest.mark.parametrize("config", [None, LossConfig(top_entropy_quantile=0.5)], ids=["default", "kept"])
+@pytest.mark.parametrize(
+    "config", [None, LossConfig(top_entropy_quantile=0.5, entropy_coef=0.1)], ids=["default", "kept"]
+)
 def test_one_graph_under_compile(config, on):
     x = batch(3, 5)
-    logp = x.pop("logp").requires_grad_()
+    logp, x["entropy"] = x.pop("logp").requires_grad_(), x["entropy"].requires_grad_()
 
     def loss(logp):
         return policy_loss(2 * logp, **x, config=config).loss
@@ -240,8 +242,10 @@ def test_one_graph_under_compile(config, on):
     torch.compiler.reset()
     with backends.backend(on):
         eager = torch.autograd.grad(loss(logp), logp)[0]
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logp)
-        torch.testing.assert_close(torch.autograd.grad(compiled, logp)[0], eager)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(torch.autograd.grad(compiled(logp), logp)[0], eager)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(logp), loss(logp))
 
 
 def test_the_registered_operators_are_sound():
