@@ -177,9 +177,13 @@ def coefficients(
     like: torch.Tensor, g_logp: torch.Tensor | None, g_entropy: torch.Tensor | None, g_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """With zeros where a kernel takes no None: for g_logp, and for the one of the others where there is only one."""
-    both = g_entropy is None and g_lse is None
-    g_logp, g_entropy, g_lse = (torch.zeros_like(like) if g is None else g for g in (g_logp, g_entropy, g_lse))
-    return (g_logp, None, None) if both else (g_logp, g_entropy, g_lse)
+
+    def filled(g: torch.Tensor | None) -> torch.Tensor:
+        return torch.zeros_like(like) if g is None else g
+
+    if g_entropy is None and g_lse is None:
+        return filled(g_logp), None, None
+    return filled(g_logp), filled(g_entropy), filled(g_lse)
 
 
 def token_stats_backward(
