@@ -175,9 +175,8 @@ def gradient_in_forward(
     """(grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
 
     logits [B, T, V] with N = B T >= 1; target, mask [B, T], contiguous; transform as for
-    `token_stats_forward`. From saved on the
-    results are what `token_stats_backward` takes. Of the settings those of a sequence and of the denominator are not
-    looked at: they are in `weight`.
+    `token_stats_forward`. `token_stats_backward` takes the results from saved on. The settings of a sequence and of the
+    denominator are not read: `weight` holds them.
     """
     B, T = mask.shape
     rows = Rows(logits)

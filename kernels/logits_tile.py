@@ -139,9 +139,8 @@ def fold_tile(
     """Fold tile [R, C], contiguous fp32, the raw logits of vocabulary entries start .. start + C - 1, into `state`.
 
     target contiguous [R]; transform (temperature: a number or [R], softcap, logit_scale); state [7, R], contiguous
-    along its rows. extra: q, the sum and
-    the largest before the target too. What only the torch version makes use of: `overwrite` allows it to change the
-    tile, without `entropy` it leaves w alone.
+    along its rows. extra: q, the sum and the largest before the target too. Only the torch version reads the others:
+    `overwrite` allows it to change the tile; without `entropy` it leaves w alone.
     """
     rows = Rows(tile)
     if rows.N == 0:

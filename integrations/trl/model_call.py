@@ -26,8 +26,8 @@ class ModelCall:
     `[B, L - 1]` by name. completions: entries of the micro-batch, of which the completions' width and a tool's mask
     are looked at: what a tool wrote gets no label, so that no head scores it. parts: None: one call, as it comes.
     reach: None: no column is cut off; otherwise each call ends at its longest completion, on a multiple of `multiple`.
-    Left padding stays, since positions count it. temperatures: `[N, T]`, by which the head divides the logits of each
-    token; calls take their rows one after the other. None: the trainer's one.
+    Left padding stays, since positions count it. temperatures: `[N, T]`, one for each token. The head divides the
+    token's logits by it. Each call takes the next rows. None: the trainer's temperature.
 
     Returns what the model returns where it was called once and whole; otherwise a namespace of its `[B, L - 1]`
     tensors, 0 where a column was cut off.

@@ -18,8 +18,7 @@ _FAR = 80.0  # e^80 and e^-80 are normal numbers of fp32
 class Inputs(NamedTuple):
     """What a surrogate may look at, without gradient.
 
-    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio, by which the loss is
-    multiplied.
+    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio. It multiplies the loss.
     """
 
     logp: Tensor  # [B, T]
