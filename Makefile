@@ -38,7 +38,7 @@ bench: $(PEERS) ## test, time everything against its peers, write tables and plo
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 bench-pytest: $(PEERS) ## the same contenders one after the other under pytest-benchmark
-	$(BIN)/python -m pytest benchmarks/suites/*.py --benchmark-only $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks/bench.py --benchmark-only $(BENCH_ARGS)
 
 # Each version into a folder of its own, which Python finds before the installed one.
 test-triton: $(DEV) ## compile every kernel under other versions of Triton: TRITONS="3.6.0 newest"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.run [--quick] [--minutes 8] [--models ...] [--dtypes ...] [--rounds 30] [--tests PATH ...]
 
-Writes logits.json, hidden.json, summary.md and plots to benchmarks/results/<device>/. If a test fails, nothing
-is measured. What does not fit the time is written down as not measured. The tests come on top of the minutes.
+Writes a JSON file for each suite, summary.md and plots to benchmarks/results/<device>/. If a test fails, nothing is
+measured. What does not fit the time is written down as not measured. The tests come on top of the minutes.
 """
 
 import argparse
@@ -19,14 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import suite
-from benchmarks.contenders.hidden import peers as linear_peers
-from benchmarks.contenders.logits import peers
-from benchmarks.contenders.loss import loss_peers
 from benchmarks.harness.conditions import commit, conditions
-from benchmarks.harness.shapes import FILLS, FIRST_FILL, FIRST_RHOS, MODELS, QUICK_MODELS, RHOS
+from benchmarks.harness.shapes import DEFAULT_MODELS, FILLS, FIRST_RHOS, MODELS, QUICK_MODELS, RHOS
 from benchmarks.harness.timing import CUDA, DEVICE, LEAST, Budget, refuse_interpreter
 from benchmarks.report import summary as report
-from benchmarks.suites.token_pass import CONTENDERS
 from rlloss.report import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +31,9 @@ TESTS = [
     "tests/benchmarks/test_hidden.py", "tests/lm_head", "tests/logits", "tests/losses/test_losses.py",
     "tests/losses/test_loss_properties.py", "tests/losses/test_token_pass.py",
 ]  # fmt: skip
-MINUTES = {"cuda": 8.0, "cpu": 15.0}
-QUICK_MINUTES = 2.0
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32"]}
+MINUTES = {"cuda": 8.0, "cpu": 20.0}
+QUICK_MINUTES = {"cuda": 2.0, "cpu": 5.0}
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32", "bfloat16"]}
 
 
 def _pytest(*arguments: str) -> tuple[list[str], subprocess.CompletedProcess]:
@@ -70,21 +66,6 @@ def run_tests(paths: list[str] | None) -> dict[str, Any] | None:
     }
 
 
-def notes(compiled: bool) -> dict[str, dict[str, dict[str, str]]]:
-    """What the contenders are, by file and suite."""
-    of_peers = {
-        "logits": peers(compiled=compiled),
-        "loss": loss_peers(compiled=compiled),
-        "hidden": linear_peers(compiled=compiled),
-    }
-    found = {name: {peer.name: peer.note for peer in contenders} for name, contenders in of_peers.items()}
-    found["token pass"] = {name: note for name, (note, _) in CONTENDERS.items()}
-    return {
-        file: {name: found[name] for name, (of, _) in suite.SUITES.items() if of == file}
-        for file in report.FILES
-    }  # fmt: skip
-
-
 def save(path: Path, content: dict[str, Any]) -> None:
     """JSON, a list of numbers on one line."""
     text = json.dumps(content, indent=1)
@@ -94,7 +75,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Test, then time rlloss against its peers, then report.")
-    parser.add_argument("--quick", action="store_true", help="2 minutes: few models, rho 0.2 and 1, no padding")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: few models, rho 0.2 and 1, no padding")
     parser.add_argument("--minutes", type=float, help=f"that measuring may take (default {MINUTES[DEVICE.type]:g})")
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=DTYPES[DEVICE.type])
@@ -102,7 +83,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fills", nargs="+", type=float)
     parser.add_argument("--suites", nargs="+", choices=list(suite.SUITES), default=list(suite.SUITES))
     parser.add_argument("--rounds", type=int, default=30, help="at most so many samples of each (default %(default)s)")
-    parser.add_argument("--columns", type=int, nargs=2, metavar=("B", "T"), help="instead of those of shapes.py")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile takes part (%(default)s)"
     )
@@ -130,30 +110,26 @@ def main(arguments: list[str] | None = None) -> int:
     tests = run_tests(options.tests)
     if tests is None:
         return 1
-    models = options.models or (QUICK_MODELS[DEVICE.type] if options.quick else list(MODELS))
+    device = DEVICE.type
+    models = options.models or (QUICK_MODELS if options.quick else DEFAULT_MODELS)[device]
     rhos = options.rhos or (FIRST_RHOS if options.quick else RHOS)
-    fills = options.fills or ([FIRST_FILL] if options.quick else FILLS)
-    minutes = (
-        options.minutes if options.minutes is not None else QUICK_MINUTES if options.quick else MINUTES[DEVICE.type]
-    )
+    fills = options.fills or ([1.0] if options.quick else FILLS)
+    minutes = options.minutes if options.minutes is not None else (QUICK_MINUTES if options.quick else MINUTES)[device]
     wanted = suite.cells(options.suites, models, options.dtypes, rhos, fills)
-    columns = suite.Options().columns
-    if options.columns:
-        columns = dict.fromkeys(columns, tuple(options.columns))
     where = conditions() | {"tests": tests, "minutes": minutes, "note": options.note}
     where["commit"] = options.commit or where["commit"]
     folder = options.out / where["slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {file: of for file, of in notes(options.compile).items() if any(cell.file == file for cell in wanted)}
+    notes = {name: suite.SUITES[name].notes(options.compile) for name in dict.fromkeys(cell.suite for cell in wanted)}
 
     def done(results: list[dict[str, Any]]) -> None:
         where["load_after"] = conditions()["load"]
-        for file, of in files.items():
-            own = [result for cell, result in zip(wanted, results, strict=True) if cell.file == file]
-            save(folder / f"{file}.json", {"conditions": where, "notes": of, "results": own})
+        for name, of in notes.items():
+            own = [result for cell, result in zip(wanted, results, strict=True) if cell.suite == name]
+            save(report.file_of(folder, name), {"conditions": where, "notes": of, "results": own})
 
     begin = time.monotonic()
-    results = suite.run(wanted, suite.Options(columns, options.rounds, options.compile), Budget(minutes), done)
+    results = suite.run(wanted, Budget(minutes), options.rounds, options.compile, done)
     where["took_s"] = round(time.monotonic() - begin)
     done(results)
     print(report.write(folder))

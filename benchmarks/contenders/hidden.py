@@ -6,16 +6,14 @@ of highest entropy alone, the gradients of hidden and weight. What a peer does n
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders.hidden_case import Case, Result
 from benchmarks.contenders.limits import Flop
-from benchmarks.contenders.logits import absent
+from benchmarks.harness.peer import Peer
 from rlloss import LinearGRPOLoss, LossConfig, count_products, explain_plan
 from rlloss.lm_head.plans import PlanReport
 
@@ -27,46 +25,12 @@ SM90 = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
 Function = Callable[[Tensor, Tensor, Case], tuple[Tensor, Tensor | None]]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """function: (hidden, weight, case) -> (loss, mean entropy or None).
+def _peer(name: str, note: str, function: Function, **where) -> Peer:
+    """A peer that is a function (hidden, weight, case) -> (loss, mean entropy or None)."""
 
-    module: must be installed; gpu: it runs nowhere else. needs: a module of it that must be importable here.
-    ignores_rho: it keeps every token whatever rho is, and is checked and timed so. plan: of rlloss's plans.
-    """
-
-    name: str
-    note: str
-    function: Function
-    module: str = "torch"
-    gpu: bool = False
-    needs: str | None = None
-    ignores_rho: bool = False
-    plan: str | None = None
-
-    def absent(self) -> str | None:
-        """Why it cannot run here, or None."""
-        cuda = torch.cuda.is_available()
-        reason = absent(self.module, torch.device("cuda" if cuda else "cpu"), gpu=self.gpu)
-        if reason or self.needs is None:
-            return reason
-        try:
-            importlib.import_module(self.needs)
-        except ImportError as error:
-            return f"{self.needs} cannot be loaded: {error}"
-        return None
-
-    @property
-    def compiled(self) -> bool:
-        return self.function is _compiled
-
-    def case(self, case: Case) -> Case:
-        return replace(case, rho=1.0) if self.ignores_rho else case
-
-    def start(self, case: Case) -> Callable[[], Result]:
-        """The forward, with fresh leaves; it returns the backward."""
+    def start(case: Case) -> Callable[[], Result]:
         hidden, weight = (x.detach().requires_grad_() for x in (case.hidden, case.weight))
-        loss, entropy = self.function(hidden, weight, case)
+        loss, entropy = function(hidden, weight, case)
 
         def backward() -> Result:
             loss.backward()
@@ -75,8 +39,7 @@ class Peer:
 
         return backward
 
-    def step(self, case: Case) -> Result:
-        return self.start(case)()
+    return Peer(name, note, start, **where)
 
 
 def _options(plan: str, case: Case) -> tuple[LossConfig, float | None]:
@@ -202,18 +165,20 @@ def _sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
+def plan_of(name: str) -> str | None:
+    """The plan of a contender that is rlloss."""
+    return name.removeprefix("rlloss").strip() or "auto" if name.startswith("rlloss") else None
+
+
 def peers(*, compiled: bool = False) -> list[Peer]:
     """rlloss's plans first, then the others. compiled: whether torch.compile takes part."""
-    notes = {
-        "auto": "`LinearGRPOLoss`",
-        "recompute": "logits again for the rows with a gradient",
-        "keep": "logits of the rows that count kept",
-        "gradient_in_forward": "gradients made in the forward; below rho 1 with a cutoff that is given",
+    plans = {
+        "rlloss": "`LinearGRPOLoss`",
+        "rlloss recompute": "logits again for the rows with a gradient",
+        "rlloss keep": "logits of the rows that count kept",
+        "rlloss gradient_in_forward": "gradients made in the forward; below rho 1 with a cutoff that is given",
     }
-    found = [
-        Peer("rlloss" if plan == "auto" else f"rlloss {plan}", note, functools.partial(_rlloss, plan), plan=plan)
-        for plan, note in notes.items()
-    ]
+    found = [_peer(name, note, functools.partial(_rlloss, plan_of(name) or "auto")) for name, note in plans.items()]
     trl = "`ChunkedLogProbFunction` as TRL's GRPOTrainer calls it, and TRL's loss in torch; without a GPU on all rows"
     naive = f"logits of all rows, `log_softmax` in fp32, entropies of {ENTROPY_ROWS} rows at a time without gradient"
     compiled_note = "`torch.compile(dynamic=False)` of plain logits, log-probability and entropy, and naive's loss"
@@ -224,22 +189,22 @@ def peers(*, compiled: bool = False) -> list[Peer]:
     )
     cce = "`linear_cross_entropy`, its default filter of small gradients on: no entropies and no selection by them"
     # TRL's trainers need datasets, which TRL can be installed without.
-    found += [Peer("TRL", trl, _trl, module="trl", needs="trl.trainer.utils"), Peer("naive", naive, _naive)]
+    found += [_peer("TRL", trl, _trl, module="trl.trainer.utils"), _peer("naive", naive, _naive)]
     if compiled:
-        found.append(Peer("torch.compile", compiled_note, _compiled))
+        found.append(_peer("torch.compile", compiled_note, _compiled))
     return found + [
-        Peer("Liger", liger, _liger, module="liger_kernel", ignores_rho=True),
-        Peer("Liger FLSCE", flsce, _flsce, module="liger_kernel", needs=SM90 if _sm90() else None),
-        Peer("cut-cross-entropy", cce, _cce, module="cut_cross_entropy", gpu=True, ignores_rho=True),
+        _peer("Liger", liger, _liger, module="liger_kernel", ignores_rho=True),
+        _peer("Liger FLSCE", flsce, _flsce, module=SM90 if _sm90() else "liger_kernel"),
+        _peer("cut-cross-entropy", cce, _cce, module="cut_cross_entropy", on="gpu", ignores_rho=True),
     ]
 
 
 def products(peer: Peer, case: Case) -> tuple[Result, float | None]:
     """The result of a step, and its matrix products in logits of all rows that count; None: a counter would have
     torch.compile run eagerly."""
-    if peer.compiled:
+    if peer.name == "torch.compile":
         return peer.step(case), None
-    if peer.plan is not None:
+    if plan_of(peer.name) is not None:
         with count_products() as counted:
             found = peer.step(case)
         return found, counted.units

@@ -25,15 +25,15 @@ class Flop(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) -> Callable[[], Callable[[], Tensor]]:
+def bare_products(case: Case, *, again: bool, tiled: bool) -> Callable[[], Callable[[], Tensor]]:
     """The products of a step and nothing else: 1 + 3r units, or 1 + 2r where the logits are not made `again`.
 
     The forward's, and those of the backward that it returns, which gives the weight's gradient. The operands are
-    compact and in the dtype that rlloss multiplies in, before the clock starts; so are the results' places.
+    compact and in the dtype that rlloss multiplies in, before the clock starts. The weight's gradient goes to fresh
+    memory, as that of every backward does.
 
     Args:
         tiled: a block of the vocabulary at a time, as rlloss does; otherwise each of them as one product.
-        fresh: the weight's gradient goes to fresh memory, as that of every backward does.
     """
     counted = case.mask.flatten().nonzero().squeeze(-1)
     hidden = case.hidden.flatten(0, 1)[counted]
@@ -49,7 +49,6 @@ def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) 
     gradient = logits[:L] if logits.dtype == hidden.dtype else torch.randn_like(logits, dtype=hidden.dtype)[:L]
     d_hidden = torch.empty((L, D), dtype=wide, device=hidden.device)
     like = torch.zeros((), dtype=wide, device=hidden.device).expand(V, D)
-    place = like if fresh else torch.empty((V, D), dtype=wide, device=hidden.device)
 
     def forward() -> Callable[[], Tensor]:
         with operands_in(case.weight.dtype, hidden):
@@ -60,7 +59,7 @@ def bare_products(case: Case, *, again: bool, tiled: bool, fresh: bool = False) 
         return backward
 
     def backward() -> Tensor:
-        d_weight = vocab_loop.fresh_gradient(place) if fresh else place
+        d_weight = vocab_loop.fresh_gradient(like)
         with operands_in(case.weight.dtype, hidden):
             for start in range(0, V, width):
                 w = W[start : start + width]

@@ -7,13 +7,13 @@ Entropy carries no gradient. What a peer does not compute, or computes besides, 
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.peer import Peer
 from rlloss.logits.statistics import token_stats
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -38,39 +38,6 @@ class Case:
         return self.padded[0, :-1]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A contender. `module` must be installed; `gpu` says that it runs nowhere else, `cpu` the opposite."""
-
-    name: str
-    note: str
-    forward: Callable[[Case], tuple[Tensor, Tensor | None]]
-    start: Callable[[Case], Callable[[], Tensor]]
-    module: str = "torch"
-    gpu: bool = False
-    cpu: bool = False
-
-    @property
-    def ours(self) -> bool:
-        return self.name.startswith("rlloss")
-
-    def absent(self, device: torch.device) -> str | None:
-        """Why it cannot run there, or None."""
-        return absent(self.module, device, gpu=self.gpu, cpu=self.cpu)
-
-    def step(self, case: Case) -> Tensor:
-        return self.start(case)()
-
-
-def absent(module: str, device: torch.device, *, gpu: bool = False, cpu: bool = False) -> str | None:
-    """Why what is in `module` cannot run on the device, where it needs a GPU or is for a CPU only; None: it can."""
-    if gpu and device.type != "cuda":
-        return "needs a GPU"
-    if cpu and device.type != "cpu":
-        return "CPU only"
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
-
-
 def _peer(name: str, note: str, function: Forward, **where) -> Peer:
     """A peer that is a differentiable function (logits, target, mask) -> (logp, entropy)."""
 
@@ -83,7 +50,7 @@ def _peer(name: str, note: str, function: Forward, **where) -> Peer:
         logp, _ = function(leaf, case.target, case.mask)
         return functools.partial(_backward, logp, case.grad, leaf)
 
-    return Peer(name, note, forward, start, **where)
+    return Peer(name, note, start, forward, **where)
 
 
 def _backward(output: Tensor, grad: Tensor, leaf: Tensor) -> Tensor:
@@ -167,7 +134,7 @@ def peers(*, compiled: bool) -> list[Peer]:
         "not in place, which computes the GRPO loss besides"
     )
     return found + [
-        _peer("TRL torch", torch_note, trl_torch, module="trl", cpu=True),
-        _peer("TRL kernel", kernel_note, trl_kernel, module="trl", gpu=True),
-        Peer("Liger kernels", liger_note, _liger_forward, _liger_start, module="liger_kernel", gpu=True),
+        _peer("TRL torch", torch_note, trl_torch, module="trl", on="cpu"),
+        _peer("TRL kernel", kernel_note, trl_kernel, module="trl", on="gpu"),
+        Peer("Liger kernels", liger_note, _liger_start, _liger_forward, module="liger_kernel", on="gpu"),
     ]

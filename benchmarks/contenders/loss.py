@@ -7,16 +7,16 @@ tokens of highest entropy alone, the gradient of the logits. What a peer does no
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders.hidden import CLIP, loss_in_torch
-from benchmarks.contenders.logits import Forward, absent, compiled_eager, eager, trl_kernel, trl_torch
+from benchmarks.contenders.logits import Forward, compiled_eager, eager, trl_kernel, trl_torch
+from benchmarks.harness.peer import Peer
 from rlloss import GRPOLoss, LossConfig
-from rlloss.logits.statistics import choose_backend
 
 
 @dataclass(frozen=True)
@@ -72,65 +72,32 @@ class _Computed(torch.autograd.Function):
         return None, None, None
 
 
-@dataclass(frozen=True)
-class LossPeer:
-    """function: (logits, case) -> (loss, mean entropy or None).
+def _peer(name: str, note: str, function: Function, *, padded: bool = False, inplace: bool = False, **where) -> Peer:
+    """A peer that is a function of the logits. padded: it takes Liger's layout. inplace: it writes the gradient over
+    the logits, which are restored off the clock."""
 
-    padded: it takes Liger's layout. inplace: it writes the gradient over the logits, which are restored off the clock.
-    triton: it needs rlloss's kernels. ignores_rho: it keeps every token whatever rho is.
-    """
+    def prepare(case: LossCase) -> None:
+        logits = case.padded if padded else case.logits
+        case.scratch.setdefault(name, torch.empty_like(logits)).copy_(logits)
 
-    name: str
-    note: str
-    function: Function
-    module: str = "torch"
-    gpu: bool = False
-    cpu: bool = False
-    triton: bool = False
-    padded: bool = False
-    inplace: bool = False
-    ignores_rho: bool = False
-
-    @property
-    def ours(self) -> bool:
-        return self.name.startswith("rlloss")
-
-    def absent(self, device: torch.device) -> str | None:
-        """Why it cannot run there, or None."""
-        if self.triton and choose_backend(torch.empty(1, device=device)) == "torch":
-            return "needs the Triton kernels"
-        return absent(self.module, device, gpu=self.gpu, cpu=self.cpu)
-
-    def case(self, case: LossCase) -> LossCase:
-        return replace(case, rho=1.0, cutoff=None) if self.ignores_rho and case.rho < 1.0 else case
-
-    def prepare(self, case: LossCase) -> None:
-        """What comes before each step, off the clock."""
-        if self.inplace:
-            logits = case.padded if self.padded else case.logits
-            case.scratch.setdefault(self.name, torch.empty_like(logits)).copy_(logits)
-
-    def start(self, case: LossCase) -> Callable[[], LossResult]:
-        """The forward; it returns the backward."""
+    def start(case: LossCase) -> Callable[[], LossResult]:
         sink: list[Tensor] = []
-        if self.inplace:
+        if inplace:
             anchor = torch.zeros((), device=case.logits.device, requires_grad=True)
-            logits: Tensor = _Computed.apply(anchor, case.scratch[self.name], sink)  # type: ignore[assignment]
+            logits: Tensor = _Computed.apply(anchor, case.scratch[name], sink)  # type: ignore[assignment]
         else:
-            logits = (case.padded if self.padded else case.logits).detach().requires_grad_()
-        loss, entropy = self.function(logits, case)
+            logits = (case.padded if padded else case.logits).detach().requires_grad_()
+        loss, entropy = function(logits, case)
 
         def backward() -> LossResult:
             loss.backward()
-            gradient = sink[0] if self.inplace else logits.grad
+            gradient = sink[0] if inplace else logits.grad
             assert gradient is not None
-            return LossResult(loss.detach(), entropy, gradient[:, :-1] if self.padded else gradient)
+            return LossResult(loss.detach(), entropy, gradient[:, :-1] if padded else gradient)
 
         return backward
 
-    def step(self, case: LossCase) -> LossResult:
-        self.prepare(case)
-        return self.start(case)()
+    return Peer(name, note, start, prepare=prepare if inplace else None, **where)
 
 
 def _rlloss(options: dict[str, Any], logits: Tensor, case: LossCase) -> tuple[Tensor, Tensor]:
@@ -156,41 +123,32 @@ def _liger(inplace: bool, logits: Tensor, case: LossCase) -> tuple[Tensor, None]
     return loss, None
 
 
-def loss_peers(*, compiled: bool) -> list[LossPeer]:
+def peers(*, compiled: bool) -> list[Peer]:
     """rlloss first, then the others. compiled: whether torch.compile takes part."""
 
-    def ours(name: str, note: str, where: dict[str, Any], **options: bool) -> LossPeer:
-        return LossPeer(name, note, functools.partial(_rlloss, options), **where)
+    def ours(name: str, note: str, on: str | None = None, *, inplace: bool = False, **options: bool) -> Peer:
+        return _peer(name, note, functools.partial(_rlloss, options), inplace=inplace, on=on)
 
-    def formula(name: str, note: str, stats: Callable[[], Forward], **where) -> LossPeer:
-        return LossPeer(name, f"{note}, and TRL's loss in torch", functools.partial(_formula, stats), **where)
+    def formula(name: str, note: str, stats: Callable[[], Forward], **where) -> Peer:
+        return _peer(name, f"{note}, and TRL's loss in torch", functools.partial(_formula, stats), **where)
 
+    single = "`single_launch=True`: the gradient in the forward's launch; below rho 1 with a cutoff that is given"
     found = [
-        ours("rlloss", "`GRPOLoss`", {}),
-        ours("rlloss two launches", "`single_launch=False`", {"triton": True}, single_launch=False),
-        ours(
-            "rlloss single launch",
-            "`single_launch=True`: the gradient in the forward's launch; below rho 1 with a cutoff that is given",
-            {"triton": True},
-            single_launch=True,
-        ),
-        ours("rlloss in place", "`inplace_grad=True`", {"inplace": True}, inplace_grad=True),
+        ours("rlloss", "`GRPOLoss`"),
+        ours("rlloss two launches", "`single_launch=False`", "triton", single_launch=False),
+        ours("rlloss single launch", single, "triton", single_launch=True),
+        ours("rlloss in place", "`inplace_grad=True`", inplace=True, inplace_grad=True),
         formula("torch eager", "`log_softmax` in fp32, gather, entropy", lambda: eager),
     ]
     if compiled:
         found.append(formula("torch.compile", "`torch.compile(dynamic=False)` of torch eager", compiled_eager))
+    function = "`selective_log_softmax_and_entropy` of trl"
     liger = "`triton_grpo_loss`: no entropies and no selection by them, so that every row is live"
-    where: dict[str, Any] = {"module": "liger_kernel", "gpu": True, "padded": True, "ignores_rho": True}
+    where: dict[str, Any] = {"module": "liger_kernel", "on": "gpu", "padded": True, "ignores_rho": True}
     return found + [
-        formula(
-            "TRL torch", "`selective_log_softmax_and_entropy` of trl.trainer.utils", lambda: trl_torch, module="trl",
-            cpu=True,
-        ),
-        formula(
-            "TRL kernel", "`selective_log_softmax_and_entropy` of trl.kernels", lambda: trl_kernel, module="trl",
-            gpu=True,
-        ),
-        LossPeer("Liger", liger, functools.partial(_liger, False), **where),
-        LossPeer("Liger in place", "the same with its default `inplace=True`", functools.partial(_liger, True),
-                 inplace=True, **where),
+        formula("TRL torch", f"{function}.trainer.utils", lambda: trl_torch, module="trl", on="cpu"),
+        formula("TRL kernel", f"{function}.kernels", lambda: trl_kernel, module="trl", on="gpu"),
+        _peer("Liger", liger, functools.partial(_liger, False), **where),
+        _peer("Liger in place", "the same with its default `inplace=True`", functools.partial(_liger, True),
+              inplace=True, **where),
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,28 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness.shapes import Llama
 from benchmarks.harness.timing import CUDA, DEVICE
 
 RHO = 0.2
 GENERATIONS = 4
-MODES = ("keep", "forward_only", "drop")
-
-
-class Size(NamedTuple):
-    """B completions of T columns after P of prompt; a Llama of D, V, `layers` and an MLP of F."""
-
-    B: int = 16
-    P: int = 16
-    T: int = 128
-    D: int = 512
-    V: int = 32768
-    layers: int = 4
-    F: int = 1376
-    heads: int = 8
 
 
 @functools.cache
-def _folder(size: Size) -> tempfile.TemporaryDirectory:
+def _folder(size: Llama) -> tempfile.TemporaryDirectory:
     """The model's, from which every trainer loads the same weights. It goes with the process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +49,7 @@ def _tokenizer(V: int):
     )
 
 
-def build_trainer(trainer_class, config_class, size: Size, **options):
+def build_trainer(trainer_class, config_class, size: Llama, **options):
     """In training, fp32, on-policy, "dapo", one micro-batch a step."""
     from datasets import Dataset
 
@@ -86,7 +72,7 @@ def build_trainer(trainer_class, config_class, size: Size, **options):
     return trainer
 
 
-def make_batch(size: Size, fill: float = 0.55) -> dict[str, Any]:
+def make_batch(size: Llama, fill: float = 0.5) -> dict[str, Any]:
     """A micro-batch as `_prepare_inputs` returns it: lengths fill the share `fill`, every other group has no signal."""
     B, P, T = size.B, size.P, size.T
     g = torch.Generator().manual_seed(0)
@@ -117,12 +103,18 @@ def add_reference(trainer, inputs: dict) -> None:
     inputs["ref_per_token_logps"] = logp + 0.1 * noise
 
 
+class Result(NamedTuple):
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    metrics: dict[str, float]
+
+
 @dataclass
 class Contender:
     """A trainer and how it makes a step. mode: rlloss's zero_advantage. why_not: why there is no number."""
 
     name: str
-    trainer: Any = None
+    trainer: Any
     mode: str | None = None
     why_not: str | None = None
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -131,58 +123,54 @@ class Contender:
         self.trainer.model.zero_grad(set_to_none=True)
         self.trainer._metrics["train"].clear()
 
-    def step(self, inputs: dict) -> Tensor:
-        """The loss; gradients are added to the model's."""
+    def start(self, inputs: dict) -> Callable[[], Tensor]:
+        """The loss; it returns the backward, which adds gradients to the model's and returns the loss."""
         if self.mode is not None:
             self.trainer.args.zero_advantage = self.mode
         with self.context():
             loss = self.trainer._compute_loss(self.trainer.model, dict(inputs))
-            loss.backward()
-        return loss.detach()
 
-    def result(self, inputs: dict) -> "Result":
+        def backward() -> Tensor:
+            with self.context():
+                loss.backward()
+            return loss.detach()
+
+        return backward
+
+    def result(self, inputs: dict) -> Result:
         self.clear()
-        loss = self.step(inputs)
+        loss = self.start(inputs)()
         gradients = {name: p.grad for name, p in self.trainer.model.named_parameters()}
         metrics = {name: values[-1] for name, values in self.trainer._metrics["train"].items()}
         self.clear()
         return Result(loss, gradients, metrics)
 
 
-class Result(NamedTuple):
-    loss: Tensor
-    gradients: dict[str, Tensor | None]
-    metrics: dict[str, float]
+NOTES = {
+    "TRL": "`GRPOTrainer._compute_loss` and backward",
+    "TRL, patch_trl()": "the same, its fused lm_head replaced by rlloss's",
+    "rlloss": "the same of rlloss's GRPOTrainer, completions without a signal forward only, which is its default",
+    "rlloss keep": "`zero_advantage='keep'`",
+    "rlloss drop": "`zero_advantage='drop'`",
+}
 
 
-def _patch() -> Callable[[], contextlib.AbstractContextManager] | None:
-    """`patch_trl`, in force from the call to the end of the block; None: there is none."""
-    name = "rlloss.integrations.trl.lm_head"
-    return importlib.import_module(name).patch_trl if importlib.util.find_spec(name) else None
-
-
-def contenders(size: Size, beta: float = 0.0) -> list[Contender]:
+def contenders(size: Llama, beta: float = 0.0) -> list[Contender]:
     """TRL first, then its trainer under `patch_trl`, which is undone after each step, and rlloss's modes."""
     trl: Any = importlib.import_module("trl")
     trl_grpo: Any = importlib.import_module("rlloss.integrations.trl.trainer")
-    found = [Contender("TRL", build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta))]
-    patch = _patch()
-    under = Contender("TRL, patch_trl()")
-    if patch is None:
-        under.why_not = "there is no patch_trl"
-    else:
-        under.context = patch
-        with patch():
-            under.trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
+    patch_trl = importlib.import_module("rlloss.integrations.trl.lm_head").patch_trl
+    of_trl = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
+    with patch_trl():
+        under = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
     ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size, beta=beta)
-    has_modes = hasattr(ours.args, "zero_advantage")
-    for mode in MODES if has_modes else (None,):
-        contender = Contender(f"rlloss {mode}" if mode else "rlloss", ours, mode)
-        if mode is not None:
-            ours.args.zero_advantage = mode
-            try:
-                ours._make_loss_config()
-            except ValueError as error:
-                contender.why_not = f"refused: {error}"
+    found = [Contender("TRL", of_trl), Contender("TRL, patch_trl()", under, context=patch_trl)]
+    for mode, name in {"forward_only": "rlloss", "keep": "rlloss keep", "drop": "rlloss drop"}.items():
+        contender = Contender(name, ours, mode)
+        ours.args.zero_advantage = mode
+        try:
+            ours._make_loss_config()
+        except ValueError as error:
+            contender.why_not = f"refused: {error}"
         found.append(contender)
-    return [found[0], under, *found[1:]]
+    return found

@@ -44,8 +44,7 @@ def commit() -> str | None:
     return name + (" with uncommitted changes" if changed else "") if name else None
 
 
-def conditions(rounds: int | None = None) -> dict[str, Any]:
-    """rounds: samples of each contender, where it is the same for all."""
+def conditions() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if CUDA:
         name = torch.cuda.get_device_name()
@@ -67,14 +66,12 @@ def conditions(rounds: int | None = None) -> dict[str, Any]:
         },
         "commit": commit() or "unknown",
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "rounds": rounds,
     }
 
 
 def sentence(where: dict[str, Any]) -> str:
     """Device, versions, commit, date and load of `conditions` on one line."""
-    rounds = f"; {where['rounds']} rounds in turns" if where["rounds"] else ""
     load = f" Load average before: {where['load'][0]}, after: {where['load_after'][0]}." if where["load"] else ""
     found = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     machine = f"{where['device']}, {where['threads']} threads"
-    return f"{machine}; {found}; commit {where['commit']}, {where['date']}{rounds}.{load}"
+    return f"{machine}; {found}; commit {where['commit']}, {where['date']}.{load}"

@@ -58,17 +58,17 @@ def speedup(result: Result, peer: str | None = None) -> float | None:
 
 def share_of_copy(result: Result, name: str = OURS) -> float | None:
     """Bytes that have to be moved per second, as a share of what a copy of the logits reached in the same turns."""
-    seconds, copy = median(result.get("peers", {}).get(name, {})), median(result.get("copy", {}))
+    seconds, copy = median(result.get("peers", {}).get(name, {})), median(result.get("limits", {}).get("copy", {}))
     if not seconds or not copy:
         return None
-    return result["ideal_bytes"] / seconds / (result["copy"]["bytes"] / copy)
+    return result["ideal_bytes"] / seconds / (result["limits"]["copy"]["bytes"] / copy)
 
 
 def over_bare(result: Result) -> float | None:
     """The time of rlloss divided by that of the bare products of the plan that it took."""
     entry = result.get("peers", {}).get(OURS, {})
     ours = median(entry)
-    bare = median(result.get("bare", {}).get(BARE_OF_PLAN.get(entry.get("plan_name", ""), ""), {}))
+    bare = median(result.get("limits", {}).get(BARE_OF_PLAN.get(entry.get("plan_name", ""), ""), {}))
     return ours / bare if ours and bare else None
 
 

@@ -1,9 +1,10 @@
-"""What the suite should reach on an H100 or H200, and whether it did."""
+"""What the suite should reach on an H100 or H200, and on a CPU, and whether it did."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.harness.readings import OURS, Result, median, memory_over, over_bare, share_of_copy, speedup
+from benchmarks.harness.shapes import LLAMA
 
 DEVICES = ("H100", "H200")
 FILL = 1.0
@@ -11,7 +12,8 @@ TOKENS = 16384  # of the token pass
 
 
 class Target(NamedTuple):
-    """what: in words. value: of a result of the suite, kind and rho. at_least: `limit` is a lower bound."""
+    """what: in words. value: of a result of the suite, kind and rho. at_least: `limit` is a lower bound. model: on a
+    CPU, of which alone it is; None: it is for DEVICES, at each model. dtype: None: each."""
 
     what: str
     suite: str
@@ -21,15 +23,38 @@ class Target(NamedTuple):
     at_least: bool = True
     kind: str = "step"
     unit: str = "x"
+    model: str | None = None
+    dtype: str | None = None
+    fill: float = FILL
+
+    def is_for(self, result: Result) -> bool:
+        mine = (self.suite, self.kind, self.rho, self.fill)
+        return (
+            (result["suite"], result["kind"], result["rho"], result["fill"]) == mine
+            and self.model in (None, result["model"])
+            and self.dtype in (None, result["dtype"])
+        )
 
 
-def _of_trl(result: Result) -> float | None:
-    return speedup(result, "TRL")
+def of_peer(peer: str) -> Callable[[Result], float | None]:
+    return lambda result: speedup(result, peer)
 
 
 def _token_pass_us(result: Result) -> float | None:
     seconds = median(result.get("peers", {}).get(OURS, {}), "forward")
     return None if seconds is None or result["B"] * result["T"] != TOKENS else 1e6 * seconds
+
+
+def _small(peer: str, dtype: str, rho: float, limit: float) -> Target:
+    """Of a CPU, half of the columns padding."""
+    what = f"hidden states, small, {dtype}, rho {rho:g}: time of {peer} / rlloss"
+    return Target(what, "hidden", rho, limit, of_peer(peer), model="small", dtype=dtype, fill=0.5)
+
+
+def _small_memory(peer: str, dtype: str, rho: float, limit: float) -> Target:
+    what = f"hidden states, small, {dtype}, rho {rho:g}: peak memory of rlloss / {peer}"
+    value = memory_over(peer)
+    return Target(what, "hidden", rho, limit, value, at_least=False, model="small", dtype=dtype, fill=0.5)
 
 
 TARGETS = [
@@ -46,8 +71,8 @@ TARGETS = [
                over_bare, at_least=False)
         for rho in (1.0, 0.2)
     ),
-    Target("hidden states, rho 1: time of TRL / rlloss", "hidden", 1.0, 1.25, _of_trl),
-    Target("hidden states, rho 0.2: time of TRL / rlloss", "hidden", 0.2, 2.4, _of_trl),
+    Target("hidden states, rho 1: time of TRL / rlloss", "hidden", 1.0, 1.25, of_peer("TRL")),
+    Target("hidden states, rho 0.2: time of TRL / rlloss", "hidden", 0.2, 2.4, of_peer("TRL")),
     *(
         Target(f"hidden states, rho {rho:g}: peak memory of rlloss / TRL", "hidden", rho, 0.5, memory_over("TRL"),
                at_least=False)
@@ -55,24 +80,37 @@ TARGETS = [
     ),
     Target("token pass of 16,384 tokens, forward", "token pass", 1.0, 30.0, _token_pass_us, at_least=False, unit=" µs"),
 ]  # fmt: skip
+CPU_TARGETS = [
+    _small("TRL", "float32", 0.2, 5.0),
+    _small("TRL", "float32", 1.0, 2.8),
+    _small("TRL", "bfloat16", 0.2, 4.5),
+    _small("naive", "float32", 0.2, 2.7),
+    _small("naive", "float32", 1.0, 1.3),
+    _small("naive", "bfloat16", 0.2, 1.8),
+    _small_memory("naive", "float32", 0.2, 0.32),
+    _small_memory("naive", "bfloat16", 0.2, 0.32),
+    _small_memory("Liger", "float32", 1.0, 0.75),
+    *(
+        Target(f"hidden states, small, float32, rho {rho:g}: time of rlloss / the bare products of its plan", "hidden",
+               rho, 1.2, over_bare, at_least=False, model="small", dtype="float32", fill=0.5)
+        for rho in (0.2, 1.0)
+    ),
+    Target("an update step: time of TRL / rlloss", "step", 0.2, 4.0, of_peer("TRL"), model=str(LLAMA), fill=0.5),
+]  # fmt: skip
 
 
 def judge(results: list[Result], device: str) -> list[dict[str, Any]]:
-    """Of each target and each model and dtype among its results, padding apart: {"what", "bound", "model", "dtype",
-    "found", "met"}. found and met are None where there is no number, and on a device that the targets are not for."""
+    """Of each target of the device and each model and dtype among its results: {"what", "bound", "model", "dtype",
+    "fill", "found", "met", "unit"}. found and met are None where there is no number."""
     judged = []
-    for target in TARGETS:
+    for target in TARGETS if any(name in device for name in DEVICES) else CPU_TARGETS if "cores" in device else []:
         bound = f"{'at least' if target.at_least else 'at most'} {target.limit:g}{target.unit}"
-        for result in results:
-            if (result["suite"], result["kind"], result["rho"], result["fill"]) != (
-                target.suite, target.kind, target.rho, FILL,
-            ):  # fmt: skip
-                continue
-            found = target.value(result) if any(name in device for name in DEVICES) else None
+        for result in filter(target.is_for, results):
+            found = target.value(result)
             met = None if found is None else found >= target.limit if target.at_least else found <= target.limit
             judged.append(
                 {"what": target.what, "bound": bound, "model": result["model"], "dtype": result["dtype"],
-                 "found": found, "met": met, "unit": target.unit}
+                 "fill": target.fill, "found": found, "met": met, "unit": target.unit}
             )  # fmt: skip
     return judged
 

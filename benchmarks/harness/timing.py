@@ -6,11 +6,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from rlloss.logits.statistics import choose_backend
+from rlloss.backends import choose_backend
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -19,7 +18,6 @@ LEAST = 3  # samples of a contender, however short the time is
 # not the host's way to its launches.
 HEAD_START_CYCLES = 20_000_000
 
-T = TypeVar("T")
 Start = Callable[[], Callable[[], object]]  # the forward, with gradient; it returns the backward
 
 
@@ -43,10 +41,10 @@ def seconds(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def phases(start: Start, head_start: int = HEAD_START_CYCLES) -> tuple[float, float]:
+def phases(start: Start, head_start: int | None = None) -> tuple[float, float]:
     """Seconds of the forward, `start()`, and of the backward that it returns. Results are freed off the clock.
 
-    head_start: cycles for which a GPU waits at the beginning.
+    head_start: cycles for which a GPU waits at the beginning (default HEAD_START_CYCLES).
     """
     if not CUDA:
         begin = time.perf_counter()
@@ -57,7 +55,7 @@ def phases(start: Start, head_start: int = HEAD_START_CYCLES) -> tuple[float, fl
         del found
         return middle - begin, end - middle
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-    torch.cuda._sleep(head_start)
+    torch.cuda._sleep(HEAD_START_CYCLES if head_start is None else head_start)
     events[0].record()
     backward = start()
     events[1].record()
@@ -99,50 +97,20 @@ def warm(limit: float) -> bool:
     return CUDA or limit == math.inf
 
 
-def beside_copies(
-    logits: torch.Tensor, clocks: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, limit: float
-) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, dict]]:
-    """(samples of `in_turns`, what no step out of place goes below in the same turns): "copy" of the logits into memory
-    that was there, and "zeros", a fresh gradient; of each {"bytes", "seconds"}."""
-    buffer = torch.empty_like(logits)
-    floors = {
-        "copy": (2 * buffer.nbytes, lambda: buffer.copy_(logits)),
-        "zeros": (buffer.nbytes, lambda: torch.zeros_like(buffer)),
-    }
-    of_floors = {name: lambda run=run: (seconds(run),) for name, (_, run) in floors.items()}
-    samples = in_turns({**of_floors, **clocks}, rounds, limit, warm=warm(limit))
-    found = {
-        name: {"bytes": count, "seconds": [x for (x,) in samples.pop(name)]} for name, (count, _) in floors.items()
-    }
-    return samples, found
-
-
-def split(samples: list[tuple[float, ...]]) -> dict[str, list[float]]:
-    """{"forward", "backward", "seconds"} of samples of `phases`; "seconds" is both."""
-    return {
-        "forward": [forward for forward, _ in samples],
-        "backward": [backward for _, backward in samples],
-        "seconds": [forward + backward for forward, backward in samples],
-    }
-
-
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most memory a call holds above its inputs, its results included."""
-    return with_peak(run)[1]
-
-
-def with_peak(run: Callable[[], T]) -> tuple[T, int]:
-    """What a call returns, and `peak_bytes`."""
     if CUDA:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         found = run()
         torch.cuda.synchronize()
-        return found, torch.cuda.max_memory_allocated() - before
+        del found
+        return torch.cuda.max_memory_allocated() - before
     # Every allocation and release of torch's CPU allocator; the resident set would also count what malloc keeps.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         found = run()
+    del found
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
@@ -151,7 +119,7 @@ def with_peak(run: Callable[[], T]) -> tuple[T, int]:
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
-    return found, peak
+    return peak
 
 
 class Budget:

@@ -2,9 +2,6 @@
 
 import importlib
 import io
-import json
-import statistics
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -75,8 +72,8 @@ def _where(where: dict[str, Any]) -> str:
     return f"{where['device']}, commit {where['commit']}, {where['date'][:10]}.{note}"
 
 
-def _columns(result: Result) -> str:
-    return f"{result['B']} x {result['T']} columns"
+def _columns(results: list[Result]) -> str:
+    return " or ".join(dict.fromkeys(f"{r['B']} x {r['T']}" for r in results)) + " columns"
 
 
 def _measured(results: list[Result], suite: str, dtype: str) -> list[Result]:
@@ -85,7 +82,7 @@ def _measured(results: list[Result], suite: str, dtype: str) -> list[Result]:
 
 def _relative(result: Result, name: str) -> float | None:
     """The time of a contender, or of the limit, divided by TRL's, or where TRL has none by the fastest peer's."""
-    peers, bare = result["peers"], result.get("bare", {})
+    peers, bare = result["peers"], result["limits"]
     fastest = fastest_peer(result)
     of = median(peers.get("TRL", {})) or (fastest[1] if fastest else None)
     if name == LIMIT:
@@ -135,7 +132,7 @@ def _hidden_time(pyplot: Any, results: list[Result], dtype: str, folder: Path, w
     figure.tight_layout(rect=(0, 0, 1 - 1.5 / size[0], 1))
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1 - 1.5 / size[0], 0.5))
     caption = (
-        f"From hidden states, {dtype}, {_columns(found[0])}: time of forward and backward divided by that of TRL (of "
+        f"From hidden states, {dtype}, {_columns(found)}: time of forward and backward divided by that of TRL (of "
         f"the fastest peer where TRL has none), medians; dashed, the limit: the bare matrix products of the plan that "
         f"rlloss took. Peers that keep every token are at rho 1 alone. {where}"
     )
@@ -194,7 +191,7 @@ def _bandwidth(pyplot: Any, results: list[Result], dtype: str, folder: Path, whe
     for axis in axes:
         axis.axhline(100, color="black", linestyle="--", linewidth=1)
     caption = (
-        f"From logits, {dtype}, {_columns(panels[0][1][0])}, fill {FILL:g}: bytes that have to be moved per second, as "
+        f"From logits, {dtype}, {_columns(panels[0][1])}, fill {FILL:g}: bytes that have to be moved per second, as "
         f"a share of what a copy of the logits reached in the same turns (dashed: the copy), medians. {where}"
     )
     return [_finish(pyplot, figure, folder, f"logits_bandwidth-{dtype}.svg", caption)]
@@ -213,45 +210,26 @@ def _memory(pyplot: Any, results: list[Result], dtype: str, folder: Path, where:
             figure, _ = _panels(pyplot, panels, gibibytes, "peak memory, GiB")
             caption = (
                 f"Peak memory of forward and backward above the inputs, {of}, gradients included, {dtype}, "
-                f"{_columns(panels[0][1][0])}, fill {FILL:g}. {where}"
+                f"{_columns(panels[0][1])}, fill {FILL:g}. {where}"
             )
             drawn.append(_finish(pyplot, figure, folder, f"{suite}_memory-{dtype}.svg", caption))
     return drawn
 
 
-def draw(results: list[Result], conditions: dict[str, Any], folder: Path) -> Drawn:
-    """Writes the plots for which there are numbers.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-    """
-    pyplot, where = _pyplot(), _where(conditions)
-    for name in NAMES:
-        for old in folder.glob(f"{name}-*.svg"):
-            old.unlink()  # of dtypes that this run does not have
-    drawn: Drawn = []
-    for dtype in dict.fromkeys(r["dtype"] for r in results if r["suite"] != "token pass"):
-        for plot in (_hidden_time, _bandwidth, _memory):
-            drawn += plot(pyplot, results, dtype, folder, where)
-    return drawn
-
-
-STEP = {"TRL": "TRL", "TRL, patch_trl()": "TRL inside patch_trl()", "rlloss forward_only": "rlloss"}
-"""Of the contenders of an update step, those that are drawn, and their names in the plot."""
-
-
-def draw_step(report: dict[str, Any], path: Path) -> Path:
-    """Draw time and memory of an update step (`benchmarks/suites/step.py`) as bars into `path`."""
-    pyplot, entries = _pyplot(), report["result"]["contenders"]
-    pyplot.rcParams["font.size"] = 10
-    shown = {label: entries[name] for name, label in STEP.items() if entries[name]["status"] == "measured"}
+def _step(pyplot: Any, results: list[Result], folder: Path, where: str) -> Drawn:
+    """Time and memory of an update step."""
+    found = [r for r in results if (r["suite"], r["kind"], r["status"]) == ("step", "step", "measured")]
+    if not found:
+        return []
+    (result,) = found
+    shown = {n: e for n in ("TRL", "TRL, patch_trl()", OURS) if (e := result["peers"].get(n, {})) and median(e)}
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.42 * len(shown) + 0.9), sharey=True)
     panels = (
-        ("loss and backward of a step, ms", {n: 1e3 * statistics.median(e["seconds"]) for n, e in shown.items()}),
+        ("loss and backward of a step, ms", {n: 1e3 * (median(e) or 0.0) for n, e in shown.items()}),
         ("peak memory above model and batch, MiB", {n: e["peak_bytes"] / 2**20 for n, e in shown.items()}),
     )
     for axis, (title, values) in zip(axes, panels, strict=True):
-        colours = ["#0072B2" if name == "rlloss" else "#D55E00" if name == "TRL" else "#E5A87F" for name in values]
+        colours = [STYLES.get(name, ("#E5A87F", ""))[0] for name in values]
         bars = axis.barh(list(values), list(values.values()), color=colours, height=0.72)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values.values()], padding=4)
         axis.set_title(title, fontsize=10, loc="left")
@@ -260,19 +238,28 @@ def draw_step(report: dict[str, Any], path: Path) -> Path:
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.tick_params(length=0)
     axes[0].invert_yaxis()
-    size, counted = report["result"]["size"], report["result"]["counted"]
-    where = report["conditions"]
     caption = (
-        f"Medians of {where['rounds']} rounds in turns; fp32; a Llama of {size['layers']} layers, D {size['D']}, "
-        f"V {size['V']}; {size['B']} completions, {counted} tokens, half of "
-        f"the groups without a signal, top-entropy 0.2. "
-        f"trl {where['versions']['trl']}. {_where(where)}"
+        f"Medians; fp32; a {result['model']}, D {result['D']}, V {result['V']}; {result['B']} completions, "
+        f"{result['counted']} tokens, {result['with_signal']} of them with a signal, top-entropy {result['rho']:g}. "
+        f"{where}"
     )
     figure.tight_layout()
-    _finish(pyplot, figure, path.parent, path.name, caption)
-    return path
+    return [_finish(pyplot, figure, folder, "step.svg", caption)]
 
 
-if __name__ == "__main__":  # redraws the plot of a step from its JSON
-    for name in sys.argv[1:]:
-        print(draw_step(json.loads(Path(name).read_text()), Path(name).with_suffix(".svg")))
+def draw(results: list[Result], conditions: dict[str, Any], folder: Path) -> Drawn:
+    """Writes the plots for which there are numbers, those of a suite in its first dtype.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    pyplot, where = _pyplot(), _where(conditions)
+    for name in NAMES:
+        for old in folder.glob(f"{name}-*.svg"):
+            old.unlink()  # of dtypes that this run does not have
+    drawn = _step(pyplot, results, folder, where)
+    dtypes = dict.fromkeys(r["dtype"] for r in results if r["suite"] in ("logits", "loss", "hidden"))
+    for dtype in list(dtypes)[:1]:
+        for plot in (_hidden_time, _bandwidth, _memory):
+            drawn += plot(pyplot, results, dtype, folder, where)
+    return drawn

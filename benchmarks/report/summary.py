@@ -11,25 +11,47 @@ from typing import Any
 
 from benchmarks.harness.conditions import sentence
 from benchmarks.harness.readings import OURS, Result, is_ours, median, quartiles, share_of_copy
-from benchmarks.harness.targets import DEVICES, judge, verdict
+from benchmarks.harness.targets import judge, verdict
 from benchmarks.report import plots
 from rlloss.report import replace_file
 
-FILES = ("logits", "hidden")
-TITLES = {
-    "hidden": "From hidden states to the gradients of hidden and weight",
-    "logits": "From logits: log-probability, entropy and the gradient of the logits",
-    "loss": "From logits: the whole loss",
-    "token pass": "The token pass, from log-probabilities",
-}
+SECTIONS = {
+    "hidden": (
+        "From hidden states to the gradients of hidden and weight",
+        "Entropies included. The bare products of 1 + 3r units are the matrix products of `recompute`, those of 1 + 2r "
+        "units those of the other plans, with a fresh gradient of the weight and nothing between them.",
+    ),
+    "step": (
+        "An update step of a TRL trainer",
+        "Loss and backward of one micro-batch, half of the groups without a signal; errors are against TRL. The last "
+        "rows are parts of a step, and generation beside it.",
+    ),
+    "logits": (
+        "From logits: log-probability, entropy and the gradient of the logits",
+        "For a given gradient of the log-probabilities. After the dot: the bytes that have to be moved per second, as "
+        "a share of what a copy of the logits reached in the same turns.",
+    ),
+    "loss": (
+        "From logits: the whole loss",
+        "`dapo` of an on-policy batch with the tokens of highest entropy. After the dot: as above.",
+    ),
+    "token pass": (
+        "The token pass, from log-probabilities",
+        "Loss and its gradient from log-probabilities, without a vocabulary.",
+    ),
+}  # suite: (title, explanation), in the order of the summary
 LEAST_MEMORY = 0.01  # of a peak; less is no difference
 WITHIN = ", within the spread"
 
 
+def file_of(folder: Path, suite: str) -> Path:
+    return folder / f"{suite.replace(' ', '_')}.json"
+
+
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """{"logits", "hidden": what `run.py` wrote}, of those that are there."""
-    paths = {name: folder / f"{name}.json" for name in FILES}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    """{suite: what `run.py` wrote}, of those that are there."""
+    paths = {suite: file_of(folder, suite) for suite in SECTIONS}
+    return {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in paths.items() if path.exists()}
 
 
 def milliseconds(seconds: float) -> str:
@@ -55,19 +77,14 @@ def _time(entry: dict[str, Any]) -> str:
     return text
 
 
-def _row(name: str, cells: list[str]) -> str:
-    """What is the same everywhere stands there once."""
-    if len(set(cells)) == 1 and len(cells) > 1 and not cells[0][:1].isdigit():
-        cells = [cells[0], *("" for _ in cells[1:])]
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-
 def _header(first: str, columns: Iterable[str]) -> list[str]:
     columns = list(columns)
     return [f"| {first} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
 
 
 def _label(result: Result) -> str:
+    if result["suite"] == "step":
+        return "beta 0" if result["kind"] == "step" else result["kind"]
     return "forward without gradient" if result["kind"] == "forward" else f"rho {result['rho']:g}"
 
 
@@ -79,73 +96,70 @@ def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
     models = list(dict.fromkeys(name for result in results for name in (result["model"] or "").split(", ")))
     order = sorted(
         found,
-        key=lambda key: (list(TITLES).index(key[0]), key[2], models.index((key[1] or "").split(", ")[0]), -key[3]),
+        key=lambda key: (list(SECTIONS).index(key[0]), key[2], models.index((key[1] or "").split(", ")[0]), -key[3]),
     )
     return {key: sorted(found[key], key=lambda r: (r["kind"] != "forward", r["rho"])) for key in order}
 
 
-def _table(key: tuple, group: list[Result]) -> list[str]:
-    """Of one model, dtype and fill: a contender a row, a rho a column, then peak memory."""
-    suite, model, dtype, fill = key
+def _circumscribed(group: list[Result]) -> str:
+    """The model, its sizes and how many tokens there are."""
     measured = [r for r in group if r["status"] == "measured"]
     first = measured[0]
-    limit = "bare" if suite == "hidden" else "copy"
     notes = [f"{first['B']} x {first['T']} columns"]
-    if "counted" in first:
-        notes.append(f"{first['counted']} of them count")
-    if limit == "copy":
-        rates = [r["copy"]["bytes"] / seconds / 1e9 for r in measured if (seconds := median(r["copy"]))]
+    notes += [
+        f"{first[name]} of them {word}"
+        for name, word in {"counted": "count", "with_signal": "with a signal"}.items()
+        if name in first
+    ]
+    rates = [c["bytes"] / x / 1e9 for r in measured if (c := r["limits"].get("copy")) and (x := median(c))]
+    if rates:
         notes.append(f"logits copied at {min(rates):.3g} to {max(rates):.3g} GB/s")
-    of_memory = [r for r in group if r["kind"] == "step"]
-    names = list(dict.fromkeys(name for r in measured for name in (*r["peers"], *r.get("bare", {}))))
-    size = f"D {first['D']}, V {first['V']}" if suite == "hidden" else f"V {first['V']}"
-    lines = ["", f"**{model} ({size}), {dtype}, fill {fill:g}** ({', '.join(notes)})", ""]
+    sizes = [f"{name} {first[name]}" for name in ("D", "V") if first[name]]
+    model = f"{first['model']} ({', '.join(sizes)}), " if first["model"] else ""
+    return f"**{model}{first['dtype']}, fill {first['fill']:g}** ({', '.join(notes)})"
+
+
+def _table(group: list[Result]) -> list[str]:
+    """Of one model, dtype and fill: a contender a row, a rho a column, then peak memory."""
+    measured = [r for r in group if r["status"] == "measured"]
+    of_memory = [r for r in group if r["kind"] != "forward" and r["suite"] != "token pass"]
+    names = list(dict.fromkeys(name for part in ("peers", "limits") for r in measured for name in r[part]))
+    lines = ["", _circumscribed(group), ""]
     lines += _header("ms", [*map(_label, group), *(f"memory, {_label(r)}" for r in of_memory), "largest error"])
     for name in names:
-        times, peaks = [], []
-        for result in group:
-            entry = (result.get("peers", {}) | result.get("bare", {})).get(name, {})
-            share = share_of_copy(result, name) if limit == "copy" else None
+        entries = [(r.get("peers", {}) | r.get("limits", {})).get(name, {}) for r in group]
+        times = []
+        for result, entry in zip(group, entries, strict=True):
+            share = share_of_copy(result, name)
             times.append(_time(entry) + (f" · {share:.0%}" if share is not None else ""))
-            if result["kind"] == "step":
-                peaks.append(memory(entry["peak_bytes"]) if median(entry) and "peak_bytes" in entry else "")
+        peaks = [
+            memory(entry["peak_bytes"]) if median(entry) and "peak_bytes" in entry else ""
+            for result, entry in zip(group, entries, strict=True)
+            if result in of_memory
+        ]
         same = len(set(times)) == 1 and not times[0][:1].isdigit()
         cells = [times[0], *("" for _ in times[1:])] if same else times
-        lines.append(f"| {name} | " + " | ".join([*cells, *peaks, _worst(measured, name)]) + " |")
-    plans = {_label(r): r["peers"][OURS].get("plan_name") for r in measured if OURS in r["peers"]}
-    if suite == "hidden" and any(plans.values()):
+        errors = [e for entry in entries for e in entry.get("errors", {}).values()]
+        lines.append(f"| {name} | " + " | ".join([*cells, *peaks, f"{max(errors):.0e}" if errors else ""]) + " |")
+    plans = {_label(r): r["peers"].get(OURS, {}).get("plan_name") for r in measured}
+    if any(plans.values()):
         lines += ["", "Plan of rlloss: " + ", ".join(f"{plan} at {rho}" for rho, plan in plans.items() if plan) + "."]
-    return lines
-
-
-def _worst(results: list[Result], name: str) -> str:
-    """The largest of a contender's errors against fp64."""
-    found = [e for r in results for e in r["peers"].get(name, {}).get("errors", {}).values()]
-    return f"{max(found):.0e}" if found else ""
-
-
-def _token_pass(group: list[Result]) -> list[str]:
-    lines = ["", f"**{group[0]['B']} x {group[0]['T']} tokens, {group[0]['dtype']}** (µs)", ""]
-    lines += _header("", [f"{what}, {_label(r)}" for r in group for what in ("forward", "backward")])
-    for name in dict.fromkeys(name for r in group for name in r.get("peers", {})):
-        values = [median(r.get("peers", {}).get(name, {}), what) for r in group for what in ("forward", "backward")]
-        lines.append(_row(name, ["not measured" if v is None else milliseconds(1e3 * v) for v in values]))
     return lines
 
 
 def _targets(results: list[Result], device: str) -> list[str]:
     judged = judge(results, device)
+    lines = ["", "## Targets", ""]
+    if not judged:
+        return [*lines, "None is for what was measured on this device."]
     # Of logits one result stands for all models of the same vocabulary.
     columns = list(dict.fromkeys((name, j["dtype"]) for j in judged if j["model"] for name in j["model"].split(", ")))
-    lines = ["", "## Targets", ""]
-    if not any(name in device for name in DEVICES):
-        lines += [f"They are for an {' or '.join(DEVICES)}, and are not judged on this device.", ""]
-    lines += _header("at fill 1", ["target", *(f"{model}, {dtype}" for model, dtype in columns)])
+    lines += _header(f"at fill {judged[0]['fill']:g}", ["target", *(f"{model}, {dtype}" for model, dtype in columns)])
     for what, bound in dict.fromkeys((j["what"], j["bound"]) for j in judged):
         own = [j for j in judged if j["what"] == what]
         of = {(name, j["dtype"]): verdict(j) for j in own for name in (j["model"] or "").split(", ")}
         lone = next((verdict(j) for j in own if j["model"] is None), None)
-        cells = [lone] + [""] * (len(columns) - 1) if lone else [of.get(c, "not measured") for c in columns]
+        cells = [lone] + [""] * (len(columns) - 1) if lone else [of.get(c, "") for c in columns]
         lines.append(f"| {what} | {bound} | " + " | ".join(cells) + " |")
     return lines
 
@@ -213,24 +227,15 @@ def summary(reports: dict[str, dict[str, Any]], drawn: list[tuple[str, str]]) ->
     lines += [f"- {line}" for line in losses(results)] or ["Nowhere, of what was measured."]
     lines += [line for name, caption in drawn for line in ("", f"![{name}]({name})", "", f"*{caption}*")]
     groups = _groups(results)
-    explanations = {
-        "hidden": "Entropies included. The bare products of 1 + 3r units are the matrix products of `recompute`, those "
-        "of 1 + 2r units those of the other plans, with a fresh gradient of the weight and nothing between them.",
-        "logits": "For a given gradient of the log-probabilities. After the dot: the bytes that have to be moved per "
-        "second, as a share of what a copy of the logits reached in the same turns.",
-        "loss": "`dapo` of an on-policy batch with the tokens of highest entropy. After the dot: as above.",
-        "token pass": "Loss and its gradient from log-probabilities, without a vocabulary.",
-    }
-    for suite, title in TITLES.items():
-        of_suite = {key: group for key, group in groups.items() if key[0] == suite}
+    for suite, (title, explanation) in SECTIONS.items():
+        of_suite = [group for key, group in groups.items() if key[0] == suite]
         if not of_suite:
             continue
-        lines += ["", f"## {title}", "", explanations[suite]]
-        for key, group in of_suite.items():
+        lines += ["", f"## {title}", "", explanation]
+        for group in of_suite:
             if any(r["status"] == "measured" for r in group):
-                lines += _token_pass(group) if suite == "token pass" else _table(key, group)
-        notes = next(iter(r["notes"] for r in reports.values() if suite in r["notes"]))[suite]
-        lines += ["", *(f"- {name}: {note}." for name, note in notes.items())]
+                lines += _table(group)
+        lines += ["", *(f"- {name}: {note}." for name, note in reports[suite]["notes"].items())]
     missing = _missing(results)
     lines += ["", "## Not measured", "", *(missing or ["Nothing of what was asked for."])]
     return "\n".join(lines) + "\n"
@@ -245,7 +250,9 @@ def write(folder: Path) -> Path:
     """
     reports = load(folder)
     if not reports:
-        raise FileNotFoundError(f"{folder}: found none of {', '.join(f'{name}.json' for name in FILES)}")
+        raise FileNotFoundError(
+            f"{folder}: found none of {', '.join(file_of(Path(), suite).name for suite in SECTIONS)}"
+        )
     where = next(iter(reports.values()))["conditions"]
     drawn = plots.draw([result for report in reports.values() for result in report["results"]], where, folder)
     path = folder / "summary.md"

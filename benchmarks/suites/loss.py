@@ -1,29 +1,22 @@
-"""Time and memory of the whole loss from logits, `rlloss.GRPOLoss`, against its peers, each first checked against fp64.
-
-Under pytest (`make bench-pytest`) pytest-benchmark times one contender after the other; `run.py` has them take turns.
-"""
+"""`rlloss.GRPOLoss` against its peers: the whole loss from logits, and its gradient."""
 
 import functools
-import math
-import time
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.contenders.hidden_case import advantages, token_scales
-from benchmarks.contenders.loss import LossCase, LossPeer, loss_peers
+from benchmarks.contenders.loss import LossCase, peers
 from benchmarks.harness import errors
-from benchmarks.harness.examine import examined, peak_of, under_pytest
-from benchmarks.harness.shapes import lengths
-from benchmarks.harness.timing import CUDA, DEVICE, beside_copies, phases, split
-from benchmarks.suites.logits import Measure, make_logits
+from benchmarks.harness.contest import Contest, copies, entrant
+from benchmarks.harness.peer import Peer
+from benchmarks.harness.shapes import Cell, lengths
+from benchmarks.harness.timing import DEVICE
+from benchmarks.suites.logits import make_logits
 from rlloss import reference
 
-SHAPES = [(16, 512, 151936)] if CUDA else [(8, 16, 32768)]  # (B, T, V)
-RHOS = (0.2, 1.0)
 BLOCK_ROWS = 64
 
 
@@ -35,8 +28,8 @@ class LossReference(NamedTuple):
     coefficient: Tensor
 
 
-def make_case(shape: tuple[int, int, int], dtype: torch.dtype, rho: float, fill: float) -> LossCase:
-    B, T, V = shape
+def make_case(columns: tuple[int, int], V: int, dtype: torch.dtype, rho: float, fill: float) -> LossCase:
+    B, T = columns
     g = torch.Generator().manual_seed(1)
     mask = torch.arange(T) < torch.tensor(lengths(B, T, fill)).unsqueeze(-1)
     scale = token_scales(mask, rho, g).to(DEVICE, dtype)
@@ -64,11 +57,11 @@ def solve(case: LossCase) -> tuple[LossCase, LossReference]:
     return replace(case, cutoff=cutoff), LossReference(coefficient.sum(), entropy.mean(), of_all)
 
 
-def check(peer: LossPeer, case: LossCase, expected: LossReference) -> dict[str, float]:
-    """The errors of the loss, the mean entropy and the gradient of sampled rows.
+def check(peer: Peer, case: LossCase, expected: LossReference) -> dict[str, dict[str, float]]:
+    """{"errors"} of the loss, the mean entropy and the gradient of sampled rows.
 
     Raises:
-        ArithmeticError: an error above what rounding to the dtype explains, or a dead row that is not 0.
+        ArithmeticError: one above what rounding to the dtype explains, or a dead row that is not 0.
     """
     found = peer.step(case)
     gradient, live = found.gradient.flatten(0, 1), expected.coefficient != 0
@@ -86,71 +79,22 @@ def check(peer: LossPeer, case: LossCase, expected: LossReference) -> dict[str, 
         of["entropy"] = errors.relative(found.entropy, expected.entropy)
     allowed = dict.fromkeys(of, errors.allowed(case.logits.shape[-1], case.logits.dtype))
     errors.require(peer.name, of, allowed | {"loss": 1e-5})
-    return of
+    return {"errors": of}
 
 
-def examine(
-    peer: LossPeer,
-    case: LossCase,
-    expected: LossReference,
-    *,
-    strict: bool = True,
-    longest_step: float = math.inf,
-) -> dict:
-    """{"status"} and, of a peer that is there and right, "errors" and "peak_bytes". See `benchmarks.suites.hidden`."""
-    if reason := peer.absent(DEVICE):
-        return {"status": reason}
-    if peer.case(case).rho != case.rho:
-        return {"status": f"keeps every token: at rho {peer.case(case).rho:g} only"}
-
-    def find() -> dict:
-        found = {"errors": check(peer, case, expected)}
-        peer.prepare(case)
-        return found | peak_of(lambda: peer.start(case)(), math.inf if peer.ours else longest_step)
-
-    return examined(find, ours=peer.ours, strict=strict)
+def contest(cell: Cell, compiled: bool) -> Contest:
+    V = cell.size[1]
+    assert V is not None
+    case, expected = solve(make_case(cell.columns, V, getattr(torch, cell.dtype), cell.rho, cell.fill))
+    entrants = [
+        entrant(peer, case, functools.partial(check, peer, case, expected)) for peer in peers(compiled=compiled)
+    ]
+    counted, live = int(case.mask.sum()), int(expected.coefficient.count_nonzero())
+    # Counted rows read, live rows read again, and the whole gradient written.
+    moved = (counted + live + case.mask.numel()) * case.logits[0, 0].nbytes
+    facts: dict[str, Any] = {"counted": counted, "live": live, "ideal_bytes": moved}
+    return Contest(entrants, copies(case.logits), facts)
 
 
-def clock(peer: LossPeer, case: LossCase) -> tuple[float, float]:
-    peer.prepare(case)
-    return phases(functools.partial(peer.start, case))
-
-
-def compare(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    rho: float,
-    fill: float,
-    contenders: list[LossPeer],
-    rounds: int,
-    limit: float = math.inf,
-    **how,
-) -> dict:
-    """Everyone in turns: {"counted", "live", "ideal_bytes", "copy", "zeros" (see `timing.beside_copies`), "peers":
-    {name: see `examine`, "forward", "backward", "seconds"}}. limit: seconds that it may take. how: see `examine`."""
-    begin = time.monotonic()
-    B, T, V = shape
-    case, expected = solve(make_case(shape, dtype, rho, fill))
-    found = {peer.name: examine(peer, case, expected, **how) | {"seconds": []} for peer in contenders}
-    clocks = {p.name: functools.partial(clock, p, case) for p in contenders if found[p.name]["status"] == "measured"}
-    samples, floors = beside_copies(case.logits, clocks, rounds, limit - (time.monotonic() - begin))
-    for name, values in samples.items():
-        found[name] |= split(values)
-    return {
-        "counted": int(case.mask.sum()),
-        "live": int(expected.coefficient.ne(0).sum()),
-        "ideal_bytes": Measure("step", fill, rho).ideal_bytes(B * T, V, dtype.itemsize),
-        **floors,
-        "peers": found,
-    }
-
-
-@pytest.mark.parametrize("peer", loss_peers(compiled=CUDA), ids=lambda p: p.name)
-@pytest.mark.parametrize("rho", RHOS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_grpo_loss(benchmark, shape, rho, peer):
-    dtype = torch.bfloat16 if CUDA else torch.float32
-    case, expected = solve(make_case(shape, dtype, rho, 1.0))
-    entry = {"shape": shape, "dtype": str(dtype)[6:], "rho": rho} | examine(peer, case, expected)
-    group = f"the whole loss from logits {shape}, {str(dtype)[6:]}, rho {rho}"
-    under_pytest(benchmark, group, entry, lambda: peer.start(case)(), setup=lambda: peer.prepare(case))
+def notes(compiled: bool) -> dict[str, str]:
+    return {peer.name: peer.note for peer in peers(compiled=compiled)}

@@ -1,44 +1,29 @@
-"""An update step of a real GRPOTrainer, loss and backward: rlloss's against TRL's on the same generation batch, each
-first checked to give the same loss, gradients and metrics.
+"""An update step of a real GRPOTrainer, loss and backward: rlloss's against TRL's on the same batch.
 
-    python -m benchmarks.suites.step [--rounds 9]
-
-Under pytest (`make bench-pytest`) pytest-benchmark times one contender after the other. As a program the contenders
-take turns; it prints a Markdown table and writes it with all samples to benchmarks/results/<device>/step.{md,json}, or
-files of another --name. --beta adds the KL to a reference model, by which every completion gets a gradient.
+A contender has a number where its loss, gradients and metrics are TRL's. Kind "beta 0.04" adds the KL to a reference
+model, by which every completion gets a gradient.
 """
 
-import argparse
 import functools
-import gc
-import importlib.util
-import json
 import math
-import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.trainers import MODES, RHO, Contender, Result, Size, add_reference, contenders, make_batch
-from benchmarks.harness.conditions import ROOT, conditions, sentence
-from benchmarks.harness.examine import under_pytest
-from benchmarks.harness.timing import CUDA, peak_bytes, refuse_interpreter, seconds
-from benchmarks.report.plots import draw_step
+from benchmarks.contenders.trainers import NOTES, Contender, Result, add_reference, contenders, make_batch
+from benchmarks.harness.contest import Contest, Entrant
+from benchmarks.harness.peer import absent
+from benchmarks.harness.shapes import LLAMA, Cell
 from rlloss import count_products
-from rlloss.report import replace_file
 
-TARGET = 0.25  # of TRL's time, at most
 TOLERANCE = 1e-5
-NOTES = (
-    "TRL: `GRPOTrainer._compute_loss` and backward",
-    "TRL, patch_trl(): the same, its fused lm_head replaced by rlloss's",
-    "rlloss: the same of rlloss's GRPOTrainer, by `zero_advantage`; forward_only is its default",
-    "backbone: the model without its head, forward and backward; the rest of a step is the head and the loss",
-    "generation: as many tokens as the batch has columns, by the same model in transformers; not part of the others",
-)
+PARTS = {
+    "backbone, all completions": "the model without its head, forward and backward",
+    "backbone, forward only without a signal": "the same, backward of the completions with a signal alone",
+    "generation": "as many tokens as the batch has columns, by the same model in transformers; no part of the others",
+}
 
 
 def _furthest(errors: Iterable[float]) -> float:
@@ -46,7 +31,7 @@ def _furthest(errors: Iterable[float]) -> float:
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
-def check(found: Result, expected: Result) -> dict[str, float]:
+def compare(found: Result, expected: Result) -> dict[str, float]:
     """Relative errors of the loss, of all gradients as one vector, and of the parameter and the metric furthest off.
 
     Raises:
@@ -77,7 +62,14 @@ def check(found: Result, expected: Result) -> dict[str, float]:
     return errors
 
 
-def backbones(model, inputs: dict) -> dict[str, Callable[[], object]]:
+def check(contender: Contender, inputs: dict, expected: Result) -> dict[str, Any]:
+    """{"errors"} against TRL, and "units" of rlloss's head: products in logits of all tokens that it was given."""
+    with count_products() as products:
+        found = contender.result(inputs)
+    return {"errors": compare(found, expected), "units": products.units}
+
+
+def backbones(model, inputs: dict) -> list[Callable[[], object]]:
     """The model without its head, forward and backward: of all completions; of those with a signal, cut off after the
     longest, and the forward alone of the others."""
     P = inputs["prompt_ids"].shape[1]
@@ -93,10 +85,7 @@ def backbones(model, inputs: dict) -> dict[str, Callable[[], object]]:
             forward(~live)
         forward(live).sum().backward()
 
-    return {
-        "backbone, all completions": lambda: forward(slice(None)).sum().backward(),
-        "backbone, those without signal forward only": apart,
-    }
+    return [lambda: forward(slice(None)).sum().backward(), apart]
 
 
 def generation(model, inputs: dict) -> Callable[[], object]:
@@ -106,150 +95,32 @@ def generation(model, inputs: dict) -> Callable[[], object]:
     return functools.partial(model.generate, **prompt, do_sample=True, min_new_tokens=T, max_new_tokens=T)
 
 
-def examine(contender: Contender, inputs: dict, expected: Result | None) -> dict:
-    """{"status"} and, of a contender that is there and right, "errors", "units" (of rlloss's head), "peak_bytes"."""
-    if contender.why_not is not None:
-        return {"status": contender.why_not}
-    try:
-        with count_products() as products:
-            found = contender.result(inputs)
-        errors = {} if expected is None else check(found, expected)
-    except ArithmeticError as error:
-        return {"status": f"wrong: {error}"}
-    del found
-    gc.collect()
-    entry = {"status": "measured", "errors": errors, "units": products.units, "peak_bytes": None}
-    entry["peak_bytes"] = peak_bytes(lambda: contender.step(inputs))
-    contender.clear()
-    return entry
+def notes(compiled: bool) -> dict[str, str]:
+    return NOTES | PARTS
 
 
-def compare(size: Size, rounds: int, beta: float = 0.0) -> dict:
-    """Everyone in turns: {"contenders": {name: see `examine`, "seconds"}, "parts": {name: seconds}, see `judge`}."""
-    entrants, inputs = contenders(size, beta), make_batch(size)
+def contest(cell: Cell, compiled: bool) -> Contest:
+    if why_not := absent("trl.trainer.utils"):  # its trainers need datasets, which TRL can be installed without
+        return Contest([Entrant(name, dict, why_not=why_not) for name in NOTES])
+    beta = float(cell.kind.removeprefix("beta")) if cell.kind.startswith("beta") else 0.0
+    entrants, inputs = contenders(LLAMA, beta), make_batch(LLAMA, cell.fill)
+    trl = entrants[0]
     if beta != 0.0:
-        add_reference(entrants[0].trainer, inputs)
-    expected = entrants[0].result(inputs)
-    found = {c.name: examine(c, inputs, None if c is entrants[0] else expected) for c in entrants}
-    del expected
-    runs: dict[str, tuple[Callable[[], object], Callable[[], None]]] = {}
-    for c in entrants:
-        if found[c.name]["status"] == "measured":
-            runs[c.name] = functools.partial(c.step, inputs), c.clear
-    parts = backbones(entrants[0].trainer.model, inputs)
-    parts["generation"] = generation(entrants[0].trainer.model, inputs)
-    runs |= {name: (run, entrants[0].clear) for name, run in parts.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            run, clear = runs[name]
-            clear()
-            elapsed = seconds(run)
-            clear()
-            if turn:  # the first turn warms up
-                samples[name].append(elapsed)
-    for name, entry in found.items():
-        entry["seconds"] = samples.get(name, [])
+        add_reference(trl.trainer, inputs)
+    expected = trl.result(inputs)
+    parts = [*backbones(trl.trainer.model, inputs), generation(trl.trainer.model, inputs)]
     mask = inputs["completion_mask"]
-    return {
-        "size": size._asdict(),
-        "beta": beta,
-        "counted": int(mask.sum()),
-        "with_signal": int(mask[inputs["advantages"] != 0].sum()),
-        "contenders": found,
-        "parts": {name: samples[name] for name in parts},
-        **judge(found),
-        **({} if size == Size() and beta == 0.0 else {"target": None, "met": None}),
-    }
-
-
-def judge(found: dict[str, dict]) -> dict:
-    """{"ratios": {name: of TRL's time}, "met": whether rlloss's default mode reaches the target; None: no number}."""
-    median = {name: statistics.median(entry["seconds"]) for name, entry in found.items() if entry.get("seconds")}
-    ratios = {name: value / median["TRL"] for name, value in median.items()} if "TRL" in median else {}
-    ours = next((ratios[name] for name in ("rlloss forward_only", "rlloss") if name in ratios), None)
-    return {"ratios": ratios, "target": TARGET, "met": None if ours is None else ours <= TARGET}
-
-
-def _times(values: list[float]) -> str:
-    low, median, high = (1e3 * x for x in statistics.quantiles(values, n=4, method="inclusive"))
-    return f"{median:.4g} [{low:.4g}, {high:.4g}]"
-
-
-def markdown(report: dict) -> str:
-    where, found = report["conditions"], report["result"]
-    size = Size(**found["size"])
-    lines = [
-        sentence(where),
-        "",
-        f"Loss and backward of one micro-batch, fp32: {size.B} completions of {size.T} columns after {size.P} of "
-        f"prompt, {found['counted']} tokens count, {found['with_signal']} of them in a group with a signal, "
-        f"top_entropy_quantile {RHO}, beta {found['beta']:g}; a Llama of {size.layers} layers, D {size.D}, V {size.V}. "
-        "Products: of rlloss's lm_head, in logits of all tokens that it was given. Errors against TRL: loss, gradient, "
-        "the parameter and the metric furthest off. Memory: the peak above model and batch, gradients included.",
-        "",
-        "| | median ms [quartiles] | of TRL's time | peak memory | products | errors |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, entry in found["contenders"].items():
-        if entry["status"] != "measured":
-            lines.append(f"| {name} | {entry['status']} | | | | |")
-            continue
-        errors = ", ".join(f"{error:.0e}" for error in entry["errors"].values())
-        units = f"{entry['units']:.2f}" if entry["units"] else ""
-        memory = f"{entry['peak_bytes'] / 2**20:.0f} MiB"
-        lines.append(
-            f"| {name} | {_times(entry['seconds'])} | {found['ratios'][name]:.3f} | {memory} | {units} | {errors} |"
-        )
-    lines += [f"| {name} | {_times(values)} | | | | |" for name, values in found["parts"].items()]
-    if found["target"] is not None:
-        verdict = {None: "not measured", True: "met", False: "missed"}[found["met"]]
-        lines += ["", f"Target: at most {found['target']} of TRL's time with rlloss's defaults: {verdict}."]
-    lines += ["", *(f"- {note}." for note in NOTES)]
-    return "\n".join(lines) + "\n"
-
-
-@functools.cache
-def _prepared(size: Size) -> tuple[dict[str, Contender], dict, Result]:
-    entrants, inputs = contenders(size), make_batch(size)
-    return {c.name: c for c in entrants}, inputs, entrants[0].result(inputs)
-
-
-@pytest.mark.parametrize("name", ["TRL", "TRL, patch_trl()", *(f"rlloss {mode}" for mode in MODES)])
-def test_step(benchmark, name):
-    entrants, inputs, expected = _prepared(Size())
-    contender = entrants[name]
-    entry = Size()._asdict() | {"dtype": "float32"} | examine(contender, inputs, None if name == "TRL" else expected)
-    assert not entry["status"].startswith("wrong"), entry["status"]
-    step = functools.partial(contender.step, inputs)
-    under_pytest(benchmark, "an update step", entry, step, setup=contender.clear, rounds=20 if CUDA else 5)
-
-
-def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description="Time an update step of rlloss's GRPOTrainer against TRL's, in turns.")
-    parser.add_argument("--rounds", type=int, default=20 if CUDA else 9, help="samples of each (default %(default)s)")
-    for name, default in Size()._asdict().items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="(default %(default)s)")
-    parser.add_argument("--beta", type=float, default=0.0, help="of the KL (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--name", default="step", help="of the files written (default %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"--rounds: found {options.rounds}, expected at least 2")
-    refuse_interpreter()
-    size = Size(*(getattr(options, name) for name in Size._fields))
-    report: dict = {"conditions": conditions(options.rounds), "result": compare(size, options.rounds, options.beta)}
-    report["conditions"]["load_after"] = conditions(options.rounds)["load"]
-    folder = options.out / report["conditions"]["slug"]
-    replace_file(folder / f"{options.name}.json", json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    replace_file(folder / f"{options.name}.md", text)
-    if importlib.util.find_spec("matplotlib"):
-        draw_step(report, folder / f"{options.name}.svg")
-    print(text)
-    return report
-
-
-if __name__ == "__main__":
-    main()
+    return Contest(
+        [
+            Entrant(
+                one.name, functools.partial(one.start, inputs), functools.partial(check, one, inputs, expected),
+                one.why_not, one.clear,
+            )
+            for one in entrants
+        ],
+        [
+            Entrant(name, run, prepare=trl.clear, phased=False)
+            for name, run in zip(PARTS, parts, strict=True)
+        ],
+        {"counted": int(mask.sum()), "with_signal": int(mask[inputs["advantages"] != 0].sum()), **LLAMA._asdict()},
+    )  # fmt: skip

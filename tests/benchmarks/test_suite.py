@@ -14,17 +14,24 @@ import torch
 
 from benchmarks import run, suite
 from benchmarks.harness import readings, shapes, targets, timing
-from benchmarks.report import plots
+from benchmarks.report import pages, plots
 from benchmarks.report import summary as report
 
-COLUMNS = dict.fromkeys(suite.SUITES, (4, 8))
-OPTIONS = suite.Options(COLUMNS, rounds=3, compiled=False)
+SMALL_LLAMA = shapes.Llama(B=8, P=4, T=8, D=16, V=64, layers=1, F=24, heads=2)
 
 
 @pytest.fixture(autouse=True)
-def no_interpreter(monkeypatch):
-    monkeypatch.setenv("RLLOSS_BACKEND", "torch")
-    monkeypatch.setitem(shapes.MODELS, "tiny", (16, 96))
+def tiny(monkeypatch):
+    tiny_models(monkeypatch)
+
+
+def tiny_models(patch):
+    patch.setenv("RLLOSS_BACKEND", "torch")
+    patch.setitem(shapes.MODELS, "tiny", (16, 96))
+    patch.setitem(shapes.SMALL, "tiny", (16, 96))
+    for name in shapes.SMALL_COLUMNS:
+        patch.setitem(shapes.SMALL_COLUMNS, name, (4, 8))
+    patch.setattr(suite.step, "LLAMA", SMALL_LLAMA)
 
 
 def file_of(folder, name, body):
@@ -38,9 +45,8 @@ def done(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLLOSS_BACKEND", "torch")
-        patch.setitem(shapes.MODELS, "tiny", (16, 96))
-        arguments = f"--models tiny --rhos 0.2 1 --fills 1 --columns 4 8 --rounds 3 --no-compile --out {folder}"
+        tiny_models(patch)
+        arguments = f"--models tiny --dtypes float32 --rhos 0.2 1 --fills 1 --rounds 3 --no-compile --out {folder}"
         green = file_of(folder, "test_green.py", "True")
         code = run.main([*arguments.split(), "--minutes", "5", "--note", "A test.", "--tests", green])
     (path,) = folder.glob("*/summary.md")
@@ -52,7 +58,8 @@ class TestARun:
     def test_the_files_are_written(self, done):
         code, folder, reports = done
         assert code == 0
-        names = {"logits.json", "hidden.json", "summary.md", *(f"{name}-float32.svg" for name in plots.NAMES)}
+        names = {f"{name}.json" for name in ("token_pass", "logits", "loss", "hidden", "step")}
+        names |= {"summary.md", "step.svg", *(f"{name}-float32.svg" for name in plots.NAMES)}
         assert {path.name for path in folder.iterdir()} == names
         for found in reports.values():
             where = found["conditions"]
@@ -62,13 +69,13 @@ class TestARun:
 
     def test_every_cell_is_measured(self, done):
         results = [r for found in done[2].values() for r in found["results"]]
-        assert len(results) == 2 + 3 + 2 + 2
+        assert len(results) == 2 + 3 + 2 + 2 + 2
         for r in results:
             assert (r["status"], r["peers"]["rlloss"]["status"], r["dtype"]) == ("measured", "measured", "float32")
-            for entry in (*r["peers"].values(), *r.get("bare", {}).values()):
+            for entry in (*r["peers"].values(), *r["limits"].values()):
                 counts = [len(entry[name]) for name in ("forward", "backward", "seconds") if name in entry]
-                assert set(counts) == ({3} if entry["status"] == "measured" else {0})
-        hidden = [r for r in results if r["suite"] == "hidden"]
+                assert set(counts) == ({3} if entry["status"] == "measured" else set())
+        hidden = done[2]["hidden"]["results"]
         assert all((r["D"], r["V"], r["B"], r["T"], r["counted"]) == (16, 96, 4, 8, 32) for r in hidden)
         assert [r["live"] for r in hidden] == [int(r["rho"] * 31) + 1 for r in hidden]
         for r in hidden:
@@ -77,7 +84,7 @@ class TestARun:
             assert r["peers"]["Liger"]["status"] == ("liger_kernel is not installed" if missing else expected)
             assert r["peers"]["rlloss"]["plan_name"] in readings.BARE_OF_PLAN
             assert readings.over_bare(r) > 0 and readings.speedup(r, "TRL") > 0
-            assert r["bare"]["bare 1 + 3r"]["units"] == pytest.approx(1 + 3 * r["live"] / 32)
+            assert r["limits"]["bare 1 + 3r"]["units"] == pytest.approx(1 + 3 * r["live"] / 32)
 
     def test_forward_and_backward_make_both(self, done):
         for found in done[2].values():
@@ -90,22 +97,19 @@ class TestARun:
         assert "**A test.**" in text and "1 passed" in text and "(4 x 8 columns, 32 of them count)" in text
         assert all(f"({name}-float32.svg)" in text for name in plots.NAMES)
         assert "| cut-cross-entropy | needs a GPU |" in text or torch.cuda.is_available()
+        assert text.count(", met") + text.count(", missed") == (0 if torch.cuda.is_available() else 1)  # of a step
         assert text.rstrip().endswith("Nothing of what was asked for.")
-        for _, _, reports in [done]:
-            for r in reports["hidden"]["results"]:
-                assert report.milliseconds(readings.median(r["peers"]["naive"])) in text
-        if not torch.cuda.is_available():
-            assert "not judged on this device" in text and ", met" not in text and ", missed" not in text
+        for r in done[2]["hidden"]["results"]:
+            assert report.milliseconds(readings.median(r["peers"]["naive"])) in text
 
     def test_the_report_can_be_made_again_of_the_json_alone(self, done, tmp_path):
-        for name in ("logits", "hidden"):
-            (tmp_path / f"{name}.json").write_text((done[1] / f"{name}.json").read_text())
+        for path in done[1].glob("*.json"):
+            (tmp_path / path.name).write_text(path.read_text())
         (tmp_path / "memory-float32.svg").touch()
         (tmp_path / "hidden_time-bfloat16.svg").touch()
         report.main([str(tmp_path)])
-        assert (tmp_path / "summary.md").read_text() == (done[1] / "summary.md").read_text()
-        for name in plots.NAMES:
-            assert (tmp_path / f"{name}-float32.svg").read_text() == (done[1] / f"{name}-float32.svg").read_text()
+        for name in ("summary.md", "step.svg", *(f"{name}-float32.svg" for name in plots.NAMES)):
+            assert (tmp_path / name).read_text() == (done[1] / name).read_text()
         assert (tmp_path / "memory-float32.svg").exists() and not (tmp_path / "hidden_time-bfloat16.svg").exists()
 
 
@@ -123,15 +127,16 @@ def test_a_red_test_and_there_is_no_number(tmp_path, capsys, monkeypatch):
 def test_no_time_and_everything_is_not_measured(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(run, "run_tests", lambda paths: {"command": "pytest", "summary": "1 passed"})
-    assert run.main(["--models", "tiny", "--minutes", "0", "--no-compile", "--out", str(tmp_path)]) == 0
+    arguments = f"--models tiny --dtypes float32 --minutes 0 --no-compile --out {tmp_path}"
+    assert run.main(arguments.split()) == 0
     (folder,) = tmp_path.iterdir()
     results = [r for found in report.load(folder).values() for r in found["results"]]
-    assert len(results) == len(shapes.RHOS) * (1 + 3 * len(shapes.FILLS)) + len(shapes.FILLS)
+    assert len(results) == 2 + len(shapes.RHOS) * (1 + 3 * len(shapes.FILLS)) + len(shapes.FILLS)
     assert {r["status"] for r in results} == {"not measured: too little of the 0 minutes was left"}
     assert not any("peers" in r or "took_s" in r for r in results) and not list(folder.glob("*.svg"))
     text = (folder / "summary.md").read_text()
     assert " ms" not in text and ", met" not in text and "Nowhere, of what was measured." in text
-    assert f"- hidden, tiny, {run.DTYPES[timing.DEVICE.type][0]}: rho 0.2 at fill 1;" in text
+    assert "- hidden, tiny, float32: rho 0.2 at fill 1;" in text
 
 
 class TestTime:
@@ -161,16 +166,17 @@ class TestTime:
     def test_cells_share_the_time_and_are_left_out_when_it_is_over(self, clock, monkeypatch):
         limits, taken = [], []
 
-        def measure(cell, options, limit, longest_step):
+        def hold(contest, rounds, limit, longest_step):
             limits.append(limit)
             clock[0] += 20.0
-            if cell.rho == 0.5:
+            if contest.rho == 0.5:
                 raise ValueError("no such thing")
             return {"peers": {"rlloss": {"status": "measured", "forward": [1.0] * 5, "backward": [2.0] * 5}}}
 
-        monkeypatch.setattr(suite, "MEASURES", dict.fromkeys(suite.SUITES, measure))
+        monkeypatch.setattr(suite, "hold", hold)
+        monkeypatch.setattr(suite.hidden, "contest", lambda cell, compiled: cell)
         cells = suite.cells(["hidden"], ["tiny"], ["float32"], (0.5, 0.2, 1.0), (1.0, 0.5))
-        results = suite.run(cells, OPTIONS, timing.Budget(1.25), lambda found: taken.append([dict(r) for r in found]))
+        results = suite.run(cells, timing.Budget(1.25), 30, done=lambda found: taken.append([dict(r) for r in found]))
         assert [(r["rho"], r["fill"]) for r in results][:3] == [(0.2, 1.0), (1.0, 1.0), (0.5, 1.0)]
         # Of the 20 seconds of a cell 2 * 3 went to samples beyond the third.
         assert limits == pytest.approx([75 / 6, 55 / 5, 35 / 4, 15 / 3])
@@ -182,12 +188,19 @@ class TestTime:
         assert suite.failures(results)[0] == failed
 
     def test_what_a_run_short_of_time_measures_comes_first(self):
-        cells = suite.cells(list(suite.SUITES), ["tiny"], ["bfloat16"], shapes.RHOS, shapes.FILLS)
-        assert len(cells) == len(set(cells)) == 4 + 10 + 8 + 8
-        of_vocabulary = [cell for cell in cells if cell.suite != "token pass"]
+        cells = suite.cells(list(suite.SUITES), ["tiny"], ["bfloat16", "float32"], shapes.RHOS, shapes.FILLS)
+        assert len(cells) == len(set(cells)) == 4 + 2 + 10 + 8 + 8
+        of_vocabulary = [cell for cell in cells if cell.suite not in ("token pass", "step")]
         assert [cell.first for cell in of_vocabulary] == [True] * 7 + [False] * 19
-        rest = [cell.file for cell in of_vocabulary[7:]]
-        assert rest == sorted(rest, key=("logits", "hidden").index)
+        assert [cell.suite == "hidden" for cell in of_vocabulary[7:]] == [False] * 13 + [True] * 6
+
+    def test_further_dtypes_are_measured_at_the_small_head(self):
+        cells = suite.cells(["hidden"], ["small", "wide", "tiny"], ["float32", "bfloat16"], (0.2,), (0.5, 1.0))
+        assert {(c.model, c.dtype, c.fill) for c in cells} == {
+            ("small", "float32", 0.5), ("small", "float32", 1.0), ("small", "bfloat16", 0.5),
+            ("small", "bfloat16", 1.0), ("wide", "float32", 1.0), ("tiny", "float32", 0.5), ("tiny", "float32", 1.0),
+        }  # fmt: skip
+        assert all(cell.first for cell in cells if cell.model == "small")
 
 
 def test_logits_of_models_with_one_vocabulary_are_measured_once(monkeypatch):
@@ -198,7 +211,7 @@ def test_logits_of_models_with_one_vocabulary_are_measured_once(monkeypatch):
         ("logits", "tiny, twin"), ("loss", "tiny, twin"), ("hidden", "tiny"),
         ("logits", "other"), ("loss", "other"), ("hidden", "other"), ("hidden", "twin"),
     ]  # fmt: skip
-    described = [suite.describe(c, OPTIONS) for c in cells if c.model != "other" and c.kind == "step"]
+    described = [suite.describe(c) for c in cells if c.model != "other" and c.kind == "step"]
     assert [(d["D"], d["V"]) for d in described] == [(None, 96), (None, 96), (16, 96), (24, 96)]
 
 
@@ -214,7 +227,7 @@ def cell(what, rho, *, model="Qwen3-8B", kind="step", fill=1.0, dtype="bfloat16"
     model = None if what == "token pass" else model
     return {
         "suite": what, "model": model, "dtype": dtype, "rho": rho, "fill": fill, "kind": kind, "B": B, "T": T,
-        "D": 4096, "V": 151936, "status": "measured", "took_s": 1.0, **content,
+        "D": 4096, "V": 151936, "status": "measured", "took_s": 1.0, "limits": {}, **content,
     }  # fmt: skip
 
 
@@ -224,20 +237,20 @@ def entry(forward, backward=None, peak=None, **content):
 
 
 def made_up():
-    copy = {"bytes": 200, "seconds": [2.0, 2.0, 9.0]}
-    absent = {"status": "needs a GPU", "seconds": []}
+    copy = {"copy": {"bytes": 200, "seconds": [2.0, 2.0, 9.0]}}
+    absent = {"status": "needs a GPU"}
     return [
-        cell("logits", 1.0, kind="forward", ideal_bytes=95.0, copy=copy, peers={"rlloss": entry([1.0, 1.0, 5.0])}),
-        cell("logits", 1.0, copy=copy, ideal_bytes=300.0, peers={
+        cell("logits", 1.0, kind="forward", ideal_bytes=95.0, limits=copy, peers={"rlloss": entry([1.0, 1.0, 5.0])}),
+        cell("logits", 1.0, limits=copy, ideal_bytes=300.0, peers={
             "rlloss": entry([1.0], [1.0], 10), "torch eager": entry([4.0], [4.0], 30), "Liger": entry([1.0], [1.7], 9),
         }),
-        cell("logits", 0.2, copy=copy, ideal_bytes=300.0, peers={"rlloss": entry([0.5], [0.5], 10), "TRL": absent}),
-        cell("hidden", 0.2, bare={"bare 1 + 3r": entry([1.0], [1.0]), "bare 1 + 2r": entry([0.9], [0.9])}, peers={
+        cell("logits", 0.2, limits=copy, ideal_bytes=300.0, peers={"rlloss": entry([0.5], [0.5], 10), "TRL": absent}),
+        cell("hidden", 0.2, limits={"bare 1 + 3r": entry([1.0], [1.0]), "bare 1 + 2r": entry([0.9], [0.9])}, peers={
             "rlloss": entry([1.0], [1.2], 40, plan_name="recompute"), "TRL": entry([2.0], [4.0], 81),
             "naive": entry([1.0], [1.19, ], 39), "rlloss keep": entry([0.1], [0.1], 1),
         }),
-        cell("hidden", 0.2, fill=0.5, bare={}, peers={"rlloss": entry([9.0], [9.0], 9, plan_name="keep")}),
-        cell("hidden", 1.0, bare={"bare 1 + 2r": entry([1.0], [1.0])}, peers={
+        cell("hidden", 0.2, fill=0.5, peers={"rlloss": entry([9.0], [9.0], 9, plan_name="keep")}),
+        cell("hidden", 1.0, limits={"bare 1 + 2r": entry([1.0], [1.0])}, peers={
             "rlloss": entry([1.0], [1.3], 40, plan_name="gradient_in_forward"), "TRL": entry([1.0], [1.5], 79),
         }),
         cell("token pass", 1.0, dtype="float32", peers={"rlloss": entry([29e-6, 30e-6, 31e-6], [1.0, 1.0, 1.0])}),
@@ -270,7 +283,25 @@ class TestTargets:
         assert words["token pass of 16,384 tokens, forward"] == "30 µs, met"
 
     def test_they_are_for_one_kind_of_device(self):
-        assert {j["met"] for j in targets.judge(made_up(), "Intel(R) Xeon(R) Processor, 2 cores")} == {None}
+        assert targets.judge(made_up(), "NVIDIA A100") == []
+        assert targets.judge(made_up(), "Intel(R) Xeon(R) Processor, 2 cores") == []  # of other models
+
+    def test_those_of_a_cpu(self):
+        small = {"model": "small", "fill": 0.5, "dtype": "float32"}
+        trl = {"TRL": entry([2.0, 5.5, 5.6], [0.0] * 3, 200), "naive": {"status": "out of memory"}}
+        results = [
+            cell("hidden", 0.2, peers={"rlloss": entry([9.0, 1.0, 1.1], [0.0] * 3, 60)} | trl, **small),
+            cell("hidden", 1.0, peers={"rlloss": entry([1.0], [1.0], 60), "TRL": entry([3.0], [2.5], 1)}, **small),
+            cell("step", 0.2, peers={"rlloss": entry([1.0], [0.0], 9), "TRL": entry([4.0], [0.0], 9)},
+                 model=str(shapes.LLAMA), fill=0.5, dtype="float32"),
+        ]  # fmt: skip
+        judged = {j["what"]: (j["found"], j["met"]) for j in targets.judge(results, "AMD EPYC, 2 cores")}
+        of = "hidden states, small, float32, rho"
+        assert judged[f"{of} 0.2: time of TRL / rlloss"] == (pytest.approx(5.0), True)
+        assert judged[f"{of} 0.2: time of naive / rlloss"] == (None, None)
+        assert judged[f"{of} 1: time of TRL / rlloss"] == (pytest.approx(2.75), False)
+        assert judged["an update step: time of TRL / rlloss"] == (4.0, True)
+        assert not any("bfloat16" in what for what in judged)
 
     def test_the_token_pass_is_that_of_as_many_tokens(self):
         results = [cell("token pass", 1.0, peers={"rlloss": entry([1e-6], [1e-6])}) | {"T": 8}]
@@ -279,12 +310,16 @@ class TestTargets:
     def test_every_target_is_in_the_summary(self):
         where = {
             "device": "NVIDIA H200", "threads": 16, "load": None, "versions": {"torch": "2.13.0"}, "commit": "abc",
-            "date": "2026-11-24T00:00+00:00", "rounds": None, "tests": {"command": "pytest", "summary": "9 passed"},
+            "date": "2026-11-24T00:00+00:00", "tests": {"command": "pytest", "summary": "9 passed"},
         }  # fmt: skip
-        notes = dict.fromkeys(suite.SUITES, {"rlloss": "ours"})
         missing = cell("hidden", 0.5, model="Gemma-3-4B") | {"status": "not measured: too little"}
         results = [r | {"model": "Qwen3-8B, Twin"} if r["suite"] == "logits" else r for r in made_up()]
-        text = report.summary({"all": {"conditions": where, "notes": notes, "results": [*results, missing]}}, [])
+        reports = {
+            name: {"conditions": where, "notes": {"rlloss": "ours"}, "results": own}
+            for name in suite.SUITES
+            if (own := [r for r in [*results, missing] if r["suite"] == name])
+        }
+        text = report.summary(reports, [])
         for what, (found, met) in self.EXPECTED.items():
             (row,) = (line for line in text.splitlines() if line.startswith(f"| {what} |"))
             word = "not measured" if found is None else ", met" if met else ", missed"
@@ -335,3 +370,20 @@ def test_numbers_stand_on_one_line(tmp_path):
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == content and "[1.5, 2e-05, -3]" in text and "[1.0]" in text
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"] and not re.search(r"\n\s*1\.5", text)
+
+
+def test_a_table_names_what_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    where = {"device": "a device", "versions": dict.fromkeys(("torch", "trl", "liger-kernel"), "1"), "commit": "abc"}
+    peers = {"rlloss": entry([0.2], [0.3], 2**20), "TRL": entry([1.5], [0.5], 2**21), "x": {"status": "wrong: it"}}
+    results = [cell("hidden", 0.2, peers=peers), cell("hidden", 1.0) | {"status": "not measured: no time"}]
+    run.save(tmp_path / "hidden.json", {"conditions": where | {"date": "2026-11-24T"}, "notes": {}, "results": results})
+    columns = {"a": {"rho": 0.2, "model": "Qwen3-8B"}, "b": {"rho": 1.0}}
+    found = pages.table(
+        "", "hidden", {"we": "rlloss", "TRL": "TRL", "x": "x"}, columns, pages.ms, pages.of_trl, pages.peak
+    )
+    assert found[2:5] == [
+        "| we | 500, 0.25 of TRL's, 1 MiB | not measured |", "| TRL | 2000, 2 MiB | not measured |",
+        "| x | wrong | not measured |",
+    ]  # fmt: skip
+    assert found[-1] == "*Medians; a device; torch 1, trl 1, liger-kernel 1; commit abc, 2026-11-24.*"

@@ -1,0 +1,168 @@
+"""The tables and figures that README.md and docs/ show, made of the results alone.
+
+    python -m benchmarks.report.pages
+
+A page has `<!-- figures: NAME -->` where they begin and `<!-- end -->` behind them; what lies between is rewritten.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.readings import Result, median, share_of_copy
+from benchmarks.report.summary import load, memory, milliseconds
+from rlloss.report import replace_file
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+CPU, GPU = "cpu-2-cores", "nvidia-h200"
+BLOCK = re.compile(r"(<!-- figures: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
+Show = Callable[[Result, str], str | None]
+
+
+def entry(result: Result, name: str) -> dict[str, Any]:
+    return (result["peers"] | result["limits"]).get(name, {})
+
+
+def ms(result: Result, name: str) -> str | None:
+    seconds = median(entry(result, name))
+    return None if seconds is None else milliseconds(seconds)
+
+
+def peak(result: Result, name: str) -> str | None:
+    found = entry(result, name).get("peak_bytes")
+    return None if found is None else memory(found)
+
+
+def of_trl(result: Result, name: str) -> str | None:
+    seconds, trl = median(entry(result, name)), median(entry(result, "TRL"))
+    return None if name == "TRL" or not seconds or not trl else f"{seconds / trl:.2f} of TRL's"
+
+
+def bandwidth(result: Result, name: str) -> str | None:
+    share = share_of_copy(result, name)
+    return None if share is None else f"{share:.0%} of a copy's bandwidth"
+
+
+def found(results: list[Result], wanted: dict[str, Any]) -> Result:
+    """The result that has these fields; a model is one of those that it stands for."""
+    of = {"kind": "step", "fill": 1.0} | wanted
+    model = of.pop("model", None)
+    (one,) = (
+        r
+        for r in results
+        if all(r[name] == value for name, value in of.items()) and (model is None or model in r["model"].split(", "))
+    )
+    return one
+
+
+def table(folder: str, suite: str, rows: dict[str, str], columns: dict[str, dict[str, Any]], *shows: Show) -> list[str]:
+    """rows: {label: contender}. columns: {label: fields of a result}. Under it, on what device and when."""
+    report = load(RESULTS / folder)[suite]
+    where, results = report["conditions"], report["results"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for label, name in rows.items():
+        cells = []
+        for wanted in columns.values():
+            result = found(results, wanted)
+            if result["status"] != "measured" or not median(entry(result, name)):
+                status = result["status"] if result["status"] != "measured" else entry(result, name).get("status", "")
+                cells.append(status.partition(":")[0])
+            else:
+                cells.append(", ".join(text for show in shows if (text := show(result, name)) is not None))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "trl", "liger-kernel"))
+    return [*lines, "", f"*Medians; {where['device']}; {versions}; commit {where['commit']}, {where['date'][:10]}.*"]
+
+
+def picture() -> list[str]:
+    """The plot of an update step, its numbers in words."""
+    (result,) = (r for r in load(RESULTS / CPU)["step"]["results"] if r["kind"] == "step")
+    said = []
+    for name in ("TRL", "rlloss"):
+        of = entry(result, name)
+        said.append(f"{name} {1e3 * (median(of) or 0.0):,.0f} ms and {of['peak_bytes'] / 2**20:,.0f} MiB")
+    return [f"![Time and memory of an update step: {', '.join(said)}](benchmarks/results/{CPU}/step.svg)"]
+
+
+def _rhos(**wanted: Any) -> dict[str, dict[str, Any]]:
+    return {"rho 0.2": {"rho": 0.2} | wanted, "rho 1": {"rho": 1.0} | wanted}
+
+
+def _columns(of: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """rho 0.2 and 1 of each."""
+    return {f"{label}, {rho}": w for label, wanted in of.items() for rho, w in _rhos(**wanted).items()}
+
+
+OURS = {"rlloss, default": "rlloss", "rlloss `keep`": "rlloss keep"}
+TRL_CPU, PLAIN = {"TRL's lm_head on CPU": "TRL"}, {"plain logits": "naive"}
+LIGER = {"Liger's chunked loss (no entropies, no selection)": "Liger"}
+BARE = {"the bare products of `recompute`": "bare 1 + 3r", "of `keep`": "bare 1 + 2r"}
+FROM_LOGITS = {
+    "forward": {"kind": "forward", "rho": 1.0},
+    "forward and backward, 20 % live": {"rho": 0.2},
+    "all live": {"rho": 1.0},
+}
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "step, in a picture": picture,
+    "step": lambda: table(
+        CPU, "step",
+        {
+            "TRL": "TRL", "TRL's trainer inside `patch_trl()`": "TRL, patch_trl()", "rlloss's trainer": "rlloss",
+            "the backbone alone, all completions": "backbone, all completions",
+            "generation in transformers, besides": "generation",
+        },
+        {f"{kind}, ms": {"kind": kind if "0.04" in kind else "step", "fill": 0.5} for kind in ("beta 0", "beta 0.04")},
+        ms, of_trl, peak,
+    ),
+    "hidden states": lambda: table(
+        CPU, "hidden", OURS | TRL_CPU | PLAIN | LIGER | BARE,
+        _columns({f"{dtype}, fill {fill:g}": {"model": "small", "dtype": dtype, "fill": fill}
+                  for dtype in ("float32", "bfloat16") for fill in (0.5, 1.0)}),
+        ms, peak,
+    ),
+    "hidden states, D 4096": lambda: table(
+        CPU, "hidden", OURS | TRL_CPU | PLAIN, _rhos(model="wide", dtype="float32"), ms, peak,
+    ),
+    "real heads": lambda: table(
+        CPU, "hidden", OURS | TRL_CPU | PLAIN | {"torch.compile of plain logits": "torch.compile"} | BARE,
+        _columns({model: {"model": model, "dtype": "float32"}
+                  for model in ("Qwen2.5-0.5B", "Qwen3-8B", "Llama-3-8B", "Gemma-3-4B")}),
+        ms,
+    ),
+    "logits": lambda: table(
+        CPU, "logits",
+        {"rlloss": "rlloss", "torch eager": "torch eager", "torch.compile": "torch.compile", "TRL on CPU": "TRL torch",
+         "a fresh gradient of zeros": "zeros"},
+        {f"{dtype}, {label}": wanted | {"model": "small", "dtype": dtype}
+         for dtype in ("float32", "bfloat16") for label, wanted in FROM_LOGITS.items()},
+        ms, peak,
+    ),
+    "logits on a GPU": lambda: table(
+        GPU, "logits",
+        {"rlloss": "rlloss", "TRL's kernel": "TRL kernel", "Liger's kernels, no entropies": "Liger kernels",
+         "torch.compile": "torch.compile"},
+        FROM_LOGITS, ms, bandwidth,
+    ),
+    "hidden states on a GPU": lambda: table(
+        GPU, "hidden",
+        OURS | {"TRL": "TRL"} | PLAIN | {"cut-cross-entropy, no entropies": "cut-cross-entropy"},
+        _columns({"D 896": {"model": "Qwen2.5-0.5B"}, "D 4096": {"model": "Qwen3-8B"}}), ms, peak,
+    ),
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """A page with what its blocks name."""
+    return BLOCK.sub(lambda m: m[1] + "\n".join(TABLES[m[2]]()) + "\n" + m[3], text)
+
+
+def pages() -> list[Path]:
+    return [path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if BLOCK.search(path.read_text())]
+
+
+if __name__ == "__main__":
+    for path in pages():
+        replace_file(path, filled(path.read_text(encoding="utf-8")))
+        print(path)
