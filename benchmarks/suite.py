@@ -26,8 +26,9 @@ SUITES: dict[str, ModuleType] = {
 def cells(
     suites: Sequence[str], models: Sequence[str], dtypes: Sequence[str], rhos: Sequence[float], fills: Sequence[float]
 ) -> list[Cell]:
-    """In the order in which they are measured: the token pass and the update step, rho 0.2 and 1 first, then from
-    logits, then from hidden states; of a model's cells those that share their tensors one after the other.
+    """In the order in which they are measured: the token pass and the update step, then rho 0.2 and 1, of "small" first,
+    then the rest from logits and from hidden states; of a model's cells those that share their tensors one after the
+    other.
 
     Real heads are measured in the first dtype, "small" in all of them, and "wide", from hidden states, without padding.
     """
@@ -45,7 +46,7 @@ def cells(
                 found += [
                     Cell("hidden", model, dtype, rho, f) for f in fills if model != "wide" or f == 1.0 for rho in rhos
                 ]
-    found.sort(key=lambda cell: 0 if cell.first else 2 if cell.suite == "hidden" else 1)
+    found.sort(key=lambda cell: (cell.model != "small") if cell.first else 3 if cell.suite == "hidden" else 2)
     first = [Cell("token pass", None, "float32", rho, 1.0) for rho in rhos if "token pass" in suites]
     if "step" in suites:
         first += [Cell("step", str(LLAMA), "float32", 0.2, 0.5, kind) for kind in ("step", "beta 0.04")]

@@ -28,6 +28,7 @@ SHARES = {"token pass": 1, "logits": 2, "loss": 2, "hidden": 8, "step": 8}  # of
 # (B, T)
 COLUMNS = {"cuda": (16, 512), "cpu": (8, 8)}
 HIDDEN_COLUMNS = {"cuda": (16, 512), "cpu": (2, 32)}
+WIDE_COLUMNS = (4, 32)
 SMALL_COLUMNS = {"logits": (8, 64), "loss": (8, 64), "hidden": (8, 128)}
 TOKEN_PASS_COLUMNS = (16, 1024)
 
@@ -80,7 +81,7 @@ class Cell(NamedTuple):
         if self.suite == "step":
             return LLAMA.B, LLAMA.T
         if self.model is not None and self.model.split(", ")[0] in SMALL and DEVICE.type == "cpu":
-            return SMALL_COLUMNS[self.suite]
+            return WIDE_COLUMNS if self.model == "wide" else SMALL_COLUMNS[self.suite]
         return (HIDDEN_COLUMNS if self.suite == "hidden" else COLUMNS)[DEVICE.type]
 
     @property
