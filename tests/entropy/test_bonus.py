@@ -90,15 +90,3 @@ def test_a_checkpoint_goes_on_where_it_was():
     assert second.state_dict()["coef"] == whole.state_dict()["coef"] > 0
     with pytest.raises(ValueError, match=r"state: found \['coef'\], expected coef and last_entropy"):
         second.load_state_dict({"coef": 0.1})
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ({"target": 0.0}, "target: found 0.0, expected a finite number above 0"),
-    ({"delta": -0.1}, "delta: found -0.1"),
-    ({"minimum": 0.5, "maximum": 0.4}, "minimum: found 0.5, expected at most maximum = 0.4"),
-    ({"coef": 2.0}, "coef: found 2.0, expected 0.0 to 1.0"),
-    ({"coef": math.nan}, "coef: found nan"),
-])  # fmt: skip
-def test_bad_settings_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        AdaptiveEntropyCoef(**arguments)

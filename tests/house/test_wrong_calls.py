@@ -294,6 +294,7 @@ LOSSES = [
     (LossConfig("clip_cov", covariance=CovarianceConfig(scope="generation")), {"selected": mask & (logp > -2.0)}),
 ]  # fmt: skip
 HEAD = {"hidden": hidden, "weight": weight, "target": target, "mask": mask}
+OF_LOGITS = {"logits": logits, "target": target}
 ROWS = {"temperature": 0.9, "softcap": 5.0, "logit_scale": 1.1}
 OF_TOKENS = {"logp": logp, "advantage": advantage, "mask": mask}
 
@@ -493,18 +494,29 @@ def wrong_calls(name):
                     yield function, {**given, argument: value}, argument
 
 
+def is_shown(value, text):
+    """Whether an error shows what was found of a value; of one that holds others, that may be any part."""
+    if isinstance(value, torch.Tensor):
+        found = ["ensor", value.dtype, tuple(value.shape), list(value.shape), value.device]
+        found += [f"{n} rows" for n in value.shape[:1]]
+        found += [] if value.is_meta else value.flatten().tolist()
+    else:
+        found = [value, repr(value), type(value).__name__, "shape []"]
+    return isinstance(value, (list, tuple, dict)) or any(str(part) in text for part in found)
+
+
 def fault(function, given, argument):
     """What is wrong with the error of a wrong call; None: nothing."""
     try:
         function(**given)
     except (ValueError, TypeError) as error:
         text = str(error)
-        said = re.search(r": found .+, expected .+", text, re.DOTALL)
-        return (
-            None
-            if said and re.search(rf"\b({NAMED_AS.get(argument, argument)})\b", text)
-            else f"{type(error).__name__}: {text}"
-        )
+        said = re.search(r": found (.+), expected .+", text, re.DOTALL)
+        named = re.search(rf"\b({NAMED_AS.get(argument, argument)})\b", text)
+        own = text.startswith(f"{argument}: ")  # else it is another argument that does not fit this one
+        if said and named and (not own or is_shown(given[argument], said[1])):
+            return None
+        return f"{type(error).__name__}: {text}"
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
     return "accepted"
@@ -522,6 +534,43 @@ def test_a_wrong_value_is_named(name):
             shape = tuple(value.shape) if hasattr(value, "shape") else ""
             faults.append(f"{argument} = {type(value).__name__} {shape or value!r:.60}: {said:.160}")
     assert not faults, f"{len(faults)} wrong calls\n" + "\n".join(faults)
+
+
+# Function, right arguments, what does not fit them or is wrong by itself in a way that no kind has, the error.
+ADVANTAGE, ROW = {"rewards": rewards, "num_generations": G}, {"logits": logits[0], "rule": edt}
+TOGETHER = [
+    (rlloss.token_stats, OF_LOGITS, {"logits": logits[..., :0]}, r"logits: found \(2, 3, 0\), expected .*V >= 1"),
+    (rlloss.token_stats, OF_LOGITS, {"temperature": torch.zeros(B, T)}, "temperature: found an entry that is 0,"),
+    (rlloss.token_stats, OF_LOGITS, {"temperature": torch.ones(B, T) / 0.0}, "temperature: found .*infinite"),
+    (rlloss.token_stats, OF_LOGITS, {"outputs": ("logp",), "entropy_grad": True}, "entropy_grad: found True"),
+    (rlloss.linear_token_stats, HEAD, {"outputs": ("logp",), "entropy_grad": True}, "entropy_grad: found True"),
+    (rlloss.linear_token_stats, HEAD, {"hidden": hidden[..., :0], "weight": weight[:, :0]}, "hidden: found .*D >= 1"),
+    (rlloss.linear_token_stats, HEAD, {"plan": "gradient_in_forward"}, "plan: found .*is a plan of LinearGRPOLoss"),
+    (rlloss.linear_token_stats, HEAD, {"plan": "keep", "memory_budget": 99}, "plan: .*needs 100 B, .*budget is 99 B"),
+    (rlloss.group_advantage, ADVANTAGE, {"scale": "batch", "method": "rloo"}, "scale: .*rloo is never scaled"),
+    (rlloss.group_advantage, ADVANTAGE, {"scale": "batch", "method": "dr_grpo"}, "scale: .*dr_grpo is never scaled"),
+    (rlloss.group_advantage, ADVANTAGE, {"scale": "batch", "method": "gdpo"}, "scale: found 'batch', expected 'group'"),
+    (rlloss.group_advantage, ADVANTAGE, {"scale": "none", "method": "gdpo"}, "scale: found 'none', expected 'group'"),
+    (rlloss.group_advantage, ADVANTAGE, {"eps": 1e-6, "scale": "none"}, "eps: found 1e-06, expected the default"),
+    (rlloss.group_advantage, ADVANTAGE, {"eps": 1e-6, "method": "rloo"}, "eps: found 1e-06, expected the default"),
+    (rlloss.group_advantage, ADVANTAGE, {"weights": [1.0, math.nan]}, "weights: found .*expected finite"),
+    (rlloss.group_advantage, ADVANTAGE, {"token_counts": torch.ones(4)}, "token_counts: .*only gdpo"),
+    (temperature_rule, {}, {"settings": {"rule": "two_level"}}, "two_level: high: found nothing, expected a value"),
+    (temperature_rule, {}, {"settings": {"rule": "two_level", "high": 1.2, "theta": 1}}, "setting: found 'theta'"),
+    (EDTemperature, {"base": 1.0, "theta": 1.0}, {"minimum": 1.5}, "minimum: found 1.5, expected at most base"),
+    (DynamicTemperature, {"low": 1.5}, {"high": 1.0}, "low: found 1.5, expected at most high"),
+    (dynatemp.temperature, {"entropy": entropy}, {}, "candidates: found None"),
+    (scale_logits, ROW, {"logits": logits[0, :, :0]}, r"logits: found \(3, 0\)"),
+    (scale_logits, ROW, {"logits": torch.tensor(1.0)}, "logits: found"),
+    (scale_logits, ROW, {"mask": mask[0]}, "mask: found a mask without inplace"),
+    (scale_logits, ROW, {"logits": logits[0, :1].expand(3, V), "inplace": True}, r"inplace: found strides \(0, 1\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function, right, wrong, message", TOGETHER)
+def test_what_does_not_fit_together_is_named(function, right, wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        function(**{**right, **wrong})
 
 
 def numbers_of(result):

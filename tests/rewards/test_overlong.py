@@ -58,24 +58,3 @@ def test_as_a_reward_function_of_a_trainer(tmp_path):
     prompts = ["w2"] * 4
     scored = trainer._calculate_rewards([{"prompt": p} for p in prompts], prompts, ["w2"] * 4, ids)
     assert scored[:, 1].tolist() == [0.0, 0.0, -0.5, -1.0]
-
-
-@pytest.mark.parametrize("change, error, message", [
-    ({"max_length": 0}, ValueError, "max_length: found 0, expected at least 1"),
-    ({"max_length": 8.0}, TypeError, "max_length: found 8.0, expected an int"),
-    ({"cache": -1}, ValueError, "cache: found -1, expected 0 to max_length = 8"),
-    ({"cache": 9}, ValueError, "cache: found 9"),
-    ({"cache": True}, TypeError, "cache: found True"),
-])  # fmt: skip
-def test_bad_settings_are_named(change, error, message):
-    arguments = {"max_length": 8, "cache": 4, **change}
-    with pytest.raises(error, match=message):
-        soft_overlong_penalty(torch.tensor([1]), **arguments)
-    with pytest.raises(error, match=message):
-        SoftOverlongPenalty(**arguments)
-
-
-@pytest.mark.parametrize("lengths, found", [([1, 2], "list"), (torch.tensor([True]), "torch.bool")])
-def test_bad_lengths_are_named(lengths, found):
-    with pytest.raises(TypeError, match=f"lengths: found .*{found}, expected an integer or floating tensor"):
-        soft_overlong_penalty(lengths, max_length=8, cache=4)

@@ -290,25 +290,6 @@ def test_the_accuracy_of_a_group_is_the_mean_of_the_first_reward():
     assert group_accuracy(torch.full((2,), NAN), num_generations=2).isnan().all()
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    ({"num_generations": 3}, ValueError, "found 4 rows, expected a multiple of num_generations = 3"),
-    ({"method": "ppo"}, ValueError, "method: found 'ppo'"),
-    ({"weights": [1.0]}, ValueError, r"weights: found shape \[1\], expected \[2\]"),
-    ({"names": ["a"]}, ValueError, r"names: found \['a'\], expected 2 different names"),
-    ({"names": ["a", "a"]}, ValueError, r"names: found \['a', 'a'\]"),
-    ({"rewards": torch.zeros(4, dtype=torch.int64)}, TypeError, "rewards: found dtype torch.int64"),
-])  # fmt: skip
-def test_bad_arguments_are_named(arguments, error, message):
-    with pytest.raises(error, match=message):
-        reward_resolution(**{"rewards": torch.zeros(4, 2), "num_generations": 2, **arguments})
-
-
-@pytest.mark.parametrize("arguments, message", [((0,), "num_rewards: found 0"), ((2, (2, 0)), "group_sizes: found")])
-def test_bad_tables_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        resolution_table(*arguments)
-
-
 def markdown(num_rewards: int = 2) -> str:
     columns = ("generations", "groups of rewards", "GRPO", "GRPO without std", "GDPO")
     lines = ["| " + " | ".join(columns) + " |", "|---:|" + "---:|" * (len(columns) - 1)]

@@ -269,19 +269,6 @@ def test_kl_cov_says_once_that_on_policy_it_does_nothing(monkeypatch):
         torch.testing.assert_close(of, torch.autograd.grad(plain, x["logp"], retain_graph=True)[0])
 
 
-@pytest.mark.parametrize("change, error, message", [
-    ({"loss_type": "dapo"}, ValueError, "loss_type: found 'dapo', expected one of 'clip_cov', 'kl_cov'"),
-    ({"mask": torch.ones(2, 2)}, TypeError, "mask: found dtype torch.float32"),
-    ({"mask": ALL[:1]}, ValueError, r"mask: found shape \(1, 2\)"),
-    ({"advantage": torch.ones(3)}, ValueError, r"advantage: found shape \(3,\), expected \[B\] = \(2,\)"),
-    ({"logp": torch.ones(2)}, ValueError, r"logp: found shape \(2,\)"),
-    ({"candidates": torch.ones(2, 2)}, TypeError, "candidates: found dtype torch.float32"),
-])  # fmt: skip
-def test_bad_arguments_are_named(change, error, message):
-    with pytest.raises(error, match=message):
-        covariance_selection(**{"logp": LOGP, "advantage": ADVANTAGE, "mask": ALL, **change})
-
-
 PARTS = (5, 0, 11)  # sequences of each process
 
 

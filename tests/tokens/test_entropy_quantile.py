@@ -348,15 +348,6 @@ def test_the_interpolated_sum_is_rounded_once():
     raise AssertionError("no such A and B")
 
 
-def test_the_bits_repeat_and_do_not_depend_on_the_order():
-    entropy = random_values(N_LARGEST, seed=11, spread=3.0).to(DEVICE)
-    mask = some(N_LARGEST, 12).to(DEVICE)
-    order = torch.randperm(N_LARGEST, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    first = cutoffs(entropy, mask, 0.2)
-    assert torch.equal(first, cutoffs(entropy, mask, 0.2))
-    assert torch.equal(first, cutoffs(entropy[order], mask[order], 0.2))
-
-
 def test_neither_entropy_nor_mask_is_changed():
     entropy, mask = as_tokens(CASES["both zeros"])
     before = entropy.clone(), mask.clone()
