@@ -101,6 +101,14 @@ def _new_empty(tensor, *size, **kwargs):
     return torch.ops.aten.new_empty(tensor, size if all(isinstance(n, int) for n in size) else size[0], **kwargs)
 
 
+@pytest.fixture(scope="module")
+def on_torch():
+    """For a module whose subject is not what the kernels compute: without them, which the interpreter runs slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLLOSS_BACKEND", "torch")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_empty(monkeypatch):
     """Fresh floating memory holds NaN, so that a read of what was never written shows itself.

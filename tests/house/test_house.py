@@ -122,11 +122,6 @@ def where(module, line):
     return f"{MODULES[module].relative_to(ROOT)}:{line}"
 
 
-def test_the_walk_sees_the_package():
-    assert {"rlloss", "rlloss.logits.statistics", "rlloss.kernels.token_stats_forward"} <= set(MODULES)
-    assert any(is_within(name, "rlloss.kernels") for name, _ in imports_of("rlloss.backends"))
-
-
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_has_a_floor(module):
     path = MODULES[module].relative_to(ROOT)
@@ -161,49 +156,44 @@ def reached_from(module):
     return found
 
 
-def test_kernels_import_only_torch_triton_and_kernels():
-    kernels = [module for module in MODULES if is_within(module, "rlloss.kernels")]
-    wrong = [
-        f"{where(module, line)} imports {name}"
-        for module in kernels
-        for name, line in imports_of(module)
-        if not is_within(name, "rlloss.kernels")
-        and name.partition(".")[0] not in CORE_LIBRARIES | sys.stdlib_module_names
-    ]
-    assert not wrong, "kernels/ imports torch, triton, the standard library and itself:\n" + "\n".join(wrong)
+def is_core(module):
+    return (floor_of(module) or 0) <= CORE
 
 
-def test_the_core_imports_only_torch_and_triton():
-    core = [module for module in MODULES if (floor_of(module) or 0) <= CORE]
-    wrong = [
-        f"{where(module, line)} imports {name}"
-        for module in core
-        for name, line in imports_of(module)
-        if name.partition(".")[0] not in CORE_LIBRARIES | {"rlloss"} | sys.stdlib_module_names
-    ]
-    assert not wrong, "the core imports torch, triton and the standard library:\n" + "\n".join(wrong)
+def is_library(name, *allowed):
+    return name.partition(".")[0] in {*CORE_LIBRARIES, *allowed, *sys.stdlib_module_names}
 
 
-def test_only_backends_imports_kernels():
-    wrong = [
-        f"{where(module, line)} imports {name}"
-        for module in MODULES
-        for name, line in imports_of(module)
-        if is_within(name, "rlloss.kernels") and module != "rlloss.backends" and not is_within(module, "rlloss.kernels")
-    ]
-    assert not wrong, "rlloss/backends.py is the only importer of rlloss.kernels:\n" + "\n".join(wrong)
+# What is asked for: which modules, and whether one of them may import that.
+RULES = {
+    "kernels/ imports torch, triton, the standard library and itself": (
+        lambda module: is_within(module, "rlloss.kernels"),
+        lambda module, name: is_within(name, "rlloss.kernels") or is_library(name),
+    ),
+    "the core imports torch, triton and the standard library": (
+        is_core,
+        lambda module, name: is_library(name, "rlloss"),
+    ),
+    "rlloss/backends.py is the only importer of rlloss.kernels": (
+        lambda module: module != "rlloss.backends" and not is_within(module, "rlloss.kernels"),
+        lambda module, name: not is_within(name, "rlloss.kernels"),
+    ),
+    "the task, the report and what --help needs import no other module of rlloss": (
+        lambda module: any(is_within(module, alone) for alone in STANDALONE),
+        lambda module, name: (
+            not is_within(name, "rlloss")
+            or any(is_within(module, alone) and is_within(name, alone) for alone in STANDALONE)
+        ),
+    ),
+}
 
 
-def test_the_task_and_the_report_stand_alone():
-    wrong = [
-        f"{where(module, line)} imports {name}"
-        for module in MODULES
-        for alone in STANDALONE
-        if is_within(module, alone)
-        for name, line in imports_of(module)
-        if is_within(name, "rlloss") and not is_within(name, alone)
-    ]
-    assert not wrong, "these import no other module of rlloss:\n" + "\n".join(wrong)
+@pytest.mark.parametrize("rule", RULES)
+def test_who_imports_what(rule):
+    of, may = RULES[rule]
+    imports = [(module, *found) for module in MODULES if of(module) for found in imports_of(module)]
+    wrong = [f"{where(module, line)} imports {name}" for module, name, line in imports if not may(module, name)]
+    assert imports and not wrong, f"{rule}:\n" + "\n".join(wrong)
 
 
 def test_the_name_of_a_loss_is_compared_in_the_table_alone():
@@ -306,12 +296,3 @@ def test_the_tree_is_true(folder):
         f"docs/architecture.md's tree of {folder}/: not in the folder {sorted(set(named) - actual)}, "
         f"not in the tree {sorted(actual - set(named))}"
     )
-
-
-def test_marks_are_registered_here_and_not_by_a_plugin_that_may_be_missing():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (markers,) = re.findall(r"^markers = (\[.*?^\])", text, flags=re.MULTILINE | re.DOTALL)
-    registered = {re.match(r"\w+", line)[0] for line in ast.literal_eval(markers)}
-    files = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    used = {mark for path in files for mark in re.findall(r"pytest\.mark\.(\w+)", path.read_text(encoding="utf-8"))}
-    assert used - {"parametrize", "skip", "skipif", "xfail", "filterwarnings", "usefixtures"} <= registered

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlloss import (
     GRPOLoss,
@@ -239,22 +240,34 @@ def test_the_plans_make_their_logits_in_the_same_products(monkeypatch, batch_inv
     assert all(shapes == found[0][0] and torch.equal(logp, found[0][1]) for shapes, logp in found[1:])
 
 
+class Products(TorchDispatchMode):
+    """FLOP of every matrix product that torch is asked for."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("r", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("needed", [("hidden", "weight"), ("hidden",), ("weight",)])
+@pytest.mark.parametrize("needed", [("hidden", "weight"), ("hidden",), ("weight",), ("bias",), ("hidden", "bias")])
 def test_counted_products_and_what_explain_plan_says_of_them(plan, r, needed):
-    x = problem(N=60, V=V, D=D, shape=(6, 10))
+    x = problem(N=60, V=V, D=D, shape=(6, 10), bias=True)
     mask = torch.arange(10) < 5 * torch.tensor([2, 2, 2, 2, 1, 1])[:, None]
     advantage = torch.zeros(6, 10)
     places = mask.flatten().nonzero().squeeze(-1)
     advantage.view(-1)[places[torch.randperm(50)[: round(50 * r)]]] = 1.0
-    for name in needed:
-        x[name].requires_grad_()
+    leaves = {name: x[name].requires_grad_(name in needed) for name in ("hidden", "weight", "bias")}
     given = {"mask": mask, "advantage": advantage, "config": LossConfig(), "plan": plan}
-    report = explain_plan(x["hidden"], x["weight"], live_share=r, **given)
-    with count_products() as products:
-        loss, metrics = LinearGRPOLoss(plan=plan)(x["hidden"], x["weight"], x["target"], advantage, mask=mask)
+    report = explain_plan(**leaves, live_share=r, **given)
+    with count_products() as products, Products() as witness:
+        loss, metrics = LinearGRPOLoss(plan=plan)(**leaves, target=x["target"], advantage=advantage, mask=mask)
         loss.backward()
+    assert witness.flop == sum(products.flop.values()) and products.unit == 2 * 50 * V * D
     rows = {kind: flop / (2 * V * D) for kind, flop in products.flop.items()}
     live = round(50 * r)
     assert metrics["live"] == live and report.rows == 50 and report.candidates == live
@@ -263,9 +276,10 @@ def test_counted_products_and_what_explain_plan_says_of_them(plan, r, needed):
         "hidden_grad": live if "hidden" in needed else 0, "weight_grad": live if "weight" in needed else 0,
     }  # fmt: skip
     assert products.units == pytest.approx(report.products) and report.flop == sum(products.flop.values())
-    most = 1 + (len(needed) + (plan == "recompute")) * r
+    most = 1 + (len(set(needed) - {"bias"}) + (plan == "recompute")) * r
     assert 1 <= products.units <= most * 1.02
-    assert explain_plan(x["hidden"], x["weight"], **given).products == pytest.approx(report.products)
+    assert explain_plan(**leaves, **given).products == pytest.approx(report.products)
+    assert all((leaf.grad is not None) == (name in needed) for name, leaf in leaves.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -412,35 +426,6 @@ def test_a_plan_that_cannot_be_taken_raises_and_says_why(settings, more):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("change, error, message", [
-    ({"advantage": torch.zeros(3)}, ValueError, r"advantage: found shape \(3,\), expected \[B\] = \(4,\)"),
-    ({"advantage": torch.zeros(4, dtype=torch.int64)}, TypeError, "advantage: found dtype"),
-    ({"old_logp": torch.zeros(4)}, ValueError, r"old_logp: found shape \(4,\)"),
-    ({"mask": torch.ones(B, T)}, TypeError, "mask: found dtype"),
-    ({"mask": torch.ones(B, T - 1, dtype=torch.bool)}, ValueError, "mask: found shape"),
-    ({"target": torch.full((B, T), V)}, ValueError, f"target: found {V}"),
-    ({"weight": torch.zeros(V, D + 1, dtype=torch.float64)}, ValueError, "weight: found"),
-    ({"bias": torch.zeros(V + 1)}, ValueError, "bias: found shape"),
-    ({"temperature": -1.0}, ValueError, "temperature: found -1.0"),
-    ({"cutoff": 1.0}, ValueError, "cutoff: found 1.0, expected None"),
-    ({"denominator": 0.0}, ValueError, "denominator: found 0.0"),
-    ({"ref_logp": torch.zeros(B, T)}, ValueError, "ref_logp: found a tensor, expected None with beta=0.0"),
-])  # fmt: skip
-def test_bad_arguments_are_named(plan, change, error, message):
-    x = batch()
-    given = {n: x[n] for n in ("hidden", "weight", "target", "advantage", "mask", "bias", "old_logp")} | change
-    given["hidden"].requires_grad_()
-    with pytest.raises(error, match=message):
-        LinearGRPOLoss(plan=plan)(**given)
-
-
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="plan: found 'none', expected one of 'auto', 'recompute', 'keep', 'grad"):
-        LinearGRPOLoss(plan="none")
-    assert "plan='keep'" in repr(LinearGRPOLoss(plan="keep"))
-
-
-@pytest.mark.parametrize("plan", PLANS)
 def test_a_broken_coefficient_poisons_its_row_and_the_weight(plan):
     x = batch(dtype=torch.float32)
     clean = step(LossConfig(), x, plan)
@@ -470,13 +455,3 @@ def test_gradient_in_forward_does_not_drift(monkeypatch):
     p[:, 0] -= 1
     error = weight.grad.double() / (p.T @ hidden[0].double()) - 1
     assert error.abs().max() <= 2**-8 * 1.001 and error.mean().abs() < 2**-11
-
-
-def test_a_second_backward_takes_its_own_factor():
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(shape, generator=g, requires_grad=True) for shape in ((2, 3, 4), (9, 4)))
-    target, mask = torch.randint(0, 9, (2, 3), generator=g), torch.ones(2, 3, dtype=torch.bool)
-    loss = LinearGRPOLoss(plan="gradient_in_forward")(hidden, weight, target, torch.tensor([1.0, -2.0]), mask=mask).loss
-    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    for x, y in zip(torch.autograd.grad(0.25 * loss, (hidden, weight)), first, strict=True):
-        torch.testing.assert_close(x, 0.25 * y)

@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlloss import backends, count_products, linear_token_stats, reference, token_stats
+from rlloss import backends, linear_token_stats, reference
 from rlloss.lm_head import vocab_loop
 from rlloss.lm_head.call import Expected, HeadInputs, HeadOptions, prepare
 from rlloss.logits.statistics import OUTPUTS
@@ -16,14 +16,9 @@ from tests.support.heads import NAMES, problem
 from tests.support.loss_cases import BACKENDS, DEVICE
 from tests.support.rounding import assert_sums_close
 
+pytestmark = pytest.mark.usefixtures("on_torch")
 PLANS = ("recompute", "keep")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def general_path():
-    with backends.backend("torch"):
-        yield
 
 
 @pytest.fixture
@@ -379,58 +374,6 @@ def test_batch_invariance_is_as_right_and_has_gradients():
         assert_sums_close(found[name], e, 60)
 
 
-class Products(TorchDispatchMode):
-    """FLOP of every matrix product that torch is asked for."""
-
-    flop = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            a, b = args[-2:]
-            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("r", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("needed", [("hidden", "weight"), ("hidden",), ("weight",), ("bias",), ("hidden", "bias")])
-def test_counted_products(small_tiles, plan, r, needed):
-    N, V, D = 50, 40, 16
-    x = problem(N=N, V=V, D=D, bias=True)
-    live = torch.randperm(N) < r * N
-    for name in needed:
-        x[name].requires_grad_()
-    with count_products() as forward, Products() as witness:
-        stats = linear_token_stats(x["hidden"], x["weight"], x["target"], bias=x["bias"], plan=plan)
-    assert forward.flop["logits"] == forward.unit == witness.flop == 2 * N * V * D and forward.units == 1
-    with count_products() as backward, Products() as witness:
-        stats.logp[live].sum().backward()
-    assert sum(backward.flop.values()) == witness.flop
-    in_rows = {kind: flop / (2 * V * D) for kind, flop in backward.flop.items()}
-    assert in_rows == {
-        "logits": 0, "recompute": r * N if plan == "recompute" else 0,
-        "hidden_grad": r * N if "hidden" in needed else 0, "weight_grad": r * N if "weight" in needed else 0,
-    }  # fmt: skip
-    most = (1 + len(set(needed) - {"bias"}) * r + (r if plan == "recompute" else 0)) * 1.02
-    assert 1 <= (witness.flop + forward.unit) / forward.unit <= most
-    assert all((x[name].grad is not None) == (name in needed) for name in NAMES)
-
-
-def test_padding_takes_part_in_no_product():
-    x = problem(N=50, V=300, D=16)
-    for share, units in ((0.0, 0.0), (0.5, 4.0)):
-        with count_products() as products, Products() as witness:
-            mask = torch.arange(50) < share * 50
-            linear_token_stats(
-                x["hidden"].requires_grad_(), x["weight"].requires_grad_(), x["target"], mask=mask, plan="recompute"
-            ).logp.sum().backward()  # fmt: skip
-        assert products.unit == 2 * 50 * share * 300 * 16 and products.units == units
-        assert products.units_of("weight_grad") == units / 4 and witness.flop == sum(products.flop.values())
-    with count_products() as none:
-        pass
-    assert none.units == 0
-
-
 class Memory(TorchDispatchMode):
     """The most bytes that what was made inside held at once, and the largest tensor of them, in entries."""
 
@@ -530,51 +473,6 @@ def test_leading_shapes_strides_and_int32():
     alone = linear_token_stats(x["hidden"][0], x["weight"], x["target"][0], bias=x["bias"])
     assert alone.logp.shape == ()
     torch.testing.assert_close(alone.logp, expected["logp"][0])
-
-
-def test_it_is_token_stats_of_the_logits():
-    x = problem(N=6, V=300, bias=True)
-    logits = x["hidden"] @ x["weight"].T + x["bias"]
-    for outputs in (("logp",), ("entropy", "is_top1"), OUTPUTS):
-        found = linear_token_stats(x["hidden"], x["weight"], x["target"], bias=x["bias"], outputs=outputs)
-        expected = token_stats(logits, x["target"], outputs=outputs)
-        for name, a, b in zip(OUTPUTS, found, expected, strict=True):
-            assert (a is None) == (b is None), name
-            if a is not None:
-                assert_sums_close(a, b, 64) if a.is_floating_point() else torch.equal(a, b)
-    tracked = linear_token_stats(x["hidden"].requires_grad_(), x["weight"], x["target"])
-    assert tracked.logp.requires_grad and not tracked.entropy.requires_grad
-
-
-ok = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "target": torch.zeros(2, dtype=torch.int64)}
-
-
-@pytest.mark.parametrize("change, error, message", [
-    ({"hidden": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "hidden: found dtype torch.int64, expected bf16"),
-    ({"weight": torch.zeros(5, 3, dtype=torch.int32)}, TypeError, "weight: found dtype"),
-    ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: found \(5, 4\), expected \[V, D\] with V >= 1 and D = 3"),
-    ({"weight": torch.zeros(0, 3)}, ValueError, "weight: found"),
-    ({"weight": torch.zeros(3)}, ValueError, "weight: found"),
-    ({"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)}, ValueError, "hidden: found"),
-    ({"bias": torch.zeros(4)}, ValueError, r"bias: found shape \(4,\), expected \(5,\)"),
-    ({"bias": torch.zeros(5, dtype=torch.int64)}, TypeError, "bias: found dtype"),
-    ({"target": torch.tensor([0, 5])}, ValueError, r"target: found 5 at index \(1,\), expected 0 <= target < 5"),
-    ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target: found shape \(3,\).*hidden without its last"),
-    ({"mask": torch.ones(2)}, TypeError, "mask: found dtype"),
-    ({"temperature": 0.0}, ValueError, "temperature: found 0.0"),
-    ({"softcap": -1.0}, ValueError, "softcap: found -1.0"),
-    ({"logit_scale": 0.0}, ValueError, "logit_scale: found 0.0"),
-    ({"outputs": ("logp", "p")}, ValueError, "outputs: found"),
-    ({"outputs": ("logp",), "entropy_grad": True}, ValueError, "entropy_grad: found True"),
-    ({"plan": "tiles"}, ValueError, "plan: found 'tiles', expected one of 'auto', 'recompute', 'keep'"),
-    ({"plan": "gradient_in_forward"}, ValueError, "plan: found 'gradient_in_forward'.*plan of LinearGRPOLoss"),
-    ({"plan": "keep", "memory_budget": 39}, ValueError,
-     "plan: found 'keep'.* it needs 40 B, and the memory budget is 39"),
-    ({"memory_budget": -1}, ValueError, "memory_budget: found -1"),
-])  # fmt: skip
-def test_bad_arguments_are_named(change, error, message):
-    with pytest.raises(error, match=message):
-        linear_token_stats(**{**ok, **change})
 
 
 @pytest.mark.parametrize("wrong", [-1, 9, 10])

@@ -403,43 +403,14 @@ def test_with_and_without_gradient_the_bits_are_the_same(backend):
     assert torch.equal(token_stats(logits.requires_grad_(), target, entropy_grad=True).logp, old)
 
 
-ok = {"logits": torch.zeros(2, 5), "target": torch.zeros(2, dtype=torch.int64)}
-
-
-@pytest.mark.parametrize("change, error, message", [
-    ({"target": torch.tensor([0, 5])}, ValueError, r"target: found 5 at index \(1,\), expected 0 <= target < 5"),
-    ({"target": torch.tensor([-100, 0])}, ValueError, r"target: found -100 at index \(0,\).*mask"),
-    ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target: found shape \(3,\), expected \(2,\)"),
-    ({"target": torch.zeros(2)}, TypeError, "target: found dtype torch.float32, expected int64"),
-    ({"logits": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "logits: found dtype torch.int32"),
-    ({"logits": torch.zeros(2, 0)}, ValueError, "logits"),
-    ({"mask": torch.ones(2)}, TypeError, "mask: found dtype torch.float32, expected torch.bool"),
-    ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask: found shape \(3,\)"),
-    ({"temperature": 0.0}, ValueError, "temperature: found 0.0, expected a finite number above 0"),
-    ({"temperature": -1.0}, ValueError, "temperature"),
-    ({"temperature": math.nan}, ValueError, "temperature"),
-    ({"temperature": torch.tensor([1.0, 0.0])}, ValueError, "temperature"),
-    ({"temperature": torch.tensor([1.0, math.inf])}, ValueError, "temperature: found .*negative, infinite"),
-    ({"temperature": torch.ones(3)}, ValueError, r"temperature: found shape \(3,\)"),
-    ({"softcap": 0.0}, ValueError, "softcap: found 0.0"),
-    ({"logit_scale": -1.0}, ValueError, "logit_scale: found -1.0"),
-    ({"outputs": ("logp", "entropi")}, ValueError, "outputs: found .*entropi.*expected some of logp, entropy"),
-    ({"outputs": ()}, ValueError, "outputs"),
-    ({"outputs": ("logp",), "entropy_grad": True}, ValueError, "entropy_grad"),
-    ({"inplace_grad": True}, ValueError, "inplace_grad"),
-])  # fmt: skip
-def test_bad_arguments_are_named(change, error, message):
-    with pytest.raises(error, match=message):
-        token_stats(**{**ok, **change})
-
-
 def test_a_forced_backend_that_is_missing_raises(monkeypatch):
     missing = "triton" if DEVICE == "cpu" else "interpreter"
+    logits, target = torch.zeros(2, 5, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     with backends.backend(missing), pytest.raises(RuntimeError, match=f"'{missing}' was forced"):
-        token_stats(ok["logits"].to(DEVICE), ok["target"].to(DEVICE))
+        token_stats(logits, target)
     monkeypatch.setenv("RLLOSS_BACKEND", "cuda")
     with pytest.raises(ValueError, match="found 'cuda', expected one of 'triton', 'interpreter', 'torch'"):
-        token_stats(ok["logits"].to(DEVICE), ok["target"].to(DEVICE))
+        token_stats(logits, target)
 
 
 @pytest.mark.gpu

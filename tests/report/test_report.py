@@ -1,48 +1,17 @@
 """The report page: well formed, self-contained, escaped, and honest about what is missing."""
 
-import json
 import math
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from rlloss.report import Arm, Panel, Table, replace_file, smooth, ticks, write_report
+from tests.support.run_pages import Page
 
-VOID = {"meta", "line", "circle", "path", "br"}
 HOSTILE = "</script><script>alert(1)</script> & \"quoted\" 'arm'"
 PANELS = [Panel("entropy", "Entropy", "nats"), Panel("clip", "Clipped", low=0.0)]
-
-
-class Page(HTMLParser):
-    """Collects elements and text, and checks that what is opened is closed, in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.text = [], [], {}
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.text.setdefault(self.open[-1] if self.open else "", []).append(data)
-
-    def find(self, tag, **attrs):
-        return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attrs.items())]
 
 
 def arm(name="plain", **series):
@@ -52,27 +21,25 @@ def arm(name="plain", **series):
 
 def write(tmp_path, arms, **options):
     path = write_report(tmp_path / "deep" / "report.html", arms, **{"panels": PANELS, "title": "A run", **options})
-    return path.read_text(encoding="utf-8")
+    return Page(path)
 
 
 def test_every_text_is_escaped(tmp_path):
     hostile = Arm(HOSTILE, [1, 2], {"entropy": [1.0, 2.0], HOSTILE: [0.0, 1.0]}, settings=HOSTILE, note=HOSTILE)
     table = Table(["x", HOSTILE], [[HOSTILE, HOSTILE]], HOSTILE)
-    text = write(
+    page = write(
         tmp_path, [hostile], panels=[PANELS[0], Panel(HOSTILE, HOSTILE, HOSTILE)], title=HOSTILE, tables=[table],
         paragraphs=[HOSTILE], command=HOSTILE,
     )  # fmt: skip
-    page = Page(text)
     assert "alert" not in "".join(page.text["script"][1:])
     assert len(page.find("script")) == 2
     assert page.text["h1"] == [HOSTILE] and page.text["td"] == [HOSTILE] and page.text["code"] == [HOSTILE]
-    assert json.loads(page.text["script"][0])["lines"][0][0][0] == HOSTILE
+    assert page.data["lines"][0][0][0] == HOSTILE
 
 
 def test_nothing_is_fetched(tmp_path):
-    text = write(tmp_path, [arm(entropy=[1.0, 2.0], clip=[0.0, 0.1])])
-    page = Page(text)
-    assert not re.search(r"https?:|@import|url\(", text)
+    page = write(tmp_path, [arm(entropy=[1.0, 2.0], clip=[0.0, 0.1])])
+    assert not re.search(r"https?:|@import|url\(", page.source)
     for tag, attrs in page.elements:
         assert tag not in {"link", "img", "iframe"} and not {"src", "href"} & attrs.keys(), tag
     policy = page.find("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
@@ -81,28 +48,28 @@ def test_nothing_is_fetched(tmp_path):
 
 def test_gaps_are_gaps(tmp_path):
     values = [1.0, None, 3.0, 3.5, math.nan, math.inf, 2.0]
-    page = Page(write(tmp_path, [arm(entropy=values)], panels=PANELS[:1]))
+    page = write(tmp_path, [arm(entropy=values)], panels=PANELS[:1])
     raw = page.find("path", **{"class": "raw arm0 line0"})[0]["d"]
     assert raw.count("M") == 3 and raw.count("L") == 1  # 1 | 3, 3.5 | 2
     assert len(page.find("circle")) == 2  # the lone points
     assert "nan" not in raw and "inf" not in raw
-    assert json.loads(page.text["script"][0])["lines"][0][0][2] == [1.0, None, 3.0, 3.5, None, None, 2.0]
+    assert page.data["lines"][0][0][2] == [1.0, None, 3.0, 3.5, None, None, 2.0]
 
 
 def test_points_lie_where_their_values_say(tmp_path):
-    page = Page(write(tmp_path, [arm(clip=[0.0, 0.5, 1.0])], panels=[Panel("clip", "Clipped", low=0.0, high=1.0)]))
+    page = write(tmp_path, [arm(clip=[0.0, 0.5, 1.0])], panels=[Panel("clip", "Clipped", low=0.0, high=1.0)])
     numbers = [float(n) for n in re.findall(r"[\d.]+", page.find("path", **{"class": "raw arm0 line0"})[0]["d"])]
     assert numbers == [52.0, 216.0, 280.0, 114.0, 508.0, 12.0]  # left bottom, middle, right top of the plot
 
 
 def test_what_an_arm_lacks_is_said(tmp_path):
-    text = write(tmp_path, [arm("one", entropy=[1.0], clip=[0.1]), arm("two", entropy=[1.0], clip=[None])])
-    assert "not measured: two" in Page(text).text["p"]
+    page = write(tmp_path, [arm("one", entropy=[1.0], clip=[0.1]), arm("two", entropy=[1.0], clip=[None])])
+    assert "not measured: two" in page.text["p"]
 
 
 def test_arms_keep_one_colour_and_the_note_is_shown(tmp_path):
     first, second = arm("one", entropy=[1.0, 2.0]), Arm("two", [1, 2], {"entropy": [2.0, 1.0]}, note="inactive: clip")
-    page = Page(write(tmp_path, [first, second], panels=PANELS[:1]))
+    page = write(tmp_path, [first, second], panels=PANELS[:1])
     assert [a["class"] for a in page.find("i")] == ["arm0", "arm1"] * 2  # of the page and of the chart
     drawn = {f"{kind} arm{n} line{n}" for kind in ("raw", "mean") for n in (0, 1)}
     assert {a["class"] for a in page.find("path")} == drawn
@@ -112,8 +79,8 @@ def test_arms_keep_one_colour_and_the_note_is_shown(tmp_path):
 def test_groups_are_sections_with_their_own_arms(tmp_path):
     arms = [Arm(name, [1.0, 2.0], {"entropy": [value, value]}) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
     groups = [("First", ["a", "b"]), ("Second", ["a", "c"])]
-    page = Page(write(tmp_path, arms, panels=PANELS[:1], groups=groups))
-    data = json.loads(page.text["script"][0])
+    page = write(tmp_path, arms, panels=PANELS[:1], groups=groups)
+    data = page.data
     assert [[values for _, _, values in of] for of in data["lines"]] == [
         [[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]],
     ]  # fmt: skip
@@ -139,9 +106,9 @@ def test_bad_input_is_named(tmp_path, arms, panels, message):
 
 def test_what_was_found_comes_first(tmp_path):
     page = write(tmp_path, [arm(entropy=[1.0], clip=[0.0])], found=["Entropy <rises>.", HOSTILE], tables=[Table(["a"])])
-    assert Page(page).text["li"][:2] == ["Entropy <rises>.", HOSTILE]
-    assert page.index("Entropy &lt;rises&gt;.") < page.index("<table") < page.index("<svg")
-    assert 'class="found"' not in write(tmp_path, [arm(entropy=[1.0], clip=[0.0])])
+    assert page.text["li"][:2] == ["Entropy <rises>.", HOSTILE]
+    assert page.source.index("Entropy &lt;rises&gt;.") < page.source.index("<table") < page.source.index("<svg")
+    assert not write(tmp_path, [arm(entropy=[1.0], clip=[0.0])]).find("ul", **{"class": "found"})
 
 
 def test_smooth_is_a_centred_mean_that_skips_gaps():

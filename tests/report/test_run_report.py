@@ -16,7 +16,6 @@ from rlloss.cli import main
 from rlloss.integrations.transformers.token_log import MetricsLog, TokenLog
 from rlloss.integrations.trl.demo.task import make_tokenizer
 from rlloss.losses.token_states import TokenState
-from rlloss.report import Table
 from rlloss.report.run_log import count, read_run
 from rlloss.report.run_report import EDGES, MAX_POINTS, STATES, write_run_report
 from tests.support.run_pages import HOSTILE, Page, completion, make_run, page_of
@@ -330,15 +329,6 @@ def make_broken(folder):
 def test_an_empty_folder_says_what_writes_the_tokens(tmp_path):
     with pytest.raises(ValueError, match="found nothing in .*token_log_steps=20 in GRPOConfig writes the tokens"):
         read_run(tmp_path)
-
-
-def test_sentences_then_plots_then_tables_then_how_it_was_run(tmp_path):
-    run = make_run(tmp_path / "run", [completion()], [{"step": 1, "loss": 1.0}])
-    given = {"found": ["Said <first>."], "tables": [Table(["a", "b"], [["in the table", "1"]])]}
-    source = page_of(run, **given, paragraphs=["Run <so>."], command="rlloss demo").source
-    parts = ["Said &lt;first&gt;.", "<svg", "in the table", 'id="list"', "Run &lt;so&gt;.", "<code>rlloss demo"]
-    places = [source.index(part) for part in parts]
-    assert places == sorted(places)
 
 
 def test_several_runs_are_named_apart_and_written_to_the_first(tmp_path, capsys):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rlloss.integrations.trl.metrics import GAUGES
+from rlloss.integrations.trl.trainer import GRPOTrainer
 
 VOCABULARY = 48
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -49,6 +50,11 @@ VALUES = {
     "train": [True, True, True, False],
     "spread": [0.05, 0.3, 1.0],
 }
+# A setting in which as little as possible happens.
+PLAIN = {
+    "level": "token", "beta": 0.0, "delta": None, "rho": 1.0, "sampler": None, "sampler_logp": None,
+    "off_policy": None, "entropy": None, "aux_coef": None, "train": True,
+}  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -203,12 +209,18 @@ def random_inputs(trainer, *, seed: int, per_token_advantage=False, tool_mask=Fa
     if tool_mask:
         inputs["tool_mask"] = (torch.rand(B, T, generator=g) < 0.7).long()
     with torch.no_grad():
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention = torch.cat([prompt_mask, completion_mask], 1)
-        logp = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, T)[0]
+        logp = trainer._get_per_token_logps_and_entropies(trainer.model, *model_inputs(inputs).values(), T)[0]
     inputs["old_per_token_logps"] = logp + spread * torch.randn(B, T, generator=g)
     inputs["ref_per_token_logps"] = logp + spread * torch.randn(B, T, generator=g)
     return inputs
+
+
+def model_inputs(inputs) -> dict:
+    """What a plain call of the model takes, of a micro-batch."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+    }
 
 
 def loss_gradients_metrics(trainer, compute_loss, inputs):
@@ -228,6 +240,13 @@ def loss_gradients_metrics(trainer, compute_loss, inputs):
 def end_step(trainer, ends: bool) -> None:
     """Whether the next micro-batch is the last of an optimizer step."""
     trainer.accelerator.gradient_state._set_sync_gradients(ends)
+
+
+class WithTrlsLoss(GRPOTrainer):
+    """Overrides what TRL's own loss calls, so that it is taken."""
+
+    def get_high_entropy_mask(self, *args, **kwargs):
+        return super().get_high_entropy_mask(*args, **kwargs)
 
 
 class Rivals:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlloss import entropy_cutoff
+from rlloss.backends import backend
 from rlloss.tokens.masks import completion_mask, not_truncated, top_entropy_mask
 from tests.support.ranks import on_ranks
 
@@ -114,3 +115,22 @@ def test_a_cutoff_takes_no_process_group():
     entropy, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="process_group: found a group, expected None with a cutoff"):
         top_entropy_mask(entropy, mask, 0.2, cutoff=0.5, process_group=object())
+
+
+@pytest.mark.slow
+def test_more_tokens_than_fp32_counts():
+    n = 2**24 + 3
+    # 10000019 and n share no factor: every number below n once, so every value twice
+    entropy = ((torch.arange(n) * 10000019 % n) // 2).float().unsqueeze(0).to(DEVICE)
+    mask = torch.ones(1, n, dtype=torch.bool, device=DEVICE)
+    rho = 0.25
+    position = (1 - rho) * (n - 1)
+    low, high = math.floor(position) // 2, math.ceil(position) // 2
+    expected = low + (position - math.floor(position)) * (high - low)
+    with backend("triton" if DEVICE == "cuda" else "torch"):  # the interpreter would take minutes
+        found = entropy_cutoff(entropy, mask, rho)
+    assert abs(found.item() - expected) <= 0.5  # fp32 spacing up there
+    try:
+        assert found == entropy.quantile(1 - rho)
+    except RuntimeError as error:  # before torch 2.14
+        assert "too large" in str(error)

@@ -8,12 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from rlloss import reference, token_stats
-from rlloss.backends import backend
 from rlloss.entropy.temperature import DynamicTemperature, EDTemperature, TwoLevelTemperature, entropy_temperature
 from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
 
 RULES = [TwoLevelTemperature(1.4, 0.7, cutoff=2.2), EDTemperature(1.3, 0.8), DynamicTemperature(0.3, 1.6, 2.0)]
 V = 24
+pytestmark = pytest.mark.usefixtures("on_torch")
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,6 @@ def model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(autouse=True)
-def on_torch():
-    with backend("torch"):
-        yield
 
 
 def prompts(B=3, L=5):

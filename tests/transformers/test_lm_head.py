@@ -13,7 +13,6 @@ import transformers
 from torch import nn
 
 from rlloss import LinearGRPOLoss, LossConfig, linear_token_stats, reference
-from rlloss.backends import backend
 from rlloss.integrations.transformers import lm_head as transformers_lm_head
 from rlloss.integrations.transformers.lm_head import (
     CausalLMWithLoss,
@@ -23,7 +22,9 @@ from rlloss.integrations.transformers.lm_head import (
     lm_head_of,
 )
 from rlloss.logits.statistics import TokenStats
+from tests.support.ranks import on_ranks
 
+pytestmark = pytest.mark.usefixtures("on_torch")
 V, T = 48, 5
 COMMON = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -44,12 +45,6 @@ MODELS = {
         {"softcap": 2.0},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def torch_backend():
-    with backend("torch"):
-        yield
 
 
 def build(name="Qwen2", **options):
@@ -270,19 +265,10 @@ def of_rank(inputs, rank):
     return {name: x[2 * rank : 2 * rank + 2] for name, x in inputs.items()}
 
 
-def _rank(rank, address):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        with backend("torch"):
-            _compare(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def _compare(rank):
+def _on_a_rank(rank, port):
     from torch.distributed.fsdp import fully_shard
 
+    dist.init_process_group("gloo")
     module, inputs = everything()
     denominator = inputs["mask"].sum()
     alone = copy.deepcopy(module)
@@ -312,7 +298,5 @@ def _compare(rank):
     assert_same({name: g.full_tensor() for name, g in found.items()}, expected)  # type: ignore
 
 
-def test_two_ranks_with_ddp_and_fsdp_are_one_process(tmp_path):
-    # Importing transformers once more in each takes longer than all the rest; autograd with a GPU cannot be forked.
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(_rank, (f"file://{tmp_path}/store",), nprocs=2, start_method=method)
+def test_two_ranks_with_ddp_and_fsdp_are_one_process():
+    on_ranks(_on_a_rank, 2)

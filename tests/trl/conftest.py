@@ -1,8 +1,10 @@
-"""Not collected where TRL is missing, or what it needs."""
+"""Not collected where TRL is missing, or what it needs; without the lm_head's tests where TRL has none of ours."""
 
+import importlib.metadata
 import importlib.util
 
 import pytest
+from packaging.version import Version
 
 from rlloss.lm_head import vocab_loop
 from rlloss.torch_kernels import logits_tile
@@ -11,6 +13,9 @@ _missing = [name for name in ("trl", "datasets", "transformers") if importlib.ut
 collect_ignore_glob = ["test_*.py"] if _missing else []
 if importlib.util.find_spec("peft") is None:
     collect_ignore_glob.append("test_peft.py")
+if not _missing and Version(importlib.metadata.version("trl")) < Version("1.15"):  # calls its lm_head itself
+    of_the_head = ("lm_head", "model_card", "options", "remedies*", "run_summary", "zero_advantage*")
+    collect_ignore_glob += [f"test_{name}.py" for name in of_the_head]
 
 # What trains with the lm_head: an interpreted program a row takes a while, and tests/lm_head has the kernels.
 IN_TORCH = {

@@ -1,6 +1,5 @@
 """From rewards to advantages in the TRL plugin: without options as in TRL, with them as `group_advantage` says."""
 
-import json
 import math
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 import trl
 
 from rlloss import group_advantage
-from rlloss.integrations.trl import train
 from rlloss.integrations.trl.advantages import conditions_by_index
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
 from rlloss.rewards.overlong import SoftOverlongPenalty
@@ -201,13 +199,6 @@ def test_soft_overlong_is_one_more_reward_function(tmp_path, weights):
     assert torch.equal(output["advantages"], expected)
 
 
-def test_soft_overlong_trains_and_needs_no_other_option(tmp_path):
-    trainer = build(tmp_path, [odd], soft_overlong_cache=6, max_steps=2)
-    trainer.train()
-    history = [entry for entry in trainer.state.log_history if "rewards/soft_overlong/mean" in entry]
-    assert len(history) == 2 and all(-1 <= entry["rewards/soft_overlong/mean"] < 0 for entry in history)
-
-
 def test_gauges_of_the_rewards_are_logged_in_training_and_evaluation(tmp_path):
     trainer = build(tmp_path, num_generations_eval=2, max_steps=1, gauges="all")
     trainer.train()
@@ -274,19 +265,9 @@ def test_conditions_that_do_not_fit_raise(conditions, names, message):
         conditions_by_index(conditions, names)
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"gdpo_token_weighted": True}, ValueError, "gdpo_token_weighted: found True, expected False with multi_"),
-    ({"soft_overlong_cache": 9}, ValueError, "soft_overlong_cache: found 9, expected 0 to max_completion_length = 8"),
-    ({"soft_overlong_cache": -1}, ValueError, "soft_overlong_cache: found -1"),
-    ({"reward_conditions": "odd"}, TypeError, "reward_conditions: found 'odd', expected a dict"),
-    ({"reward_conditions": {"length": ["odd", 1.0]}}, ValueError, "found 'length', expected one of 'odd', 'distinct'"),
-])  # fmt: skip
-def test_options_that_do_not_fit_raise_when_the_trainer_is_made(tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        build(tmp_path, **options)
-
-
-def test_a_second_soft_overlong_raises(tmp_path):
+def test_reward_functions_that_do_not_fit_raise_when_the_trainer_is_made(tmp_path):
+    with pytest.raises(ValueError, match="found 'length', expected one of 'odd', 'distinct'"):
+        build(tmp_path, reward_conditions={"length": ["odd", 1.0]})
     with pytest.raises(ValueError, match="soft_overlong_cache: found 2, expected None with a reward function that is"):
         build(tmp_path, [SoftOverlongPenalty(8, 2)], soft_overlong_cache=2)
 
@@ -294,21 +275,3 @@ def test_a_second_soft_overlong_raises(tmp_path):
 def test_trls_own_config_works_too(tmp_path):
     trainer = build(tmp_path, which=(GRPOTrainer, trl.GRPOConfig))
     assert generate(trainer)["advantages"].shape == (12,)
-
-
-def test_the_options_are_reached_from_yaml_and_from_the_command_line(tmp_path):
-    common = ["--model", "m", "--dataset", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    given = {"dynamic_sampling_rounds": 3, "reward_conditions": CONDITIONS, "soft_overlong_cache": 64}
-    given |= GDPO | {"gdpo_token_weighted": True, "num_generations": 8}
-    flags = [
-        part
-        for name, value in given.items()
-        for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
-    ]
-    path = tmp_path / "train.yaml"
-    path.write_text(json.dumps(given))  # which is YAML
-    for argv in ([*common, *flags], [*common, "--config", str(path)]):
-        _, config, _ = train.parse(argv)
-        assert {name: getattr(config, name) for name in given} == given
-    with pytest.raises(train.UserError, match="dynamic_sampling_rounds: found -1"):
-        train.parse([*common, "--dynamic_sampling_rounds", "-1"])

@@ -14,17 +14,10 @@ from rlloss.integrations.trl.demo import task as arithmetic
 from rlloss.integrations.trl.demo.arms import ARMS, REMEDIES, ArmResult, what_never_acted
 from rlloss.integrations.trl.trainer import GRPOConfig
 
+pytestmark = pytest.mark.usefixtures("on_torch")
 SMALL = {
     "steps": 4, "seeds": 2, "arms": ["dynamic temperature", "KL-Cov"], "warm_start_steps": 3, "held_out_samples": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_the_interpreter():
-    """What the kernels compute is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLLOSS_BACKEND", "torch")
-        yield
 
 
 def run(folder, **changes):

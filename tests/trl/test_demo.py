@@ -16,13 +16,7 @@ from rlloss import cli
 from rlloss.integrations.trl.demo import run as demo
 from rlloss.integrations.trl.demo import task
 
-
-@pytest.fixture(scope="module", autouse=True)
-def without_the_interpreter():
-    """What the kernels compute is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLLOSS_BACKEND", "torch")
-        yield
+pytestmark = pytest.mark.usefixtures("on_torch")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import trl
 from rlloss.integrations.trl import trainer as trl_grpo
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
 from tests.support.trl_harness import (
+    PLAIN,
     TRL_LOSS_TYPES,
     apply_setting,
     build_trainer,
@@ -26,10 +27,6 @@ from tests.support.trl_harness import (
 
 PLUGIN = "rlloss.integrations.trl.trainer"
 THEIRS, OURS = (trl.GRPOTrainer, trl.GRPOConfig), (GRPOTrainer, GRPOConfig)
-PLAIN = {
-    "level": "token", "beta": 0.0, "delta": None, "rho": 1.0, "sampler": None, "sampler_logp": None,
-    "off_policy": None, "entropy": None, "aux_coef": None, "train": True,
-}  # fmt: skip
 
 
 def warnings_of(caplog, name=PLUGIN) -> list[str]:
@@ -99,6 +96,9 @@ def test_what_rlloss_refuses_and_trl_runs_is_trls_loss_and_said_once(tmp_path, c
     assert len(warnings_of(caplog)) == 1 and message in warnings_of(caplog)[0]
     with pytest.raises(ValueError, match=f"zero_advantage: found 'drop'.*{message}.*where the loss is TRL's own"):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, zero_advantage="drop", **options)
+    with pytest.raises(ValueError, match=f"spread_live_rows: found True.*{message}.*TRL's own"):
+        spread = {"spread_live_rows": True, "gradient_accumulation_steps": 2}
+        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **spread, **options)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -6,20 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
+from datasets import Dataset
 from torch import distributed
 from trl.trainer import utils
-
-if not hasattr(utils, "add_fused_lm_head"):
-    pytest.skip("this TRL has no fused lm_head", allow_module_level=True)
-
-import transformers
-from datasets import Dataset
 
 import rlloss
 from rlloss.backends import backend
 from rlloss.integrations.trl import lm_head as trl_lm_head
 from rlloss.integrations.trl.lm_head import OUTPUTS, patch_trl
+from tests.support.ranks import on_ranks
 from tests.support.rounding import FP32
 from tests.support.trl_harness import _COMMON, ROUNDING, VOCABULARY, build_trainer, tiny_model, tiny_tokenizer
 
@@ -242,18 +239,10 @@ def test_a_sharded_head_is_gathered_in_the_forward_and_in_the_backward(monkeypat
     torch.testing.assert_close(outputs.log_probs, expected.log_probs, rtol=ROUNDING, atol=ROUNDING)
 
 
-def _on_a_rank(rank, world, address):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    try:
-        _compare_with_all_rows(rank, world)
-    finally:
-        distributed.destroy_process_group()
-
-
-def _compare_with_all_rows(rank, world):
+def _on_a_rank(rank, port, world):
     from torch.distributed.fsdp import fully_shard
 
+    distributed.init_process_group("gloo")
     B = 4
     ids, labels = batch(B=B)
     weights = torch.linspace(-1, 1, B * 8).view(B, 8)
@@ -276,10 +265,8 @@ def _compare_with_all_rows(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_head_in_an_fsdp2_group_of_its_own_learns_from_every_rank(tmp_path, world):
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    address = f"file://{tmp_path}/store"
-    torch.multiprocessing.start_processes(_on_a_rank, (world, address), nprocs=world, start_method=method)
+def test_a_head_in_an_fsdp2_group_of_its_own_learns_from_every_rank(world):
+    on_ranks(_on_a_rank, world, world)
 
 
 def preferences():

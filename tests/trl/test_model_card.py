@@ -5,17 +5,12 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 import datasets
-import pytest
-import trl
-
-if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-    pytest.skip("TRL < 1.15 calls its lm_head itself", allow_module_level=True)
 
 import rlloss.integrations.trl.model_card
 from rlloss import __version__
 from rlloss.integrations.trl.model_card import REMEDIES, about_run, dataset_of, options_that_differ
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
-from tests.support.trl_harness import build_trainer
+from tests.support.trl_harness import WithTrlsLoss, build_trainer
 
 
 def card_of(trainer, **given) -> str:
@@ -58,11 +53,7 @@ def test_the_dataset_by_its_id_or_its_file(tmp_path):
 
 
 def test_trls_own_loss_and_a_model_without_a_name(tmp_path):
-    class Subclass(GRPOTrainer):
-        def get_high_entropy_mask(self, *args, **kwargs):
-            return super().get_high_entropy_mask(*args, **kwargs)
-
-    trainer = build_trainer(Subclass, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
+    trainer = build_trainer(WithTrlsLoss, GRPOConfig, tmp_path, top_entropy_quantile=0.5)
     setattr(trainer.model.config, "_name_or_path", "")  # noqa: B010
     text = card_of(trainer)
     assert "by TRL's own loss (get_high_entropy_mask overridden)." in text

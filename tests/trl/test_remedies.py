@@ -9,14 +9,12 @@ import pytest
 import torch
 import trl.trainer.utils
 
-if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-    pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
-
 from rlloss import entropy_cutoff, reference
 from rlloss.entropy.temperature import EDTemperature, TwoLevelTemperature
 from rlloss.integrations.trl.generation_batch import content_key
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
-from rlloss.losses import CovarianceConfig, acting_tokens
+from rlloss.integrations.trl.zero_advantage import counted_tokens
+from rlloss.losses import CovarianceConfig
 from rlloss.tokens import covariance_selection
 from rlloss.tokens.masks import top_entropy_mask
 from tests.support.trl_harness import (
@@ -27,6 +25,7 @@ from tests.support.trl_harness import (
     build_trainer,
     draw_setting,
     loss_gradients_metrics,
+    model_inputs,
 )
 
 PLAIN = {"rho": 1.0, "beta": 0.0, "off_policy": None, "sampler": None, "entropy": None, "aux_coef": None,
@@ -43,19 +42,17 @@ def trainer(tmp_path_factory):
     return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("remedies"))
 
 
+def token_numbers(trainer, inputs):
+    """(logp, entropy) of the micro-batch, from TRL's own call of the model."""
+    T = inputs["completion_ids"].shape[1]
+    call = trl.GRPOTrainer._get_per_token_logps_and_entropies
+    with torch.no_grad():
+        return call(trainer, trainer.model, *model_inputs(inputs).values(), T, compute_entropy=True)[:2]
+
+
 def micro_batch(trainer, seed: int, **changes):
     setting = draw_setting(seed) | PLAIN | {"loss_type": "dapo"} | changes
     return apply_setting(trainer, setting, seed)
-
-
-def token_numbers(trainer, inputs):
-    """(logp, entropy) of the micro-batch, from TRL's own call of the model."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    with torch.no_grad():
-        return trl.GRPOTrainer._get_per_token_logps_and_entropies(
-            trainer, trainer.model, ids, attention, inputs["completion_ids"].shape[1], compute_entropy=True
-        )[:2]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -76,8 +73,7 @@ def test_clip_cov_that_picks_nothing_is_trls_dapo(trainer, monkeypatch, seed):
 def test_the_loss_of_a_micro_batch_is_that_of_the_formula(trainer, monkeypatch, seed, penalty):
     inputs = micro_batch(trainer, seed)
     logp, _ = token_numbers(trainer, inputs)
-    mask = inputs["completion_mask"].bool()
-    mask = mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+    mask = counted_tokens(inputs)
     advantage = inputs["advantages"].view(len(mask), -1)
     ratio = (logp - inputs["old_per_token_logps"]).exp()
     covariance = reference.covariance(logp, advantage, mask)
@@ -130,8 +126,7 @@ def test_kl_cov_moves_completions_without_an_advantage(trainer, monkeypatch):
 def test_a_bonus_on_all_tokens(trainer, monkeypatch):
     inputs = micro_batch(trainer, 1, entropy="static", entropy_coef=0.3, rho=0.5)
     _, entropy = token_numbers(trainer, inputs)
-    mask = inputs["completion_mask"].bool()
-    mask = mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+    mask = counted_tokens(inputs)
     kept = top_entropy_mask(entropy, mask, 0.5)
     of_kept = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     monkeypatch.setattr(trainer.args, "entropy_bonus_tokens", "all")
@@ -193,15 +188,6 @@ def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_pat
         assert all(0.1 < entry["entropy/kept_share"] < 0.5 for entry in logs)
 
 
-@pytest.mark.parametrize("options", [
-    {"loss_type": "kl_cov", "covariance": {"ratio": 0.1}}, {"top_entropy_quantile": 0.3},
-], ids=str)  # fmt: skip
-def test_a_selection_of_each_micro_batch_does_depend_on_it(tmp_path, options):
-    whole, _ = trained(tmp_path / "8", 8, **options)
-    split, _ = trained(tmp_path / "2", 2, **options)
-    assert (split - whole).abs().gt(1e-4).float().mean() > 0.05
-
-
 def test_what_is_kept_and_picked_is_that_of_the_whole_generation(tmp_path):
     trainer = build_trainer(
         GRPOTrainer, GRPOConfig, tmp_path, distinct, per_device_train_batch_size=2, gradient_accumulation_steps=4,
@@ -246,10 +232,7 @@ def test_without_a_pass_of_trls_the_generation_gets_one_of_its_own(tmp_path):
 
 def model_logits(trainer, inputs):
     """[B, T, V] of the completions."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    with torch.no_grad():
-        logits = trainer.model(input_ids=ids, attention_mask=attention).logits
+    logits = trainer.model(**model_inputs(inputs)).logits
     return logits[:, -inputs["completion_ids"].shape[1] - 1 : -1]
 
 
@@ -293,8 +276,7 @@ def test_the_loss_is_at_the_temperatures_that_sampled(tmp_path, monkeypatch, rul
     plain = model_logits(trainer, output).log_softmax(-1)
     plain = plain.gather(-1, output["completion_ids"][..., None]).squeeze(-1)
     torch.testing.assert_close(logp[mask], plain[mask], rtol=1e-4, atol=2e-5)
-    ids, attention = (torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-    ours = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.shape[1])[0].detach()
+    ours = trainer._get_per_token_logps_and_entropies(trainer.model, *model_inputs(output).values(), mask.shape[1])[0]
     torch.testing.assert_close(ours[mask], plain[mask], rtol=1e-4, atol=2e-5)
 
 
@@ -310,11 +292,7 @@ def test_the_gradient_is_that_of_the_scaled_logits(tmp_path):
     )
     loss, gradient, _ = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     trainer.model.zero_grad()
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    T = inputs["completion_ids"].shape[1]
-    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -T - 1 : -1]
-    logp = (logits / inputs["temperatures"][..., None]).log_softmax(-1)
+    logp = (model_logits(trainer, inputs) / inputs["temperatures"][..., None]).log_softmax(-1)
     logp = logp.gather(-1, inputs["completion_ids"][..., None]).squeeze(-1)
     ratio = (logp - inputs["old_per_token_logps"]).exp()
     surrogate = reference.clip_surrogate(ratio, inputs["advantages"][:, None], 0.2, 0.2)
@@ -368,14 +346,6 @@ def test_vllm_is_told_the_rule(tmp_path):
         generation_kwargs={"seed": 1, "extra_args": {"other": 2}},
     )  # fmt: skip
     assert config.generation_kwargs == {"seed": 1, "extra_args": {"other": 2, "entropy_temperature": TWO_LEVEL}}
-
-
-def test_kl_cov_on_policy_says_so_once(tmp_path, monkeypatch):
-    acting_tokens._say_on_policy.cache_clear()
-    trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, distinct, loss_type="kl_cov", max_steps=3)
-    with pytest.warns(UserWarning, match="kl_cov without old_logp") as caught:
-        trainer.train()
-    assert sum("kl_cov without old_logp" in str(w.message) for w in caught) == 1
 
 
 def test_the_rules_have_a_lowest_temperature():

@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-import trl.trainer.utils
-
-if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-    pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
 from rlloss.integrations.trl.metrics import GAUGES
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer

@@ -6,11 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import trl
-
-if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-    pytest.skip("TRL < 1.15 calls its lm_head itself", allow_module_level=True)
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlloss import __version__
@@ -22,7 +17,7 @@ from rlloss.lm_head import vocab_loop
 from rlloss.lm_head.matmul import count_products
 from tests.support.host_reads import HostReads
 from tests.support.ranks import on_ranks
-from tests.support.trl_harness import VOCABULARY, build_trainer
+from tests.support.trl_harness import VOCABULARY, WithTrlsLoss, build_trainer, model_inputs
 
 NAMES = ("rlloss/products", "rlloss/products_plain", "rlloss/logits_mib_avoided")
 
@@ -59,12 +54,10 @@ def trainer_of(folder, rewards=half, pads=0, **options):
 
 def plain_flop(trainer, inputs) -> int:
     """Of the lm_head's products with plain logits of the completions, forward and backward."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     T = inputs["completion_ids"].shape[1]
     model = trainer.accelerator.unwrap_model(trainer.model)
     with torch.no_grad():
-        hidden = model.model(input_ids=ids, attention_mask=attention).last_hidden_state[:, -T - 1 : -1]
+        hidden = model.model(**model_inputs(inputs)).last_hidden_state[:, -T - 1 : -1]
     hidden.requires_grad_()
     with FlopCounterMode(display=False) as counter:
         logits = model.lm_head(hidden)
@@ -194,11 +187,7 @@ def test_the_first_line_says_what_will_happen(tmp_path, capsys, monkeypatch, opt
 
 
 def test_with_trls_own_loss_the_line_says_so(tmp_path, capsys):
-    class Subclass(GRPOTrainer):
-        def get_high_entropy_mask(self, *args, **kwargs):
-            return super().get_high_entropy_mask(*args, **kwargs)
-
-    trainer = build_trainer(Subclass, GRPOConfig, tmp_path, half, max_steps=1, top_entropy_quantile=0.5)
+    trainer = build_trainer(WithTrlsLoss, GRPOConfig, tmp_path, half, max_steps=1, top_entropy_quantile=0.5)
     trainer.train()
     said = capsys.readouterr().out
     assert "; the loss is TRL's own (get_high_entropy_mask overridden); lm_head plan " in said

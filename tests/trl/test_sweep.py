@@ -20,6 +20,7 @@ from tests.support.trl_harness import (
     draw_setting,
     end_step,
     loss_gradients_metrics,
+    model_inputs,
     setting_inputs,
 )
 
@@ -95,9 +96,8 @@ def test_the_bonus_alone_is_the_mean_entropy_of_the_kept_tokens(trainers):
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])
     loss, gradient, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, inputs)
     trainer.model.zero_grad()
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    entropy = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 7, compute_entropy=True)[1]
+    called = (trainer.model, *model_inputs(inputs).values(), 7)
+    entropy = trainer._get_per_token_logps_and_entropies(*called, compute_entropy=True)[1]
     counted = entropy[inputs["completion_mask"].bool()]
     kept = counted[counted >= counted.detach().quantile(0.5)]
     (-0.3 * kept.mean() / 4).backward()

@@ -1,13 +1,10 @@
 """Completions with zero advantage run without gradient or not at all: same loss, gradient and metrics as TRL's."""
 
+import functools
 import logging
 
 import pytest
 import torch
-from trl.trainer import utils
-
-if not hasattr(utils, "add_fused_lm_head"):
-    pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
 from rlloss.backends import backend
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
@@ -25,6 +22,7 @@ from tests.support.trl_harness import (
 )
 from tests.support.zero_advantage_cases import DEAD, SPLITS, Echo, kill
 
+pytestmark = pytest.mark.usefixtures("on_torch")
 # Of the four micro-batches of a loss type: the dead rows, and the settings that look across a sequence.
 CASES = [
     ("half", {"per_token_advantage": False, "tool_mask": False, "on_policy": False}),
@@ -38,12 +36,6 @@ CASES = [
 def trainer(tmp_path_factory):
     # beta is set so that TRL builds what a KL needs; the settings take it away again.
     return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
-
-
-@pytest.fixture(autouse=True)
-def torch_is_faster():
-    with backend("torch"):
-        yield
 
 
 @pytest.fixture
@@ -156,74 +148,33 @@ def test_a_nan_advantage_shows_itself(trainer, calls):
     assert loss.isnan() and [(grad, len(hidden)) for grad, hidden in calls] == [(False, 1), (True, 3)]
 
 
-def dropout(trainer, patch):
-    patch.setattr(trainer.model.model.layers[0], "act", torch.nn.Dropout(0.1), raising=False)
-    return "dropout 0.1"
+class OwnCall(GRPOTrainer):
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        assert model is self.model
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
 
-def attention_dropout(trainer, patch):
-    patch.setattr(trainer.model.model.layers[1].self_attn, "attention_dropout", 0.2)
-    return "attention_dropout=0.2"
-
-
-def dropout_of_the_config(trainer, patch):
-    patch.setattr(trainer.model.config, "attn_pdrop", 0.3, raising=False)
-    return "attn_pdrop=0.3 in the model's config"
-
-
-def router_noise(trainer, patch):
-    patch.setattr(trainer.model.config, "router_jitter_noise", 0.01, raising=False)
-    return "router_jitter_noise=0.01 in the model's config"
-
-
-def capacity(trainer, patch):
-    patch.setattr(trainer.model.config, "expert_capacity", 64, raising=False)
-    return "expert_capacity=64 in the model's config"
-
-
-def batch_norm(trainer, patch):
-    patch.setitem(trainer.model._modules, "norm", torch.nn.BatchNorm1d(3))
-    return "BatchNorm1d"
-
-
-def neftune(trainer, patch):
-    patch.setattr(trainer.args, "neftune_noise_alpha", 5.0)
-    return "neftune_noise_alpha=5.0"
-
-
-def bonus(trainer, patch):
-    patch.setattr(trainer, "_entropy_bonus_enabled", True)
-    return "an entropy bonus"
-
-
-def kl(trainer, patch):
-    patch.setattr(trainer, "beta", 0.04)
-    return "beta=0.04"
-
-
-def override(trainer, patch):
-    patch.setattr(trainer, "_token_stats", lambda model, inputs: GRPOTrainer._token_stats(trainer, model, inputs))
-    return "_token_stats overridden"
-
-
-def hook_of_trl(trainer, patch):
-    class Own(GRPOTrainer):
-        def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-            assert model is self.model
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-
-    patch.setattr(trainer, "__class__", Own)
-    return "_get_per_token_logps_and_entropies overridden"
-
-
-WITHOUT_A_CUT = (dropout, attention_dropout, dropout_of_the_config, router_noise, capacity, batch_norm, neftune)
-WITHOUT_A_CUT += (override, hook_of_trl)
+# What is said: what of the trainer is set to what.
+REASONS = {
+    "dropout 0.1": lambda t: (t.model.model.layers[0], "act", torch.nn.Dropout(0.1)),
+    "attention_dropout=0.2": lambda t: (t.model.model.layers[1].self_attn, "attention_dropout", 0.2),
+    "attn_pdrop=0.3 in the model's config": lambda t: (t.model.config, "attn_pdrop", 0.3),
+    "router_jitter_noise=0.01 in the model's config": lambda t: (t.model.config, "router_jitter_noise", 0.01),
+    "expert_capacity=64 in the model's config": lambda t: (t.model.config, "expert_capacity", 64),
+    "BatchNorm1d": lambda t: (t.model, "norm", torch.nn.BatchNorm1d(3)),
+    "neftune_noise_alpha=5.0": lambda t: (t.args, "neftune_noise_alpha", 5.0),
+    "_token_stats overridden": lambda t: (t, "_token_stats", functools.partial(GRPOTrainer._token_stats, t)),
+    "_get_per_token_logps_and_entropies overridden": lambda t: (t, "__class__", OwnCall),
+    "an entropy bonus": lambda t: (t, "_entropy_bonus_enabled", True),
+    "beta=0.04": lambda t: (t, "beta", 0.04),
+}
+CUT = ("an entropy bonus", "beta=0.04")  # the columns are cut all the same
 
 
 @pytest.mark.parametrize("choice", ["forward_only", "drop"])
-@pytest.mark.parametrize("reason", [*WITHOUT_A_CUT, bonus, kl])
+@pytest.mark.parametrize("why", REASONS)
 def test_one_call_where_rows_cannot_be_told_apart_and_it_is_said_once(
-    trainer, calls, caplog, monkeypatch, option, choice, reason
+    trainer, calls, caplog, monkeypatch, option, choice, why
 ):
     inputs = kill(apply_setting(trainer, draw_setting(0) | SPLITS | {"tool_mask": False}, 0), [0, 1])
     calls.clear()
@@ -233,12 +184,12 @@ def test_one_call_where_rows_cannot_be_told_apart_and_it_is_said_once(
     # The modules are listed once; in a training run they do not change.
     monkeypatch.setattr(trainer._zero_advantage, "dependence", None)
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="rlloss"):
-        why = reason(trainer, patch)
+        patch.setattr(*REASONS[why](trainer), raising=False)
         for _ in range(3):
             trainer._compute_loss(trainer.model, inputs)
     said = [record.getMessage() for record in caplog.records if "one call" in record.getMessage()]
     assert said == [f"zero_advantage='{choice}': one call per micro-batch with {why}"]
-    length = 10 if reason in WITHOUT_A_CUT else 7
+    length = 7 if why in CUT else 10
     assert [(grad, tuple(hidden.shape[:2])) for grad, hidden in calls] == [(True, (4, length))] * 3
 
 
@@ -284,45 +235,6 @@ def test_with_rotary_frequencies_of_the_length_no_column_is_cut(trainer, calls, 
     assert [(grad, tuple(hidden.shape[:2])) for grad, hidden in calls] == [(False, (2, 10)), (True, (2, 10))]
     monkeypatch.undo()
     trainer._zero_advantage.dependence = None
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"zero_advantage": "skip"}, "zero_advantage: found 'skip', expected one of 'forward_only', 'drop', 'keep'"),
-    ({"zero_advantage": "drop", "top_entropy_quantile": 0.5}, "zero_advantage: found 'drop'.*top_entropy_quantile=0.5"),
-    ({"spread_live_rows": True, "zero_advantage": "keep"}, "spread_live_rows: found True.*zero_advantage='keep'"),
-    ({"spread_live_rows": True, "loss_type": "bnpo"}, "spread_live_rows: found True, expected False with .*'bnpo'"),
-    ({"spread_live_rows": True, "top_entropy_quantile": 0.5}, "spread_live_rows: .*top_entropy_quantile=0.5"),
-    ({"spread_live_rows": True, "entropy_coef": 0.1}, "spread_live_rows: .*an entropy bonus"),
-    ({"spread_live_rows": True, "own": True}, "spread_live_rows: .*get_off_policy_mask overridden.*TRL's own"),
-    ({"zero_advantage": "drop", "own": True}, "zero_advantage: found 'drop'.*get_off_policy_mask overridden"),
-    ({"spread_live_rows": True, "accumulation": 3}, "spread_live_rows: found True.*gradient_accumulation_steps=3, st"),
-    ({"own": True}, None),
-    ({"zero_advantage": "drop", "spread_live_rows": True}, None),
-])  # fmt: skip
-def test_options_that_do_not_fit_raise(trainer, monkeypatch, options, message):
-    setting = draw_setting(0) | SPLITS | {"loss_type": options.get("loss_type", "dapo"), "off_policy": None}
-    setting |= {"rho": options.get("top_entropy_quantile", 1.0), "steps_per_generation": 2}
-    apply_setting(trainer, setting, 0)
-    monkeypatch.setattr(trainer.args, "gradient_accumulation_steps", options.get("accumulation", 2))
-    monkeypatch.setattr(trainer, "_entropy_bonus_enabled", "entropy_coef" in options)
-    monkeypatch.setattr(trainer, "entropy_coef", options.get("entropy_coef", 0.0))
-    if "own" in options:
-        made = type("Own", (GRPOTrainer,), {"get_off_policy_mask": lambda *_, **__: None})
-        monkeypatch.setattr(trainer, "__class__", made)
-        monkeypatch.setattr(trainer, "off_policy_mask_threshold", 0.5)
-    for name in ("zero_advantage", "spread_live_rows"):
-        if name in options:
-            monkeypatch.setattr(trainer.args, name, options[name])
-    if message is None:
-        trainer._make_loss_config()
-        return
-    with pytest.raises(ValueError, match=message):
-        trainer._make_loss_config()
-
-
-def test_an_option_that_does_not_fit_raises_when_the_trainer_is_made(tmp_path):
-    with pytest.raises(ValueError, match="zero_advantage: found 'drop'"):
-        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, zero_advantage="drop", top_entropy_quantile=0.5)
 
 
 def graphs(folder, choice: str) -> int:

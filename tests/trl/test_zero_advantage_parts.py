@@ -5,10 +5,6 @@ import os
 
 import pytest
 import torch
-from trl.trainer import utils
-
-if not hasattr(utils, "add_fused_lm_head"):
-    pytest.skip("TRL < 1.15 has no fused lm_head here", allow_module_level=True)
 
 from rlloss.backends import backend
 from rlloss.integrations.trl.batch_dependence import BatchDependence
@@ -35,17 +31,13 @@ from tests.support.trl_harness import (
 )
 from tests.support.zero_advantage_cases import DEAD, SPLITS, Echo, echo_inputs, kill
 
+pytestmark = pytest.mark.usefixtures("on_torch")
+
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     # beta is set so that TRL builds what a KL needs; the settings take it away again.
     return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
-
-
-@pytest.fixture(autouse=True)
-def torch_is_faster():
-    with backend("torch"):
-        yield
 
 
 def test_what_is_dead():

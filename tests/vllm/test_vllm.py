@@ -14,21 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlloss.backends import backend
 from rlloss.entropy.temperature import scale_logits, temperature_rule
 from rlloss.integrations.vllm import sampling as vllm_sampling
 from rlloss.integrations.vllm.sampling import EntropyTemperature, EntropyTemperatureV1, EntropyTemperatureV2
 
+pytestmark = pytest.mark.usefixtures("on_torch")
 TWO = {"rule": "two_level", "high": 1.5, "low": 0.7, "cutoff": 2.0}
 EDT = {"rule": "edt", "base": 1.2, "theta": 0.9}
 DYN = {"rule": "dynatemp", "low": 0.3, "high": 1.6}
 V, DEVICE = 40, torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def on_torch():
-    with backend("torch"):
-        yield
 
 
 @dataclass
