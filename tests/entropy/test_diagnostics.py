@@ -227,20 +227,6 @@ def test_a_ratio_of_rounding_is_on_policy_and_one_of_an_update_is_not(dtype, com
         assert read(sums)["on_policy_share"] == share
 
 
-def test_two_passes_in_batches_of_another_shape_are_on_policy():
-    """Whose products add up in another order: here by hand."""
-    g = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, 512, generator=g) / 8 for n in (48, 500))
-    target = torch.arange(48)[None]
-    logp, order = [], torch.randperm(512, generator=g)
-    for columns in (torch.arange(512), order):
-        logits = x[:, columns] @ w[:, columns].T
-        logp.append(logits.log_softmax(-1).gather(-1, target.T).T)
-    assert (logp[0] != logp[1]).any()
-    sums = diagnose(logp[0], torch.ones(1), torch.ones(1, 48, dtype=torch.bool), old_logp=logp[1])
-    assert read(sums)["on_policy_share"] == 1.0
-
-
 def test_beyond_the_last_edge_the_quantile_is_that_edge():
     entropy = f64([[20.0, 30.0, 40.0]])
     found = read(diagnose(entropy, entropy, entropy > 0, entropy=entropy))

@@ -522,17 +522,16 @@ def fault(function, given, argument):
     return "accepted"
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_wrong_value_is_named(name):
+def test_a_wrong_value_is_named():
     faults = []
-    for function, given, argument in wrong_calls(name):
+    for name, function, given, argument in ((of, *call) for of in CALLS for call in wrong_calls(of)):
         # In one launch the arguments of the loss are checked before it; else after kernels, which the interpreter runs.
         with contextlib.nullcontext() if name == "GRPOLoss.forward" else backends.backend("torch"):
             said = fault(function, given, argument)
         if said is not None:
             value = given[argument]
             shape = tuple(value.shape) if hasattr(value, "shape") else ""
-            faults.append(f"{argument} = {type(value).__name__} {shape or value!r:.60}: {said:.160}")
+            faults.append(f"{name}: {argument} = {type(value).__name__} {shape or value!r:.60}: {said:.160}")
     assert not faults, f"{len(faults)} wrong calls\n" + "\n".join(faults)
 
 
@@ -567,10 +566,10 @@ TOGETHER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("function, right, wrong, message", TOGETHER)
-def test_what_does_not_fit_together_is_named(function, right, wrong, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        function(**{**right, **wrong})
+def test_what_does_not_fit_together_is_named():
+    for function, right, wrong, message in TOGETHER:
+        with pytest.raises((ValueError, TypeError), match=message):
+            function(**{**right, **wrong})
 
 
 def numbers_of(result):

@@ -68,20 +68,17 @@ def test_backward_twice_with_a_kept_graph(plan, dtype):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("needed", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
-def test_what_is_frozen_has_no_gradient_and_no_product(plan, needed):
+def test_what_is_frozen_has_no_gradient(plan, needed):
     x = batch()
     leaves = leaves_of(x)
     expected = dict(zip(NAMES, gradients(loss_of(x, plan), leaves), strict=True))
     x = batch()
     leaves_of(x, *needed)
-    with count_products() as products:
-        loss_of(x, plan).backward()
+    loss_of(x, plan).backward()
     for name in NAMES:
         assert (x[name].grad is not None) == (name in needed)
         if name in needed:
             assert_sums_close(x[name].grad, expected[name], V)
-    assert (products.flop["hidden_grad"] > 0) == ("hidden" in needed)
-    assert (products.flop["weight_grad"] > 0) == ("weight" in needed)
     x = batch()
     assert not loss_of(x, "auto").requires_grad
 
@@ -117,20 +114,6 @@ def test_gradient_checkpointing(plan, use_reentrant):
     loss = checkpoint(of, *leaves, use_reentrant=use_reentrant)
     loss.backward()
     assert_sums_close([leaf.grad for leaf in leaves], expected, V)
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_a_checkpointed_backbone_gives_the_head_a_hidden_that_is_no_leaf(plan):
-    x = batch()
-    layer, expected = torch.nn.Linear(D, D), None
-    for wrap in (lambda f, h: f(h), lambda f, h: checkpoint(f, h, use_reentrant=False)):
-        layer.zero_grad()
-        weight = x["weight"].detach().requires_grad_() * 1.0
-        loss_of({**x, "hidden": wrap(lambda h: torch.tanh(layer(h)), x["hidden"]), "weight": weight}, plan).backward()
-        assert layer.weight.grad.abs().sum() > 0
-        if expected is not None:
-            torch.testing.assert_close(layer.weight.grad, expected)
-        expected = layer.weight.grad.clone()
 
 
 @pytest.mark.parametrize("factor", [65536.0, 1 / 3, 1e-3])

@@ -191,33 +191,22 @@ def test_token_counts_oracle(table, data):
 
 
 @pytest.fixture(scope="module")
-def trl_advantage(tmp_path_factory):
-    """TRL's own scoring code: a real trainer of a tiny model, with given completions and rewards."""
+def trainer(tmp_path_factory):
+    """TRL's own scoring code in a real trainer of a tiny model."""
     trl = pytest.importorskip("trl")
     from tests.support.trl_harness import build_trainer
 
     trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, tmp_path_factory.mktemp("trl"))
     trainer.model.train()  # in evaluation TRL counts by num_generations_eval
-
-    def advantage(rewards_NK, G, aggregation, scale, weights):
-        N, K = rewards_NK.shape
-        trainer._generate = lambda prompts: ([[2]] * N, [[1]] * N, None, ["w2"] * N, None, {}, None, [])
-        trainer._calculate_rewards = lambda *_: rewards_NK.clone()
-        trainer.num_generations = G
-        trainer.multi_objective_aggregation = aggregation
-        trainer.scale_rewards = scale
-        trainer.reward_weights = torch.tensor(weights)
-        trainer.reward_funcs = [None] * K
-        trainer.reward_func_names = [f"reward{k}" for k in range(K)]
-        return trainer._generate_and_score_completions([{"prompt": "w2"}] * N)["advantages"]
-
-    return advantage
+    return trainer
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("method, scale", [*VARIANTS[:3], ("gdpo", "group")])
-def test_equals_trl(trl_advantage, method, scale, binary, missing):
+def test_equals_trl(trainer, method, scale, binary, missing):
+    from tests.support.trl_harness import scored
+
     aggregation = {"grpo": "sum_then_normalize", "gdpo": "normalize_then_sum"}[method]
     generator = torch.Generator().manual_seed(0)
     unscorable = 0
@@ -228,7 +217,7 @@ def test_equals_trl(trl_advantage, method, scale, binary, missing):
             rewards[torch.rand(6 * G, K, generator=generator) < missing] = NAN
             unscorable += int(rewards.isnan().all(dim=1).sum())
             ours = group_advantage(rewards, num_generations=G, method=method, weights=weights, scale=scale)
-            theirs = trl_advantage(rewards, G, aggregation, scale, weights)
+            theirs = scored(trainer, rewards, G, aggregation, weights, scale)
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
             truth = f64(oracle(rewards.tolist(), G, method, weights, scale))
             assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6

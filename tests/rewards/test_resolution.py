@@ -126,29 +126,17 @@ def test_sums_are_the_advantages_of_group_advantage():
     assert dead_groups > 0
 
 
-@pytest.fixture(scope="module")
-def trl_gauge(tmp_path_factory):
-    """TRL's frac_reward_zero_std of given rewards."""
+def test_trls_gauge_is_ours_for_sums_and_blind_to_groups_otherwise(tmp_path):
     trl = pytest.importorskip("trl")
-    from tests.support.trl_harness import build_trainer
+    from tests.support.trl_harness import build_trainer, scored
 
-    trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, tmp_path_factory.mktemp("trl"))
+    trainer = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, tmp_path)
     trainer.model.train()
 
-    def gauge(rewards_NK, G, aggregation):
-        N, K = rewards_NK.shape
-        trainer._generate = lambda prompts: ([[2]] * N, [[1]] * N, None, ["w2"] * N, None, {}, None, [])
-        trainer._calculate_rewards = lambda *_: rewards_NK.clone()
-        trainer.num_generations, trainer.multi_objective_aggregation = G, aggregation
-        trainer.reward_weights, trainer.reward_funcs = torch.ones(K), [None] * K
-        trainer.reward_func_names = [f"reward{k}" for k in range(K)]
-        trainer._generate_and_score_completions([{"prompt": "w2"}] * N)
+    def trl_gauge(rewards, G, aggregation):
+        scored(trainer, rewards, G, aggregation)
         return trainer._metrics["train"]["frac_reward_zero_std"][-1]
 
-    return gauge
-
-
-def test_trls_gauge_is_ours_for_sums_and_blind_to_groups_otherwise(trl_gauge):
     g = torch.Generator().manual_seed(0)
     for G in (2, 4):
         rewards = torch.randint(0, 2, (16 * G, 2), generator=g).float()

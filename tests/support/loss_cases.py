@@ -34,7 +34,6 @@ COVARIANCE = {
     "kl_cov": CovarianceConfig(ratio=0.2, kl_coef=0.7),
 }
 TYPES_AND_LEVELS = [(name, level) for name, levels in LEVELS.items() for level in levels]
-FLOATS = ("advantage", "old_logp", "ref_logp", "sampler_ratio", "sampler_logp", "entropy")
 
 
 def make_config(loss_type="dapo", level=None, **settings) -> LossConfig:

@@ -112,6 +112,17 @@ def build_trainer(trainer_class, config_class, output_dir, reward_funcs=None, mo
         raise
 
 
+def scored(trainer, rewards, G: int, aggregation: str, weights=None, scale="group"):
+    """The advantages that TRL's own trainer computes from given rewards [N, K], of completions of one token."""
+    N, K = rewards.shape
+    trainer._generate = lambda prompts: ([[2]] * N, [[1]] * N, None, ["w2"] * N, None, {}, None, [])
+    trainer._calculate_rewards = lambda *_: rewards.clone()
+    trainer.num_generations, trainer.multi_objective_aggregation, trainer.scale_rewards = G, aggregation, scale
+    trainer.reward_weights = torch.ones(K) if weights is None else torch.tensor(weights)
+    trainer.reward_funcs, trainer.reward_func_names = [None] * K, [f"reward{k}" for k in range(K)]
+    return trainer._generate_and_score_completions([{"prompt": "w2"}] * N)["advantages"]
+
+
 def build_trainers(trainer_class, config_class, folder) -> dict:
     """{whether the model has experts: trainer}. beta is set so that TRL builds what a KL needs; the sweep varies it."""
     made = {False: tiny_model, True: tiny_moe_model}

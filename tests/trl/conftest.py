@@ -28,3 +28,12 @@ IN_TORCH = {
 def lm_head_in_torch(monkeypatch, request):
     if request.path.stem in IN_TORCH:
         monkeypatch.setattr(vocab_loop, "_folder", lambda x: logits_tile)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """Of a tiny model; beta is set so that TRL builds what a KL needs, and `apply_setting` takes it away again."""
+    from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
+    from tests.support.trl_harness import build_trainer
+
+    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)

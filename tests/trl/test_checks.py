@@ -31,6 +31,7 @@ IN_CONFIG = [
     ({"epsilon_hi": 0.3}, "unknown option epsilon_hi, did you mean epsilon_high?"),
     ({"top_entropy_quantil": 0.3}, "unknown option top_entropy_quantil, did you mean top_entropy_quantile?"),
     ({"xyzzy": 0.3}, "^unknown option xyzzy$"),
+    ({"epsilon_low": 0.1, "epsilon": 0.3}, "epsilon_low: found 0.1 and epsilon=0.3, expected one of the two"),
     ({"gauges": "most"}, "gauges: found 'most', expected one of 'basic', 'all'"),
     ({"covariance": "ratio=1", "loss_type": "kl_cov"}, "covariance: found 'ratio=1', expected a dict"),
     ({"dynamic_temperature": "ratio=1"}, "dynamic_temperature: found 'ratio=1', expected a dict"),
@@ -63,6 +64,11 @@ def test_what_is_set_before_loading_is_what_trl_sets(tmp_path):
 
     build_trainer(Watched, GRPOConfig, tmp_path, **options)
     assert seen["early"] == seen["late"] and seen["early"].epsilon_high == 0.3
+
+
+def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
+    assert config(tmp_path, epsilon_low=0.1).epsilon == 0.1
+    assert config(tmp_path).epsilon == trl.GRPOConfig.epsilon
 
 
 def test_the_constructor_stays_that_of_a_dataclass(tmp_path):

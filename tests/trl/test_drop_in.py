@@ -33,11 +33,6 @@ def warnings_of(caplog, name=PLUGIN) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == name and r.levelno == logging.WARNING]
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
-
-
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_a_run_with_trls_defaults_moves_every_parameter_to_where_trl_moves_it(tmp_path, caplog, loss_type, level):

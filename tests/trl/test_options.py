@@ -126,14 +126,14 @@ NO_EFFECT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options, message", NO_EFFECT, ids=str)
-def test_an_option_without_effect_raises_before_a_model_is_loaded(tmp_path, monkeypatch, options, message):
+def test_an_option_without_effect_raises_before_a_model_is_loaded(tmp_path, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(trl.trainer.grpo_trainer, "create_model_from_path", load)
-    with pytest.raises(ValueError, match=message):
-        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **options)
+    for options, message in NO_EFFECT:
+        with pytest.raises(ValueError, match=message):
+            build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **options)
     with pytest.raises(AssertionError, match="the model was loaded"):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path)
 

@@ -37,11 +37,6 @@ def distinct(completion_ids, **_):
     return [float(len(set(ids))) for ids in completion_ids]
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("remedies"))
-
-
 def token_numbers(trainer, inputs):
     """(logp, entropy) of the micro-batch, from TRL's own call of the model."""
     T = inputs["completion_ids"].shape[1]

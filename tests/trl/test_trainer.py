@@ -26,12 +26,6 @@ from tests.support.trl_harness import (
 )
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    # beta is set so that TRL builds what a KL needs; the sweep varies it.
-    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
-
-
 def test_every_setting_that_only_some_losses_read_has_its_option():
     assert set(OPTIONS) == set().union(*READ_BY.values()) - {"max_log_ratio"}  # which TRL has not
 
@@ -107,14 +101,6 @@ def test_a_run_with_the_entropy_controller_is_trls(tmp_path):
 
 def test_settings_of_other_losses_do_not_matter(tmp_path):
     build_trainer(GRPOTrainer, GRPOConfig, tmp_path, loss_type="grpo", sapo_temperature_pos=-1.0, vespo_k_neg=-1.0)
-
-
-def test_epsilon_and_epsilon_low_are_one_bound(tmp_path):
-    common = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
-    assert GRPOConfig(**common, epsilon_low=0.1).epsilon == 0.1
-    assert GRPOConfig(**common).epsilon == trl.GRPOConfig(**common).epsilon
-    with pytest.raises(ValueError, match="epsilon_low: found 0.1 and epsilon=0.3, expected one of the two"):
-        GRPOConfig(**common, epsilon_low=0.1, epsilon=0.3)
 
 
 def test_a_loss_type_that_only_a_newer_trl_knows_is_that_trls(trainer, monkeypatch):

@@ -32,12 +32,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    # beta is set so that TRL builds what a KL needs; the settings take it away again.
-    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
-
-
 @pytest.fixture
 def calls(trainer):
     """(whether with gradient, hidden states) of every call of the first decoder layer."""

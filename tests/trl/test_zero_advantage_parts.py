@@ -34,12 +34,6 @@ from tests.support.zero_advantage_cases import DEAD, SPLITS, Echo, echo_inputs, 
 pytestmark = pytest.mark.usefixtures("on_torch")
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    # beta is set so that TRL builds what a KL needs; the settings take it away again.
-    return build_trainer(GRPOTrainer, GRPOConfig, tmp_path_factory.mktemp("out"), beta=0.04)
-
-
 def test_what_is_dead():
     tool_mask = torch.tensor([[1, 0, 1]] * 4 + [[0, 0, 1]])
     inputs = {"completion_mask": torch.tensor([[1, 1, 0]] * 5), "tool_mask": tool_mask}
