@@ -167,14 +167,6 @@ class PluginOptions:
             "and under torch.compile, which would compile a graph per shape."
         },
     )
-    spread_live_rows: bool = dataclasses.field(
-        default=False,
-        metadata={
-            "help": "Exchange completions among the micro-batches of an optimizer step so that each has as many with a "
-            "gradient. Loss and gradient of the step are the same; metrics that are means of micro-batches shift."
-        },
-    )
-
     collapse_monitor: bool = dataclasses.field(
         default=True,
         metadata={
@@ -268,7 +260,7 @@ class GRPOConfig(PluginOptions, TrlGRPOConfig):
                 self.generation_kwargs = {**given, "extra_args": extra}
         for name in ("token_log_steps", "dynamic_sampling_rounds"):
             checks.whole(name, getattr(self, name), 0)
-        for name in ("exact_k", "gdpo_token_weighted", "spread_live_rows", "collapse_monitor"):
+        for name in ("exact_k", "gdpo_token_weighted", "collapse_monitor"):
             checks.flag(name, getattr(self, name))
         self._check_advantages()
 

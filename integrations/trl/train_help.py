@@ -34,7 +34,6 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "memory and speed": {
         "zero_advantage": ("drop", "completions without a signal: 'forward_only', 'drop' or 'keep'"),
-        "spread_live_rows": ("true", "as many completions with a signal in each micro-batch"),
         "lm_head_plan": ("auto", "'auto', 'keep', 'recompute' or 'trl'"),
         "lm_head_memory_budget": ("1GiB", "bytes of logits that may be kept"),
     },

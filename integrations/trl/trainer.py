@@ -311,7 +311,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             self._rollout.select([inputs], config, compat.micro_batches(self))
         elif buffered is not None and buffered is not before:
             self._rollout.select(buffered, config, compat.micro_batches(self))
-            self._zero_advantage.look_ahead(buffered, self._why_trls_call())
+            self._zero_advantage.look_ahead(buffered)
         return inputs
 
     def _calculate_rewards(self, *args, **kwargs):

@@ -4,7 +4,6 @@ A completion is dead if its advantage is exactly 0 wherever a token counts, or i
 """
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -132,31 +131,6 @@ def take(inputs: dict, rows: list[int]) -> dict:
     return result
 
 
-def spread(batches: list[dict], size: int) -> None:
-    """Deal the completions of each `size` consecutive micro-batches out anew, in place, the live ones evenly."""
-    rows = look(batches)
-    for start in range(0, len(batches), size):
-        group = batches[start : start + size]
-        dead = [is_dead for r in rows[start : start + size] for is_dead in r.dead]
-        B = group[0]["completion_ids"].shape[0]
-        live = [i for i, is_dead in enumerate(dead) if not is_dead]
-        others = iter([i for i, is_dead in enumerate(dead) if is_dead])
-        dealt = [live[k :: len(group)] for k in range(len(group))]
-        dealt = [mine + [next(others) for _ in range(B - len(mine))] for mine in dealt]
-        for name in group[0]:
-            values = [inputs[name] for inputs in group]
-            if not all(has_rows(x, B) for x in values):
-                continue
-            whole = torch.cat(values) if isinstance(values[0], Tensor) else [x for value in values for x in value]
-            for inputs, mine in zip(group, dealt, strict=True):
-                inputs[name] = whole[mine] if isinstance(whole, Tensor) else [whole[i] for i in mine]
-
-
-def spread_size(steps_per_generation: int, accumulation: int) -> int:
-    """The most micro-batches that always share an optimizer step, wherever in a generation batch the step begins."""
-    return math.gcd(steps_per_generation, accumulation)
-
-
 class ZeroAdvantage:
     """The option of a trainer of TRL at work: which completions of a micro-batch run, and how.
 
@@ -174,44 +148,21 @@ class ZeroAdvantage:
     def choice(self) -> str:
         return options(self.trainer.args).zero_advantage
 
-    @property
-    def spreads(self) -> bool:
-        return options(self.trainer.args).spread_live_rows
-
     def check(self, trls_own: str | None) -> None:
         """Raise where an option would be ignored or would change the loss. trls_own: why that is TRL's, or None."""
-        trainer, choice, spreads = self.trainer, self.choice, self.spreads
+        trainer, choice = self.trainer, self.choice
         checks.one_of("zero_advantage", choice, CHOICES)
         if trls_own is not None:
             where = f"with {trls_own}, where the loss is TRL's own"
             checks.require(choice != "drop", "zero_advantage", repr(choice), f"'forward_only' or 'keep' {where}")
-            checks.require(not spreads, "spread_live_rows", spreads, f"False {where}")
             return
-        quantile = (
-            f"top_entropy_quantile={trainer.top_entropy_quantile}" if trainer.top_entropy_quantile < 1.0 else None
-        )
-        if options(trainer.args).entropy_scope != "microbatch":
-            quantile = None  # the cutoff is known before the micro-batch
-        looks = quantile or self._why_picks_here()
+        looks = self._why_picks_here()
+        # The cutoff of a window or a generation batch is known before the micro-batch.
+        if trainer.top_entropy_quantile < 1.0 and options(trainer.args).entropy_scope == "microbatch":
+            looks = f"top_entropy_quantile={trainer.top_entropy_quantile}"
         checks.require(
             choice != "drop" or looks is None, "zero_advantage", repr(choice),
             f"'forward_only' or 'keep' with {looks}, whose selection looks at every completion",
-        )  # fmt: skip
-        if not spreads:
-            return
-        checks.require(choice != "keep", "spread_live_rows", True, "False with zero_advantage='keep': it has no effect")
-        steps, accumulation = trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps
-        checks.require(
-            spread_size(steps, accumulation) > 1, "spread_live_rows", True,
-            f"False with gradient_accumulation_steps={accumulation}, steps_per_generation={steps}, where no two "
-            "micro-batches always share an optimizer step",
-        )  # fmt: skip
-        row = LOSSES.get(trainer.loss_type)
-        own_count = f"loss_type={trainer.loss_type!r}" if row is not None and row.own_token_count else None
-        mean = own_count or looks or self._why_mean_of_call()
-        checks.require(
-            mean is None, "spread_live_rows", True,
-            f"False with {mean}: the loss depends on which completions share a micro-batch",
         )  # fmt: skip
 
     def says(self, trls_own: str | None, trls_call: str | None) -> str:
@@ -223,17 +174,10 @@ class ZeroAdvantage:
             return f"{of_them} run as the others do ({why})"
         return f"{of_them} {'run forward only' if self.choice == 'forward_only' else 'do not run'}"
 
-    def look_ahead(self, batches: list[dict], trls_call: str | None) -> None:
-        """At a new generation batch: spread its live rows and learn what every micro-batch has, in one go."""
-        if self.choice == "keep":
-            return
-        if self.spreads and self._why_one_call(trls_call) is None:
-            if any(map(self._sees, batches)):
-                self._say("spread_live_rows: completions with images stay where they are")
-            else:
-                args = self.trainer.args
-                spread(batches, spread_size(args.steps_per_generation, args.gradient_accumulation_steps))
-        self.memory.remember(batches, self._agreement(batches))
+    def look_ahead(self, batches: list[dict]) -> None:
+        """At a new generation batch: learn what every micro-batch has, in one go."""
+        if self.choice != "keep":
+            self.memory.remember(batches, self._agreement(batches))
 
     def apart(self, model: Any, inputs: dict, trls_call: str | None) -> tuple[Any, dict]:
         """What to call, and the completions to call it with; decided each step: callbacks may change settings."""
@@ -317,12 +261,6 @@ class ZeroAdvantage:
         row = LOSSES.get(self.trainer.loss_type)
         picks = row is not None and row.picks is not None and settings.get("scope") != "generation"
         return f"loss_type={self.trainer.loss_type!r}" if picks else None
-
-    def _why_mean_of_call(self) -> str | None:
-        """A term of the loss that is a mean over one micro-batch."""
-        if compat.has_entropy_bonus(self.trainer):
-            return "an entropy bonus"
-        return "an auxiliary loss" if self.trainer.aux_loss_enabled else None
 
     def _say(self, reason: str) -> None:
         if reason not in self.said:

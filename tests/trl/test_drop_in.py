@@ -91,9 +91,6 @@ def test_what_rlloss_refuses_and_trl_runs_is_trls_loss_and_said_once(tmp_path, c
     assert len(warnings_of(caplog)) == 1 and message in warnings_of(caplog)[0]
     with pytest.raises(ValueError, match=f"zero_advantage: found 'drop'.*{message}.*where the loss is TRL's own"):
         build_trainer(GRPOTrainer, GRPOConfig, tmp_path, zero_advantage="drop", **options)
-    with pytest.raises(ValueError, match=f"spread_live_rows: found True.*{message}.*TRL's own"):
-        spread = {"spread_live_rows": True, "gradient_accumulation_steps": 2}
-        build_trainer(GRPOTrainer, GRPOConfig, tmp_path, **spread, **options)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -37,7 +37,6 @@ OPTIONS = {
     "soft_overlong_cache": (4, {}),
     "gauges": ("all", {}),
     "zero_advantage": ("drop", {}),
-    "spread_live_rows": (True, {"gradient_accumulation_steps": 2, "zero_advantage": "drop"}),
     "lm_head_plan": ("keep", {}),
     "lm_head_memory_budget": (1000, {}),
     "collapse_monitor": (False, {}),
@@ -83,7 +82,6 @@ def test_a_trainer_takes_every_option_and_trains(tmp_path, name):
     assert "rlloss/live_share" in trainer.state.log_history[0]
 
 
-SPREAD = {"spread_live_rows": True, "gradient_accumulation_steps": 2}
 NO_EFFECT = [
     ({"covariance": {"ratio": 0.1}}, "covariance: found .*expected None with loss_type='dapo'"),
     ({"loss_type": "kl_cov", "covariance": {"low": 0.5}}, "covariance.low: found 0.5.*no effect with.*kl_cov"),
@@ -112,14 +110,6 @@ NO_EFFECT = [
     ({"entropy_denominator": "kept", "loss_type": "luspo", "top_entropy_quantile": 0.5}, "'luspo', which divides by B"),
     ({"loss_type": "gmpo"}, "loss_type: found 'gmpo', expected one of 'grpo', 'bnpo', .*'vespo'.*'clip_cov'"),
     ({"importance_sampling_level": "word"}, "importance_sampling_level: found 'word'"),
-    ({"spread_live_rows": True}, "spread_live_rows: found True"),
-    (SPREAD | {"zero_advantage": "keep"}, "spread_live_rows: found True.*zero_advantage='keep'"),
-    (SPREAD | {"loss_type": "bnpo"}, "spread_live_rows: found True, expected False with .*'bnpo'"),
-    (SPREAD | {"loss_type": "kl_cov"}, "spread_live_rows: found True, expected False with loss_type='kl_cov'"),
-    (SPREAD | {"top_entropy_quantile": 0.5}, "spread_live_rows: .*top_entropy_quantile=0.5"),
-    (SPREAD | {"entropy_coef": 0.1}, "spread_live_rows: .*an entropy bonus"),
-    ({"spread_live_rows": True, "gradient_accumulation_steps": 3, "steps_per_generation": 2},
-     "spread_live_rows: found True.*gradient_accumulation_steps=3, st"),
     ({"gdpo_token_weighted": True}, "gdpo_token_weighted: found True, expected False with multi_"),
     ({"soft_overlong_cache": 9}, "soft_overlong_cache: found 9, expected 0 to max_completion_length = 8"),
     ({"soft_overlong_cache": -1}, "soft_overlong_cache: found -1"),

@@ -16,14 +16,10 @@ from rlloss.integrations.trl.zero_advantage import (
     dead_completions,
     look,
     split,
-    spread,
-    spread_size,
 )
 from tests.support.ranks import on_ranks
 from tests.support.trl_harness import (
-    TRL_LOSS_TYPES,
     apply_setting,
-    assert_same_step,
     build_trainer,
     draw_setting,
     random_inputs,
@@ -115,60 +111,6 @@ def test_rows_are_read_once_and_again_where_someone_changed_them(monkeypatch):
     assert memory.recall(other, lambda dead: dead) == (Rows([False, False], [3, 3]), False)
 
 
-def micro_batches(trainer, count, dead, **options):
-    """Micro-batches of one generation; the rows `dead` of the first half of them have no advantage."""
-    batches = [random_inputs(trainer, seed=i, **options) for i in range(count)]
-    for i, inputs in enumerate(batches):
-        kill(inputs, dead if i < count // 2 else [])
-        inputs["num_items_in_batch"] = batches[0]["num_items_in_batch"]
-    return batches
-
-
-def test_live_rows_are_dealt_out_evenly_and_rows_stay_together(trainer):
-    apply_setting(trainer, draw_setting(0) | SPLITS, 0)
-    batches = micro_batches(trainer, 4, [0, 1, 3], per_token_advantage=True, tool_mask=True)
-    for i, inputs in enumerate(batches):
-        inputs |= {"names": [f"{i}{j}" for j in range(4)], "nothing": None, "length": torch.tensor([7])}
-    before = [dict(inputs) for inputs in batches]
-    spread(batches, 4)
-    assert [sum(not x for x in rows.dead) for rows in look(batches)] == [3, 3, 2, 2]
-    seen = []
-    for inputs in batches:
-        assert inputs["nothing"] is None and inputs["length"].tolist() == [7]
-        assert inputs["num_items_in_batch"].dim() == 0
-        for j, name in enumerate(inputs["names"]):
-            seen.append(name)
-            origin = before[int(name[0])]
-            for key, x in inputs.items():
-                if isinstance(x, torch.Tensor) and x.dim() >= 1 and len(x) == 4:
-                    torch.testing.assert_close(x[j], origin[key][int(name[1])])
-    assert sorted(seen) == [f"{i}{j}" for i in range(4) for j in range(4)]
-    again = [dict(inputs) for inputs in before]
-    spread(again, 2)
-    assert [sum(not x for x in rows.dead) for rows in look(again)] == [1, 1, 4, 4]
-    assert spread_size(8, 4) == 4 and spread_size(2, 4) == 2 and spread_size(6, 4) == 2 and spread_size(3, 1) == 1
-
-
-@pytest.mark.parametrize("loss_type", [name for name in (*TRL_LOSS_TYPES, "gspo") if name != "bnpo"])
-def test_spreading_leaves_the_gradient_of_the_optimizer_step(trainer, loss_type):
-    setting = draw_setting(5) | SPLITS | {"loss_type": loss_type, "accumulation": 4, "off_policy": 0.05}
-    setting |= {"steps_per_generation": 4, "sampler": None}
-    apply_setting(trainer, setting, 0)
-    batches = micro_batches(trainer, 4, [0, 1, 3])
-
-    def step():
-        trainer.model.zero_grad()
-        losses = []
-        for inputs in batches:
-            losses.append(trainer._compute_loss(trainer.model, inputs))
-            losses[-1].backward()
-        return torch.stack(losses).sum().detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-
-    expected = step()
-    spread(batches, 4)
-    assert_same_step(step(), expected)
-
-
 def half_of_the_groups(prompts, completion_ids, **_):
     """A reward that teaches something about every other prompt only."""
     return [
@@ -181,7 +123,6 @@ RUNS = {
     "keep": {"zero_advantage": "keep"},
     "forward_only": {},
     "drop": {"zero_advantage": "drop"},
-    "spread": {"spread_live_rows": True},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "checkpointed": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
@@ -215,7 +156,7 @@ def test_a_training_run_ends_where_one_without_the_option_ends(runs, name):
     assert found_shares == pytest.approx(shares) and 0 < sum(shares) / len(shares) < 1
     assert all(math.isfinite(x) for x in shares)
     assert (found - expected).norm() <= 1e-4 * expected.norm()
-    assert live == [2, 4] and found_live == ([3, 3] if name == "spread" else live)
+    assert found_live == live == [2, 4]
 
 
 def _on_a_rank(rank: int, port: int, folder: str) -> None:
