@@ -26,9 +26,9 @@ SUITES: dict[str, ModuleType] = {
 def cells(
     suites: Sequence[str], models: Sequence[str], dtypes: Sequence[str], rhos: Sequence[float], fills: Sequence[float]
 ) -> list[Cell]:
-    """In the order in which they are measured: the token pass and the update step, then rho 0.2 and 1, of "small" first,
-    then the rest from logits and from hidden states; of a model's cells those that share their tensors one after the
-    other.
+    """In the order in which they are measured: the token pass and the update step, then rho 0.2 and 1, of "small"
+    first, then the rest from logits and from hidden states; of a model's cells those that share their tensors one after
+    the other.
 
     Real heads are measured in the first dtype, "small" in all of them, and "wide", from hidden states, without padding.
     """
