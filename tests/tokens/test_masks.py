@@ -11,6 +11,8 @@ from rlloss.backends import backend
 from rlloss.tokens.masks import completion_mask, not_truncated, top_entropy_mask
 from tests.support.ranks import on_ranks
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def test_ties_at_the_cutoff():
     entropy = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0]])

@@ -207,7 +207,7 @@ def _on_a_rank(rank: int, port: int, folder: str) -> None:
         trainer.args.zero_advantage = "forward_only"
         live = random_inputs(trainer, seed=rank)
         batches = [inputs, kill(live, [])]
-        plan.look_ahead(batches, None)
+        plan.look_ahead(batches)
         assert len(counted) == 1 and [known[-1] for known in plan.memory._known] == [True, False]
         for batch, sequence in zip(batches, ([False, True], [True]), strict=True):
             calls.clear()
