@@ -455,3 +455,13 @@ def test_gradient_in_forward_does_not_drift(monkeypatch):
     p[:, 0] -= 1
     error = weight.grad.double() / (p.T @ hidden[0].double()) - 1
     assert error.abs().max() <= 2**-8 * 1.001 and error.mean().abs() < 2**-11
+
+
+def test_a_second_backward_takes_its_own_factor():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=g, requires_grad=True) for shape in ((2, 3, 4), (9, 4)))
+    target, mask = torch.randint(0, 9, (2, 3), generator=g), torch.ones(2, 3, dtype=torch.bool)
+    loss = LinearGRPOLoss(plan="gradient_in_forward")(hidden, weight, target, torch.tensor([1.0, -2.0]), mask=mask).loss
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for x, y in zip(torch.autograd.grad(0.25 * loss, (hidden, weight)), first, strict=True):
+        torch.testing.assert_close(x, 0.25 * y)
