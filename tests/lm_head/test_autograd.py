@@ -258,6 +258,7 @@ def test_an_entropy_without_gradient_may_be_overwritten_and_one_with_gradient_no
     x = batch()
     leaves_of(x)
     stats = linear_token_stats(x["hidden"], x["weight"], x["target"])
+    assert stats.logp.requires_grad and not stats.entropy.requires_grad
     stats.entropy.mul_(2.0)
     stats.logp.sum().backward()
     stats = linear_token_stats(x["hidden"], x["weight"], x["target"], entropy_grad=True)

@@ -263,6 +263,7 @@ def test_counted_products_and_what_explain_plan_says_of_them(plan, r, needed):
     advantage.view(-1)[places[torch.randperm(50)[: round(50 * r)]]] = 1.0
     leaves = {name: x[name].requires_grad_(name in needed) for name in ("hidden", "weight", "bias")}
     given = {"mask": mask, "advantage": advantage, "config": LossConfig(), "plan": plan}
+    assert f"plan='{plan}'" in repr(LinearGRPOLoss(plan=plan))
     report = explain_plan(**leaves, live_share=r, **given)
     with count_products() as products, Products() as witness:
         loss, metrics = LinearGRPOLoss(plan=plan)(**leaves, target=x["target"], advantage=advantage, mask=mask)
