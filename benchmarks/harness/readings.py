@@ -6,6 +6,7 @@ from typing import Any
 
 Result = dict[str, Any]
 OURS = "rlloss"
+SAME = f"is what {OURS} takes"  # the status of a plan that the default took
 BARE_OF_PLAN = {"recompute": "bare 1 + 3r", "keep": "bare 1 + 2r", "gradient_in_forward": "bare 1 + 2r"}
 
 

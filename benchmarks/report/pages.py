@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.readings import Result, median, share_of_copy
+from benchmarks.harness.readings import OURS, SAME, Result, median, share_of_copy
 from benchmarks.report.summary import load, memory, milliseconds
 from rlloss.report import replace_file
 
@@ -22,7 +22,9 @@ Show = Callable[[Result, str], str | None]
 
 
 def entry(result: Result, name: str) -> dict[str, Any]:
-    return (result["peers"] | result["limits"]).get(name, {})
+    """Of a contender or a limit; a plan that is the default's own has no number of its own."""
+    found = (result["peers"] | result["limits"]).get(name, {})
+    return result["peers"][OURS] if found.get("status") == SAME else found
 
 
 def ms(result: Result, name: str) -> str | None:
@@ -95,7 +97,7 @@ def _columns(of: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{label}, {rho}": w for label, wanted in of.items() for rho, w in _rhos(**wanted).items()}
 
 
-OURS = {"rlloss, default": "rlloss", "rlloss `keep`": "rlloss keep"}
+PLANS = {"rlloss, default": OURS, "rlloss `keep`": "rlloss keep"}
 TRL_CPU, PLAIN = {"TRL's lm_head on CPU": "TRL"}, {"plain logits": "naive"}
 LIGER = {"Liger's chunked loss (no entropies, no selection)": "Liger"}
 BARE = {"the bare products of `recompute`": "bare 1 + 3r", "of `keep`": "bare 1 + 2r"}
@@ -117,16 +119,16 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         ms, of_trl, peak,
     ),
     "hidden states": lambda: table(
-        CPU, "hidden", OURS | TRL_CPU | PLAIN | LIGER | BARE,
+        CPU, "hidden", PLANS | TRL_CPU | PLAIN | LIGER | BARE,
         _columns({f"{dtype}, fill {fill:g}": {"model": "small", "dtype": dtype, "fill": fill}
                   for dtype in ("float32", "bfloat16") for fill in (0.5, 1.0)}),
         ms, peak,
     ),
     "hidden states, D 4096": lambda: table(
-        CPU, "hidden", OURS | TRL_CPU | PLAIN, _rhos(model="wide", dtype="float32"), ms, peak,
+        CPU, "hidden", PLANS | TRL_CPU | PLAIN, _rhos(model="wide", dtype="float32"), ms, peak,
     ),
     "real heads": lambda: table(
-        CPU, "hidden", OURS | TRL_CPU | PLAIN | {"torch.compile of plain logits": "torch.compile"} | BARE,
+        CPU, "hidden", PLANS | TRL_CPU | PLAIN | {"torch.compile of plain logits": "torch.compile"} | BARE,
         _columns({model: {"model": model, "dtype": "float32"}
                   for model in ("Qwen2.5-0.5B", "Qwen3-8B", "Llama-3-8B", "Gemma-3-4B")}),
         ms,
@@ -147,7 +149,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     ),
     "hidden states on a GPU": lambda: table(
         GPU, "hidden",
-        OURS | {"TRL": "TRL"} | PLAIN | {"cut-cross-entropy, no entropies": "cut-cross-entropy"},
+        PLANS | {"TRL": "TRL"} | PLAIN | {"cut-cross-entropy, no entropies": "cut-cross-entropy"},
         _columns({"D 896": {"model": "Qwen2.5-0.5B"}, "D 4096": {"model": "Qwen3-8B"}}), ms, peak,
     ),
 }  # fmt: skip

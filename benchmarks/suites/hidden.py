@@ -13,7 +13,7 @@ from benchmarks.contenders.limits import bare_products
 from benchmarks.harness import errors
 from benchmarks.harness.contest import Contest, Entrant, entrant
 from benchmarks.harness.peer import Peer
-from benchmarks.harness.readings import OURS
+from benchmarks.harness.readings import OURS, SAME
 from benchmarks.harness.shapes import Cell, lengths
 from benchmarks.harness.timing import CUDA, DEVICE, phases
 
@@ -82,7 +82,7 @@ def contest(cell: Cell, compiled: bool) -> Contest:
         return functools.partial(check, peer, case, reference)
 
     entrants = [
-        entrant(peer, case, checked(peer), why_not=f"is what {OURS} takes" if peer.name == taken else None)
+        entrant(peer, case, checked(peer), why_not=SAME if peer.name == taken else None)
         for peer in peers(compiled=compiled)
     ]
     facts = {"counted": case.counted, "live": case.live, "unit_flop": case.unit}
