@@ -17,8 +17,8 @@ class Peer:
     """A contender for the cases of one suite.
 
     start: the forward of a case, with gradient; it returns the backward, which returns the result. forward: the same
-    without gradient. prepare: what comes before each step, off the clock. module: must be importable. on: what it needs
-    or is for: "gpu", "cpu", or "triton" (rlloss's kernels). ignores_rho: it keeps every token whatever rho is.
+    without gradient. prepare: what comes before each step, off the clock. module: must be importable. on: the device
+    that it needs, "gpu" or "cpu", or "triton": rlloss's kernels. ignores_rho: it keeps every token at any rho.
     """
 
     name: str

@@ -101,7 +101,7 @@ def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
     return {key: sorted(found[key], key=lambda r: (r["kind"] != "forward", r["rho"])) for key in order}
 
 
-def _circumscribed(group: list[Result]) -> str:
+def _heading(group: list[Result]) -> str:
     """The model, its sizes and how many tokens there are."""
     measured = [r for r in group if r["status"] == "measured"]
     first = measured[0]
@@ -124,7 +124,7 @@ def _table(group: list[Result]) -> list[str]:
     measured = [r for r in group if r["status"] == "measured"]
     of_memory = [r for r in group if r["kind"] != "forward" and r["suite"] != "token pass"]
     names = list(dict.fromkeys(name for part in ("peers", "limits") for r in measured for name in r[part]))
-    lines = ["", _circumscribed(group), ""]
+    lines = ["", _heading(group), ""]
     lines += _header("ms", [*map(_label, group), *(f"memory, {_label(r)}" for r in of_memory), "largest error"])
     for name in names:
         entries = [(r.get("peers", {}) | r.get("limits", {})).get(name, {}) for r in group]

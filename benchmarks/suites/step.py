@@ -1,7 +1,7 @@
 """An update step of a real GRPOTrainer, loss and backward: rlloss's against TRL's on the same batch.
 
 A contender has a number where its loss, gradients and metrics are TRL's. Kind "beta 0.04" adds the KL to a reference
-model, by which every completion gets a gradient.
+model, which gives every completion a gradient.
 """
 
 import functools
