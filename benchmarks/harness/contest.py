@@ -63,7 +63,8 @@ def entrant(
 
 @dataclass(frozen=True)
 class Contest:
-    """facts: what a result says of its case. limits: what no contender goes below, timed in the same turns."""
+    """facts: what a result says of its case. limits: what no contender goes below, or a part of what each does; timed
+    in the same turns."""
 
     peers: list[Entrant]
     limits: list[Entrant] = field(default_factory=list)

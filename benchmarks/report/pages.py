@@ -48,15 +48,15 @@ def bandwidth(result: Result, name: str) -> str | None:
 
 
 def found(results: list[Result], wanted: dict[str, Any]) -> Result:
-    """The result that has these fields; a model is one of those that it stands for."""
+    """The result that has these fields; a model is one of those that it stands for. A run may have left it out."""
     of = {"kind": "step", "fill": 1.0} | wanted
     model = of.pop("model", None)
-    (one,) = (
+    of_these = (
         r
         for r in results
         if all(r[name] == value for name, value in of.items()) and (model is None or model in r["model"].split(", "))
     )
-    return one
+    return next(of_these, {"status": "not measured"})
 
 
 def table(folder: str, suite: str, rows: dict[str, str], columns: dict[str, dict[str, Any]], *shows: Show) -> list[str]:
@@ -68,8 +68,8 @@ def table(folder: str, suite: str, rows: dict[str, str], columns: dict[str, dict
         cells = []
         for wanted in columns.values():
             result = found(results, wanted)
-            if result["status"] != "measured" or not median(entry(result, name)):
-                status = result["status"] if result["status"] != "measured" else entry(result, name).get("status", "")
+            status = result["status"] if result["status"] != "measured" else entry(result, name).get("status", "")
+            if status != "measured":
                 cells.append(status.partition(":")[0])
             else:
                 cells.append(", ".join(text for show in shows if (text := show(result, name)) is not None))

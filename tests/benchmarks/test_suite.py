@@ -378,12 +378,13 @@ def test_a_table_names_what_was_not_measured(tmp_path, monkeypatch):
     peers = {"rlloss": entry([0.2], [0.3], 2**20), "TRL": entry([1.5], [0.5], 2**21), "x": {"status": "wrong: it"}}
     results = [cell("hidden", 0.2, peers=peers), cell("hidden", 1.0) | {"status": "not measured: no time"}]
     run.save(tmp_path / "hidden.json", {"conditions": where | {"date": "2026-11-24T"}, "notes": {}, "results": results})
-    columns = {"a": {"rho": 0.2, "model": "Qwen3-8B"}, "b": {"rho": 1.0}}
+    columns = {"a": {"rho": 0.2, "model": "Qwen3-8B"}, "b": {"rho": 1.0}, "c": {"rho": 0.5}}
     found = pages.table(
         "", "hidden", {"we": "rlloss", "TRL": "TRL", "x": "x"}, columns, pages.ms, pages.of_trl, pages.peak
     )
     assert found[2:5] == [
-        "| we | 500, 0.25 of TRL's, 1 MiB | not measured |", "| TRL | 2000, 2 MiB | not measured |",
-        "| x | wrong | not measured |",
+        "| we | 500, 0.25 of TRL's, 1 MiB | not measured | not measured |",
+        "| TRL | 2000, 2 MiB | not measured | not measured |",
+        "| x | wrong | not measured | not measured |",
     ]  # fmt: skip
     assert found[-1] == "*Medians; a device; torch 1, trl 1, liger-kernel 1; commit abc, 2026-11-24.*"
