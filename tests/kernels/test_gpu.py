@@ -67,7 +67,7 @@ def test_statistics_and_gradient(N, V, dtype, softcap):
 def test_rows_that_are_split_have_the_same_bits(dtype):
     logits, target, _ = rows_of(ROWS, 151936, dtype)
     launch = backends.triton.token_stats_forward
-    whole, split = (launch(logits, target, None, 1.0, None, 1.0, split=s) for s in (False, True))
+    whole, split = (launch(logits, target, None, (1.0, None, 1.0), split=s) for s in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True))
 
 
