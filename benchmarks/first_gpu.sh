@@ -5,8 +5,8 @@
 #   benchmarks/first_gpu.sh measure FOLDER    # launch shapes, the benchmark's tables, counters of the slowest kernels
 #
 # Logs and results go to FOLDER; a line per step says how it ended. CHECK_S and MEASURE_S bound a step of each, in
-# seconds; PYTHON, WORKERS and COMMIT (of a checkout without git) can be set. compute-sanitizer and ncu are used where
-# they are found.
+# seconds (from hidden states it is a minute more); PYTHON, WORKERS and COMMIT (of a checkout without git) can be set.
+# compute-sanitizer and ncu are used where they are found.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:?check or measure}
@@ -60,8 +60,9 @@ check)
     if command -v compute-sanitizer >/dev/null; then
         step memcheck "$limit" bash -c 'sanitized memcheck -k "(statistics and (3-7- or 300-1000 or 3-50257)) or cutoff \
             or temperature or from_logits or single_launch_is or from_hidden"' &
+        # Not from hidden states: inside cuBLAS it finds hazards, or fails itself.
         step racecheck "$limit" bash -c 'sanitized racecheck -k "(statistics and (3-1000 or 300-1000)) or (cutoff and 4097) \
-            or (from_logits and dtype0) or (single_launch_is and dtype0) or (from_hidden and recompute-dtype0)"' &
+            or (from_logits and dtype0) or (single_launch_is and dtype0)"' &
     fi
     step doctor "$limit" "$python" -m rlloss.cli doctor &
     step demo "$limit" "$python" -m rlloss.cli demo --quick --output "$out/demo" &
@@ -75,10 +76,10 @@ measure)
     tune=("$python" -m benchmarks.tune --dtypes bf16 --V 151936 --rows 8192 --minutes 0.4 --write --only)
     step shapes "$limit" "${tune[@]}" statistics gradient split
     step tiles "$limit" "${tune[@]}" single_launch tile
-    step logits "$limit" "$python" -m benchmarks.run "${smoke[@]}" --minutes 1 --out "$out" \
+    step logits "$limit" "$python" -m benchmarks.run "${smoke[@]}" --minutes 1.2 --out "$out" \
         --suites "token pass" logits loss
-    step hidden "$limit" "$python" -m benchmarks.run "${smoke[@]}" --minutes 1.5 --out "$out" --no-compile \
-        --suites hidden
+    step hidden $((limit + 60)) "$python" -m benchmarks.run "${smoke[@]}" --minutes 2.5 --out "$out" --no-compile \
+        --suites step hidden
     if command -v ncu >/dev/null; then
         step forward 60 bash -c "counters token_stats_forward statistics"
         step backward 60 bash -c "counters token_stats_backward gradient"

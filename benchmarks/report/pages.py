@@ -97,6 +97,17 @@ def _columns(of: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{label}, {rho}": w for label, wanted in of.items() for rho, w in _rhos(**wanted).items()}
 
 
+def _step(folder: str) -> list[str]:
+    rows = {
+        "TRL": "TRL", "TRL's trainer inside `patch_trl()`": "TRL, patch_trl()", "rlloss's trainer": "rlloss",
+        "the backbone alone, all completions": "backbone, all completions",
+        "generation in transformers, besides": "generation",
+    }  # fmt: skip
+    kinds = {"beta 0, ms": "step", "beta 0.04, ms": "beta 0.04"}
+    columns = {label: {"kind": kind, "fill": 0.5} for label, kind in kinds.items()}
+    return table(folder, "step", rows, columns, ms, of_trl, peak)
+
+
 PLANS = {"rlloss, default": OURS, "rlloss `keep`": "rlloss keep"}
 TRL_CPU, PLAIN = {"TRL's lm_head on CPU": "TRL"}, {"plain logits": "naive"}
 LIGER = {"Liger's chunked loss (no entropies, no selection)": "Liger"}
@@ -108,16 +119,8 @@ FROM_LOGITS = {
 }
 TABLES: dict[str, Callable[[], list[str]]] = {
     "step, in a picture": picture,
-    "step": lambda: table(
-        CPU, "step",
-        {
-            "TRL": "TRL", "TRL's trainer inside `patch_trl()`": "TRL, patch_trl()", "rlloss's trainer": "rlloss",
-            "the backbone alone, all completions": "backbone, all completions",
-            "generation in transformers, besides": "generation",
-        },
-        {f"{kind}, ms": {"kind": kind if "0.04" in kind else "step", "fill": 0.5} for kind in ("beta 0", "beta 0.04")},
-        ms, of_trl, peak,
-    ),
+    "step": lambda: _step(CPU),
+    "step on a GPU": lambda: _step(GPU),
     "hidden states": lambda: table(
         CPU, "hidden", PLANS | TRL_CPU | PLAIN | LIGER | BARE,
         _columns({f"{dtype}, fill {fill:g}": {"model": "small", "dtype": dtype, "fill": fill}
@@ -146,6 +149,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         {"rlloss": "rlloss", "TRL's kernel": "TRL kernel", "Liger's kernels, no entropies": "Liger kernels",
          "torch.compile": "torch.compile"},
         FROM_LOGITS, ms, bandwidth,
+    ),
+    "loss on a GPU": lambda: table(
+        GPU, "loss",
+        {"rlloss": "rlloss", "TRL's kernel, loss in torch": "TRL kernel", "Liger, no entropies": "Liger",
+         "torch.compile": "torch.compile"},
+        _rhos(), ms, peak,
     ),
     "hidden states on a GPU": lambda: table(
         GPU, "hidden",
