@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.dev
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 
 DEMO_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile
@@ -15,7 +16,7 @@ CORE_TESTS := $(foreach name,logits/test_statistics tokens/test_masks tokens/tes
 	lm_head/test_lm_head_statistics trl/test_trainer,tests/$(name).py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-peers test-triton test-versions bench bench-pytest lint clean
+.PHONY: help demo test test-all test-peers test-triton test-versions bench bench-pytest docs lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
@@ -59,6 +60,10 @@ test-versions: ## run the core tests with other versions of torch, Triton, TRL a
 		$(VENV)/$$version/bin/python -m pytest -p no:benchmark $(TEST_ARGS) $(CORE_TESTS) || exit 1; \
 	done
 
+docs: $(DOCS) ## build the site to build/docs; a broken link or a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 lint: $(DEV) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,6 +84,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(DEV): $(READY)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[trl,dev]"
+	@touch $@
+
+$(DOCS): $(DEV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[trl,dev,docs]"
 	@touch $@
 
 # --no-deps: a peer must not move the versions under test. What compares with a peer that is missing is left out.

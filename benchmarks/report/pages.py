@@ -1,23 +1,15 @@
-"""The tables and figures that README.md and docs/ show, made of the results alone.
+"""Tables and figures of the results, for README.md and docs/: `python -m docs.generate` writes them there."""
 
-    python -m benchmarks.report.pages
-
-A page has `<!-- figures: NAME -->` where they begin and `<!-- end -->` behind them; what lies between is rewritten.
-"""
-
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.readings import OURS, SAME, Result, median, share_of_copy
 from benchmarks.report.summary import load, memory, milliseconds
-from rlloss.report import replace_file
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 CPU, GPU = "cpu-2-cores", "nvidia-h200"
-BLOCK = re.compile(r"(<!-- figures: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
 Show = Callable[[Result, str], str | None]
 
 
@@ -162,18 +154,3 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         _columns({"D 896": {"model": "Qwen2.5-0.5B"}, "D 4096": {"model": "Qwen3-8B"}}), ms, peak,
     ),
 }  # fmt: skip
-
-
-def filled(text: str) -> str:
-    """A page with what its blocks name."""
-    return BLOCK.sub(lambda m: m[1] + "\n".join(TABLES[m[2]]()) + "\n" + m[3], text)
-
-
-def pages() -> list[Path]:
-    return [path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if BLOCK.search(path.read_text())]
-
-
-if __name__ == "__main__":
-    for path in pages():
-        replace_file(path, filled(path.read_text(encoding="utf-8")))
-        print(path)
