@@ -26,6 +26,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!rlloss\b).*|.*\.LmHead")]
 
 html_theme, html_title = "furo", "rlloss"
 html_theme_options = {"source_directory": "docs/"}
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_show_sourcelink = html_copy_source = False
 
 myst_enable_extensions = ["dollarmath"]
