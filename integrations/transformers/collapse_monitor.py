@@ -1,8 +1,10 @@
-"""A transformers callback that reads the trainer's logs and says in words what is collapsing, and what to try.
+"""Watch the logs of a transformers Trainer with a callback. It warns about a collapse and says what to try.
 
-from rlloss.integrations.transformers.collapse_monitor import CollapseMonitor
+Usage::
 
-trainer.add_callback(CollapseMonitor())
+    from rlloss.integrations.transformers.collapse_monitor import CollapseMonitor
+
+    trainer.add_callback(CollapseMonitor())
 """
 
 import logging
@@ -27,9 +29,9 @@ ENTROPY = ("entropy/mean", "entropy")  # nats, by preference
 ZERO_VARIANCE = "reward_resolution/zero_variance/"
 DEAD_SHARES = ("rlloss/zero_advantage_share", "reward_resolution/zero_advantage_groups")
 ON_POLICY_SHARE = "rlloss/on_policy_share"
-MIN_LOGS = 20  # a line through fewer logs says too little
+MIN_LOGS = 20  # a line fitted to fewer logs is not reliable
 
-# Against a falling entropy: what to say, and whether the trainer's settings already have it.
+# Remedies against a falling entropy: the text of each, and a test whether the trainer's settings already use it.
 REMEDIES = (
     ("clip-higher (epsilon_high=0.28)", lambda a: (a.epsilon_high or a.epsilon) > a.epsilon),
     ("gradients on the tokens of high entropy alone (top_entropy_quantile=0.2)", lambda a: a.top_entropy_quantile < 1),
@@ -45,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 
 class Finding(NamedTuple):
-    """step: the trainer's, of the log that settled it. kind: as in `CollapseMonitor`. message: with numbers and what to
-    try."""
+    """One warning. step: the trainer's step at the log that decided it. kind: see the table of `CollapseMonitor`.
+    message: the numbers and what to try."""
 
     step: int
     kind: str
@@ -54,41 +56,44 @@ class Finding(NamedTuple):
 
 
 class CollapseMonitor(TrainerCallback):
-    """Warns, once, about what the logs show; again only after it went away and came back. `findings` keeps all.
+    """Warns once about each problem that the logs show. It warns again only if the problem went away and came back.
+
+    `findings` lists all warnings of the run, as `Finding`.
 
     ====================  ==============================================================================================
-    kind                  read from
+    kind                  condition
     ====================  ==============================================================================================
-    `entropy_collapse`    `entropy/mean`, or `entropy`: a line through the last `window` logs stands below
-                          `collapse_share` of the start, or falls and gets there within as many logs as it was fitted to
-    `entropy_explosion`   the same upwards, above `explosion_factor` times the start and above `explosion_entropy`
-    `low_entropy`         `entropy/p80` below `low_p80`: four tokens of five leave no choice
-    `on_policy`           `rlloss/on_policy_share`: every ratio is 1, and no clip can act. Where the trainer's settings
-                          make it so, that is no finding: one line says it before the first step
-    `kl_cov_on_policy`    the same with loss_type="kl_cov", whose penalty is then 0
-    `reward/<name>`       `reward_resolution/zero_variance/<name>`; without it `rewards/<name>/std` of 0: the reward
-                          tells no completions apart
-    `dead_groups`         `rlloss/zero_advantage_share`, `reward_resolution/zero_advantage_groups`, or
-                          `frac_reward_zero_std` (which with multi_objective_aggregation="normalize_then_sum" says
-                          nothing about groups)
+    `entropy_collapse`    A line fitted to the last `window` values of `entropy/mean` (or `entropy`) ends below
+                          `collapse_share` of the start, or falls and would get there within as many logs again
+    `entropy_explosion`   The line ends above both `explosion_factor` times the start and `explosion_entropy`, or rises
+                          and would get there within as many logs again
+    `low_entropy`         `entropy/p80` is below `low_p80`: 80 % of the tokens are nearly certain
+    `on_policy`           `rlloss/on_policy_share` is high: the ratios are 1, and no clip can act. If the settings force
+                          this, it is not a finding: one line says so before the first step
+    `kl_cov_on_policy`    The same with loss_type="kl_cov", whose penalty is then 0
+    `reward/<name>`       `reward_resolution/zero_variance/<name>` is high, or without this metric
+                          `rewards/<name>/std` is 0: the reward does not distinguish completions
+    `dead_groups`         `rlloss/zero_advantage_share` is high; without it `reward_resolution/zero_advantage_groups`;
+                          without both `frac_reward_zero_std`, which is not read with
+                          multi_objective_aggregation="normalize_then_sum", where it does not describe groups
     ====================  ==============================================================================================
 
-    A metric that is missing, None or not finite leaves its point open: nothing is said, and nothing is taken back.
-    Warnings come from the main process through the logger `rlloss.integrations.transformers.collapse_monitor`. A
-    resumed run starts from the entropies in the trainer's log history.
+    If a metric is missing, None or not finite, the state of its kind does not change. The main process writes the
+    warnings to the logger `rlloss.integrations.transformers.collapse_monitor`. A resumed run first reads the
+    entropies in the trainer's log history.
 
     Args:
-        window: logs that the entropy's line is fitted to at most; from 20 on it is fitted to what there is.
-        start_logs: the start is the mean entropy of so many first logs.
-        collapse_share: of the entropy at the start, in (0, 1).
-        explosion_factor: times the entropy at the start, above 1.
-        explosion_entropy: nats; below it no entropy counts as too high.
-        significance: standard errors by which a slope has to differ from 0 before the line is followed ahead.
+        window: largest number of logs that the line is fitted to, at least 20. The fit starts at 20 logs.
+        start_logs: number of first logs whose mean entropy is the start, 1 to 20.
+        collapse_share: share of the entropy at the start, in (0, 1).
+        explosion_factor: multiple of the entropy at the start, above 1.
+        explosion_entropy: nats. A lower entropy never counts as too high.
+        significance: the line is extrapolated only if its slope differs from 0 by this many standard errors.
         low_p80: nats.
-        on_policy_share: share of the tokens with ratio 1 from which on the run counts as on-policy.
-        zero_variance_share: share of the groups in which a reward does not vary, from which on it carries no signal.
-        dead_share: share of the completions, or groups, without an advantage from which on nearly all are dead.
-        patience: consecutive logs that must agree before a finding is made, and before it is taken back.
+        on_policy_share: share of tokens with ratio 1 from which the run counts as on-policy, in (0, 1].
+        zero_variance_share: share of groups without variance from which a reward has no signal, in (0, 1].
+        dead_share: share of completions, or groups, with zero advantage from which to warn, in (0, 1].
+        patience: number of consecutive logs that must agree before a finding starts or ends.
 
     Raises:
         ValueError: an argument is out of range.
@@ -129,7 +134,7 @@ class CollapseMonitor(TrainerCallback):
         self._first: list[float] = []
         self._recent: list[float] = []
         self._active: set[str] = set()
-        self._streak: Counter[str] = Counter()  # logs in a row that speak against what is settled
+        self._streak: Counter[str] = Counter()  # consecutive logs that contradict the present state of a kind
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._forget()
@@ -158,7 +163,7 @@ class CollapseMonitor(TrainerCallback):
             self._settle(kind, message, state)
 
     def _settle(self, kind: str, message: str | None, state) -> None:
-        """message: what is wrong; None: nothing."""
+        """Start or end a finding once `patience` logs agree. message: the problem; None: there is none."""
         if (message is not None) == (kind in self._active):
             self._streak[kind] = 0
             return
@@ -175,7 +180,7 @@ class CollapseMonitor(TrainerCallback):
             logger.warning("Step %d: %s", state.global_step, message)
 
     def _remember(self, metrics: dict[str, float]) -> bool:
-        """Whether the log has an entropy."""
+        """Store the log's entropy. Return whether it has one."""
         entropy = next((metrics[name] for name in ENTROPY if name in metrics), None)
         if entropy is None:
             return False
@@ -192,7 +197,7 @@ class CollapseMonitor(TrainerCallback):
         low = self.collapse_share * start
         high = max(self.explosion_factor * start, self.explosion_entropy)
         falls, rises = line.after(n) <= low, line.after(n) >= high
-        # Made on a slope that is sure; taken back halfway to the start, so that noise at the limit does not repeat it.
+        # A finding needs a significant slope, and ends halfway back to the start: noise at the limit repeats nothing.
         if "entropy_collapse" in self._active:
             collapses = falls or line.last <= (low + start) / 2
         else:
@@ -223,7 +228,7 @@ class CollapseMonitor(TrainerCallback):
             return {}
         found = metrics[ON_POLICY_SHARE] >= self.on_policy_share
         why = f"{metrics[ON_POLICY_SHARE]:.1%} of the tokens have the importance ratio 1"
-        kind, effect = "on_policy", "no clip can act, so epsilon_low, epsilon_high and Clip-Cov change nothing"
+        kind, effect = "on_policy", "no clip can act, so epsilon_low and epsilon_high change nothing"
         if _picked(args) == "penalised":
             kind, effect = (
                 "kl_cov_on_policy",
@@ -291,13 +296,13 @@ def _course(line: Trend, n: int, start: float, limit: float) -> str:
 
 
 def _picked(args) -> str | None:
-    """What becomes of the tokens that its loss picks by covariance; None: it picks none."""
+    """How the loss treats the tokens that it picks by covariance. None: it picks none."""
     row = LOSSES.get(getattr(args, "loss_type", None) or "")
     return None if row is None else row.picked
 
 
 def _updates_once(args) -> bool | None:
-    """Whether TRL's settings leave logp == old_logp in every update; None where they are not TRL's."""
+    """Whether TRL's settings make logp == old_logp in every update. None: `args` does not have these settings."""
     names = ("num_iterations", "steps_per_generation", "gradient_accumulation_steps")
     iterations, steps, accumulation = (getattr(args, name, None) for name in names)
     if not (iterations and steps and accumulation):
@@ -306,7 +311,7 @@ def _updates_once(args) -> bool | None:
 
 
 def _remedies(args) -> str:
-    """What is not in use yet; without TRL's settings, all."""
+    """The remedies that are not in use. All of them if `args` does not have TRL's settings."""
     left = []
     for text, in_use in REMEDIES:
         try:

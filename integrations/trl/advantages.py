@@ -1,4 +1,4 @@
-"""What happens in a trainer of TRL between rewards and advantages: options of GRPOConfig, and gauges of the rewards."""
+"""Compute advantages from rewards in a trainer of TRL, with the options of GRPOConfig. Log gauges of the rewards."""
 
 import functools
 import inspect
@@ -17,9 +17,11 @@ from rlloss.rewards.advantages import Condition, group_advantage
 from rlloss.rewards.overlong import SoftOverlongPenalty
 from rlloss.rewards.resolution import reward_resolution
 
+ROUNDING = 1e-2  # more than what TRL leaves of rewards of about 1
+
 
 def add_soft_overlong(trainer: Any) -> None:
-    """The option `soft_overlong_cache`: one more reward function, with weight 1."""
+    """Apply the option `soft_overlong_cache`: add a reward function with weight 1."""
     cache = options(trainer.args).soft_overlong_cache
     if cache is None:
         return
@@ -29,18 +31,18 @@ def add_soft_overlong(trainer: Any) -> None:
         name not in trainer.reward_func_names, "soft_overlong_cache", cache,
         f"None with a reward function that is called {name!r} already",
     )  # fmt: skip
-    trainer.reward_funcs = [*trainer.reward_funcs, penalty]  # the list is the user's
+    trainer.reward_funcs = [*trainer.reward_funcs, penalty]  # a new list: the user's own does not change
     trainer.reward_func_names = [*trainer.reward_func_names, name]
     trainer.reward_processing_classes = [*trainer.reward_processing_classes, None]
     trainer.reward_weights = torch.cat([trainer.reward_weights, trainer.reward_weights.new_ones(1)])
 
 
 def conditions_by_index(conditions: dict | None, names: list[str]) -> list[Condition] | None:
-    """{"length": ["correct", 1.0]} -> [(0, 1, 1.0)] for the names ["length", "correct"].
+    """Replace names by indices: {"length": ["correct", 1.0]} -> [(0, 1, 1.0)] for the names ["length", "correct"].
 
     Raises:
-        ValueError: a name is no reward function's, or that of several; a value has another form; a reward is
-            conditioned on itself; there is one reward function alone.
+        ValueError: a name belongs to no reward function or to several, a value has another form, a reward is
+            conditioned on itself, or there is only one reward function.
     """
     if conditions is None:
         return None
@@ -64,10 +66,10 @@ def conditions_by_index(conditions: dict | None, names: list[str]) -> list[Condi
 
 
 def rewards_of(name: str, rewards: Any, N: int) -> list:
-    """What the reward function `name` returned, as a list with a number or None for each completion.
+    """Return the result of the reward function `name` as a list of numbers or None. TRL checks the length.
 
     Raises:
-        TypeError: it is something else. (TRL counts the entries.)
+        TypeError: the result, or one of its entries, has another type.
     """
     expected = f"a list with a number, or None, for each of the {N} completions"
     try:
@@ -87,7 +89,7 @@ def rewards_of(name: str, rewards: Any, N: int) -> list:
 
 
 def named(function: Any, name: str) -> Any:
-    """The reward function, whose result is checked under its name; a model stays as it is."""
+    """Wrap a reward function so that errors in its result name it. Reward models are not wrapped."""
     if isinstance(function, nn.Module):
         return function
 
@@ -103,10 +105,10 @@ def named(function: Any, name: str) -> Any:
 
 
 class RewardsToAdvantages:
-    """The options of a trainer of TRL at work that concern the advantages of a generation batch.
+    """Applies the options that concern the advantages of a generation batch.
 
-    Logs in training and in evaluation, where there are several rewards, `reward_resolution/...`: the numbers of
-    `rlloss.rewards.reward_resolution` for the rewards after their conditions, of the first draw.
+    With several rewards it logs `reward_resolution/...` in training and evaluation: the numbers of
+    `rlloss.rewards.reward_resolution`, for the first draw and after `reward_conditions`.
     """
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
@@ -117,16 +119,17 @@ class RewardsToAdvantages:
         self.dynamic_sampling = DynamicSampling(trainer, multimodal)
         self.dynamic_sampling.check()
         self.rewards: Tensor | None = None
-        """[N, K], of all processes, of the generation batch made last; None: not known."""
+        """Rewards `[N, K]` of all processes for the last generation batch. None: not known."""
 
     @property
     def token_weighted(self) -> bool:
         return options(self.trainer.args).gdpo_token_weighted
 
     def complete(self, inputs: list[dict], generate: Callable[[list[dict]], dict]) -> dict:
-        """A generation batch of TRL, `generate(inputs)`, with the advantages that the options ask for.
+        """Return TRL's generation batch `generate(inputs)`, with the advantages that the options ask for.
 
-        Without options it is TRL's as it comes.
+        Without such options the batch stays as TRL made it, but for advantages that are 0 up to
+        rounding.
         """
         trainer = self.trainer
         mode = "train" if trainer.model.training else "eval"
@@ -144,7 +147,7 @@ class RewardsToAdvantages:
 
         self.rewards = None
         output, rewards = draw(inputs)
-        if rewards is None:  # a subclass has rewards of its own making, and no option asks for them
+        if rewards is None:  # a subclass computes rewards in its own way, and no option needs them
             return output
         self._log_resolution(rewards, G, mode)
         if own:
@@ -157,17 +160,29 @@ class RewardsToAdvantages:
             B, process = output["advantages"].shape[0], trainer.accelerator.process_index
             advantages = self._advantages(rewards, G, self._token_counts(output))
             output["advantages"] = advantages[process * B : (process + 1) * B]
+        elif not rewards.isinf().any():
+            self._restore_zeros(output, self._advantages(rewards, G))
         self.rewards = rewards
         return output
 
+    def _restore_zeros(self, output: dict, exact: Tensor) -> None:
+        """Set the advantages to 0 that TRL leaves at rounding.
+
+        The mean of eight rewards of 0.1 is not 0.1, and the difference is divided by a standard deviation of 0 + 1e-4.
+        With GDPO TRL subtracts the mean of the batch last, also from groups that had 0.
+        """
+        B, process = output["advantages"].shape[0], self.trainer.accelerator.process_index
+        theirs, ours = output["advantages"], exact[process * B : (process + 1) * B].to(output["advantages"].device)
+        output["advantages"] = theirs.masked_fill((ours == 0) & (theirs.abs() < ROUNDING), 0.0)
+
     def _log_advantages(self, advantages: Tensor) -> None:
-        """In the place of those that TRL has put into its table of completions."""
+        """Replace the advantages in TRL's table of completions."""
         logged = compat.logged_advantages(self.trainer)
         for i, advantage in enumerate(advantages.tolist()[::-1][: len(logged)], start=1):
             logged[-i] = advantage
 
     def checked(self, calculate: Callable[..., Tensor], *args, **kwargs) -> Tensor:
-        """TRL's rewards [N, K]. An error names the reward function that it is of, and so does a warning of infinity."""
+        """TRL's rewards [N, K]. Errors, and the warning about infinite rewards, name the reward function."""
         trainer, functions, names = self.trainer, self.trainer.reward_funcs, self.trainer.reward_func_names
         trainer.reward_funcs = [named(*pair) for pair in zip(functions, names, strict=True)]
         try:
@@ -184,13 +199,13 @@ class RewardsToAdvantages:
         return rewards
 
     def _method(self) -> tuple[str, str]:
-        """Of `group_advantage`: (method, scale)."""
+        """The arguments (method, scale) of `group_advantage`."""
         if self.trainer.multi_objective_aggregation == "normalize_then_sum":
             return "gdpo", "group"
         return "grpo", self.trainer.scale_rewards
 
     def _advantages(self, rewards: Tensor, G: int, token_counts: Tensor | None = None) -> Tensor:
-        """`[N]` from the rewards `[N, K]` of all processes."""
+        """Advantages `[N]` from the rewards `[N, K]` of all processes."""
         method, scale = self._method()
         return group_advantage(
             rewards, num_generations=G, method=method, scale=scale, weights=self.trainer.reward_weights,
@@ -198,23 +213,23 @@ class RewardsToAdvantages:
         )  # fmt: skip
 
     def _token_counts(self, output: dict) -> Tensor | None:
-        """`[N]` int64, of all processes; None where completions weigh alike."""
+        """Counted tokens `[N]` int64 of all processes. None: every completion has the same weight."""
         if not self.token_weighted:
             return None
         return self.trainer.accelerator.gather(counted_tokens(output).sum(1))
 
     def _dead_groups(self, rewards: Tensor, G: int) -> list[bool]:
-        """Without token counts, whose mean moves every advantage off 0."""
+        """Whether each group is dead. Computed without token counts: their weighted mean makes every advantage != 0."""
         return (self._advantages(rewards, G) == 0).unflatten(0, (-1, G)).all(1).tolist()
 
     def _log_resolution(self, rewards: Tensor, G: int, mode: str) -> None:
         trainer, K = self.trainer, rewards.shape[1]
         rewards = rewards.cpu()
-        if K == 1 or rewards.isinf().any():  # which TRL lets pass
+        if K == 1 or rewards.isinf().any():  # TRL accepts infinite rewards
             return
         method, scale = self._method()
         if scale != "group":
-            method = "dr_grpo"  # a std of the batch scales all alike
+            method = "dr_grpo"  # a std of the batch scales all groups equally
         names = list(trainer.reward_func_names)
         if len(set(names)) < K:
             names = [f"{k}:{name}" for k, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""From rewards to advantages in the TRL plugin: without options as in TRL, with them as `group_advantage` says."""
+"""Test advantages in the TRL integration: without options as in TRL, with options as in `group_advantage`."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def constant(completion_ids, **_):
 
 
 def partial(completion_ids, **_):
-    """None: not applicable."""
+    """A reward that is None, not applicable, for some completions."""
     return [None if ids[0] % 3 == 0 else float(ids[0] % 2) for ids in completion_ids]
 
 
@@ -70,6 +70,8 @@ def test_without_options_everything_is_trls_bit_for_bit(tmp_path, options, mode)
         trainer.model.train(mode == "train")
         found.append((generate(trainer), trainer._metrics[mode], trainer._logs))
     ours, expected = found
+    zero = (ours[0]["advantages"] == 0) & (expected[0]["advantages"].abs() < 1e-2)  # TRL leaves rounding there
+    expected[0]["advantages"] = expected[0]["advantages"].masked_fill(zero, 0.0)
     assert all(torch.equal(ours[0][name], expected[0][name]) for name in expected[0])
     assert set(ours[0]) - set(expected[0]) <= {"rewards", "group_accuracy"}  # which no loss reads
     assert mode == "eval" or "old_per_token_logps" in ours[0]
@@ -77,6 +79,27 @@ def test_without_options_everything_is_trls_bit_for_bit(tmp_path, options, mode)
     assert more and all(name.startswith("reward_resolution/") for name in more)
     assert {name: ours[1][name] for name in expected[1]} == dict(expected[1])
     assert list(ours[2]["advantages"]) == list(expected[2]["advantages"])
+
+
+@pytest.mark.parametrize("options", [GDPO, {}, {"scale_rewards": "batch"}])
+def test_a_group_whose_rewards_are_equal_is_dead(tmp_path, options):
+    """TRL leaves rounding where 0 belongs: up to 1e-3 of rewards of 0.9, and then the group is not dead."""
+    G = 12
+
+    def first(prompts, **_):
+        return [0.9 if p == PROMPTS[1] else 0.7 * (i % 5) for i, p in enumerate(prompts)]
+
+    def second(prompts, **_):
+        return [0.3 if p == PROMPTS[1] else 0.1 * i * i for i, p in enumerate(prompts)]
+
+    found = []
+    for which in ((GRPOTrainer, GRPOConfig), (trl.GRPOTrainer, trl.GRPOConfig)):
+        sizes = {"num_generations": G, "per_device_train_batch_size": 3 * G}
+        trainer = build(tmp_path / str(len(found)), [first, second], which, **sizes, **options)
+        found.append(generate(trainer, size=G)["advantages"].view(3, G))
+    ours, theirs = found
+    assert (ours[1] == 0).all() and (theirs[1].abs() < 1e-2).all()
+    assert torch.equal(ours[[0, 2]], theirs[[0, 2]]) and (ours[[0, 2]] != 0).all()
 
 
 CONDITIONS = {"distinct": ["odd", 1.0]}
