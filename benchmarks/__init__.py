@@ -1,1 +1,1 @@
-"""Time, memory and errors against peers and limits; what the compiler makes of the kernels."""
+"""Measure time, memory and errors of rlloss against peers and limits, and inspect the compiled kernels."""

@@ -1,4 +1,4 @@
-"""The suite's contenders one after the other under pytest-benchmark: `make bench-pytest`."""
+"""Run the suite's contenders one after the other under pytest-benchmark: `make bench-pytest`."""
 
 import functools
 

@@ -1,11 +1,11 @@
-"""The same calls in another revision and in this tree: results bit by bit, errors against fp64, and time.
+"""Compare another revision with this tree on the same calls: bits of the results, errors against fp64, and time.
 
     python -m benchmarks.revisions REVISION [--calls 200] [--rounds 5] [--within 1e-6]
 
-Calls are drawn by a seed and go through public functions alone. Of each: whether loss, metrics and gradients have the
-same bits; if not, the largest relative difference, and whether the error against the same call in fp64 has grown. Then
-small calls are timed in turns of the two revisions. The exit status is 1 where a call differs by more than --within,
-or errs more than before.
+A seed determines the calls, which use public functions only. For each call the program tells whether loss, metrics and
+gradients have the same bits. If not, it tells the largest relative difference, and whether the error against the same
+call in fp64 has grown. Then it times small calls, alternating between the revisions. The exit status is 1 if a call
+differs by more than --within or has a larger error than before.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FLOAT = {"old_logp", "ref_logp", "sampler_ratio", "entropy", "advantage", "logp"
 
 
 def settings_of(r: random.Random, loss_type: str) -> dict[str, Any]:
-    """Settings that the loss reads, as keywords of LossConfig."""
+    """Draw settings that the loss reads, as arguments of LossConfig."""
     found: dict[str, Any] = {"loss_type": loss_type}
     if loss_type in CLIPS and loss_type not in ("gspo", "clip_cov"):
         found["ratio_level"] = r.choice(["token", "sequence"])
@@ -54,7 +54,7 @@ def settings_of(r: random.Random, loss_type: str) -> dict[str, Any]:
 
 
 def inputs_of(seed: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """fp64, so that every dtype is made of the same numbers."""
+    """Draw inputs in fp64. All dtypes are converted from the same numbers."""
     g, r = torch.Generator().manual_seed(seed), random.Random(seed)
     B, T, D, V = r.choice([(1, 1), (3, 7), (4, 16)]) + (8, 50)
     x: dict[str, torch.Tensor] = {}
@@ -77,7 +77,7 @@ def inputs_of(seed: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def call(way: str, settings: dict[str, Any], x: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """{name: tensor}: loss, metrics and gradients of one call. way: "logp", "logits" or "hidden"."""
+    """Return {name: tensor} with loss, metrics and gradients of one call. way: "logp", "logits" or "hidden"."""
     from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, policy_loss
 
     x = {name: value.to(dtype) if name in FLOAT else value for name, value in x.items()}
@@ -98,7 +98,7 @@ def call(way: str, settings: dict[str, Any], x: dict[str, torch.Tensor], dtype: 
 
 
 def record(calls: int) -> list[dict[str, Any]]:
-    """What each call gives, in fp32 on both backends in turn, and in fp64."""
+    """Return the results of each call: fp32, alternating between the two backends, and fp64."""
     from rlloss.backends import backend
 
     found = []
@@ -115,7 +115,7 @@ def record(calls: int) -> list[dict[str, Any]]:
 
 
 def timed(rounds: int) -> dict[str, list[float]]:
-    """Seconds of small calls, where the host's work is most of it."""
+    """Time small calls, in seconds. The host's work dominates them."""
     from rlloss.backends import backend
 
     torch.set_num_threads(1)
@@ -136,7 +136,7 @@ def timed(rounds: int) -> dict[str, list[float]]:
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative to the largest entry; NaN and inf in the same places count as equal."""
+    """Largest difference relative to the largest entry. NaN and inf in the same places count as equal."""
     found, exact = found.double(), exact.double()
     finite = exact.isfinite()
     if not torch.equal(finite, found.isfinite()):
@@ -147,7 +147,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def compare(before: list[dict], after: list[dict], within: float) -> tuple[int, list[str]]:
-    """(how many calls have the same bits, what is wrong)."""
+    """Return the number of calls with the same bits, and a list of problems."""
     same, wrong = 0, []
     for old, new in zip(before, after, strict=True):
         what = new["what"]
@@ -164,13 +164,13 @@ def compare(before: list[dict], after: list[dict], within: float) -> tuple[int, 
                 continue
             differs, was, now = error(x, y), error(y, exact), error(x, exact)
             eps = torch.finfo(torch.float32).eps
-            if differs > within or now > max(was + eps, 8 * eps):  # another order of operations is another rounding
+            if differs > within or now > max(was + eps, 8 * eps):  # another order of operations rounds differently
                 wrong.append(f"{what}: {name} differs by {differs:.2g}; error {now:.2g}, before {was:.2g}")
     return same, wrong
 
 
 def in_revision(root: Path, *arguments: str) -> Any:
-    """What this file, run in another tree, saves."""
+    """Run this file in another tree and return the content that it saves."""
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/found.pt"
         program = f"import runpy, sys; sys.argv = {['x', *arguments, '--save', file]!r}; "

@@ -1,9 +1,9 @@
-"""The one command: correctness tests, then the whole suite against its peers, then tables and plots.
+"""Run all benchmarks with one command: correctness tests, then the suite against its peers, then tables and plots.
 
     python -m benchmarks.run [--quick] [--minutes 8] [--models ...] [--dtypes ...] [--rounds 30] [--tests PATH ...]
 
-Writes a JSON file for each suite, summary.md and plots to benchmarks/results/<device>/. If a test fails, nothing is
-measured. What does not fit the time is written down as not measured. The tests come on top of the minutes.
+The command writes a JSON file for each suite, summary.md and plots to benchmarks/results/<device>/. If a test fails,
+nothing is measured. Cells that do not fit the time budget are reported as "not measured". The budget excludes tests.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.report import summary as report
 from rlloss.report import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
-# The tests of what is timed.
+# Tests of the code that is timed.
 TESTS = [
     "tests/benchmarks/test_hidden.py", "tests/lm_head", "tests/logits", "tests/losses/test_losses.py",
     "tests/losses/test_loss_properties.py", "tests/losses/test_token_pass.py",
@@ -44,9 +44,9 @@ def _pytest(*arguments: str) -> tuple[list[str], subprocess.CompletedProcess]:
 
 
 def run_tests(paths: list[str] | None) -> dict[str, Any] | None:
-    """{"command", "summary", "seconds"} of a green run; None, and its failures printed, of any other.
+    """Return {"command", "summary", "seconds"} if all tests pass. Otherwise print the failures and return None.
 
-    paths: None: the tests of what is timed, and on a GPU every test that is for one.
+    paths: None: TESTS, and on a GPU all GPU tests.
     """
     runs = [_pytest(*(paths or TESTS))]
     if CUDA and paths is None and runs[0][1].returncode == 0:
@@ -67,7 +67,7 @@ def run_tests(paths: list[str] | None) -> dict[str, Any] | None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """JSON, a list of numbers on one line."""
+    """Write JSON, with each list of numbers on one line."""
     text = json.dumps(content, indent=1)
     text = re.sub(r"\[\s+([-+.\de]+(?:,\s+[-+.\de]+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     replace_file(path, text + "\n")
@@ -104,7 +104,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a test is red, or where rlloss itself was wrong or failed."""
+    """Return 0, or 1 if a test failed, or if rlloss gave a wrong result or raised."""
     options = parse(arguments)
     refuse_interpreter()
     tests = run_tests(options.tests)

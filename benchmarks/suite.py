@@ -1,4 +1,4 @@
-"""The suite: what is measured in which order, how much of the time each cell gets, and what no time is left for."""
+"""Run the suite: order the cells, share the time budget among them, and report the cells that it does not cover."""
 
 import gc
 import sys
@@ -26,11 +26,13 @@ SUITES: dict[str, ModuleType] = {
 def cells(
     suites: Sequence[str], models: Sequence[str], dtypes: Sequence[str], rhos: Sequence[float], fills: Sequence[float]
 ) -> list[Cell]:
-    """In the order in which they are measured: the token pass and the update step, then rho 0.2 and 1, of "small"
-    first, then the rest from logits and from hidden states; of a model's cells those that share their tensors one after
-    the other.
+    """Return the cells in the order of measurement.
 
-    Real heads are measured in the first dtype, "small" in all of them, and "wide", from hidden states, without padding.
+    First come the token pass and the update step, then rho 0.2 and 1 (model "small" first), then the other cells from
+    logits, then those from hidden states. Cells of a model that share tensors are adjacent.
+
+    "small" is measured in all dtypes, other models in the first one. "wide" is measured only from hidden states and
+    without padding.
     """
     found = []
     for dtype in dtypes:
@@ -54,7 +56,7 @@ def cells(
 
 
 def describe(cell: Cell) -> dict[str, Any]:
-    """What a result says of its cell, measured or not."""
+    """Return the part of a result that describes its cell, measured or not."""
     (B, T), (D, V) = cell.columns, cell.size
     return cell._asdict() | {"B": B, "T": T, "D": D, "V": V}
 
@@ -66,14 +68,14 @@ def _collect() -> None:
 
 
 def forget() -> None:
-    """Frees the tensors that are kept from cell to cell."""
+    """Free the tensors that are cached from cell to cell."""
     forget_weight()
     logits.make_logits.cache_clear()
     _collect()
 
 
 def _beyond_least(result: dict[str, Any]) -> float:
-    """Seconds of the samples without which the result would still have its LEAST."""
+    """Seconds of the samples beyond the first LEAST."""
     entries = [entry for part in ("peers", "limits") for entry in result.get(part, {}).values()]
     return sum(sum(entry.get(n, [])[LEAST:]) for entry in entries for n in ("forward", "backward", "seconds"))
 
@@ -85,14 +87,14 @@ def run(
     compiled: bool = True,
     done: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """A result for each cell, in their order: `describe`, "status" and, where that is "measured", what it found.
+    """Return a result for each cell, in order: `describe`, "status" and, if that is "measured", the measurements.
 
-    rounds: the most samples of each contender. compiled: torch.compile takes part. done: is given all results after
-    each cell, those that are still to come as not measured.
+    rounds: largest number of samples per contender. compiled: whether torch.compile takes part. done: called after each
+    cell with all results; cells that are still to come are "not measured".
     """
     spent = f"not measured: too little of the {budget.minutes:g} minutes was left"
     results = [describe(cell) | {"status": spent} for cell in wanted]
-    took: dict[tuple, float] = {}  # seconds that a cell of this kind takes at least
+    took: dict[tuple, float] = {}  # least seconds for a cell of this kind
     held: tuple = ()
     for i, cell in enumerate(wanted):
         kind = (cell.suite, cell.model, cell.dtype, cell.kind)
@@ -125,7 +127,7 @@ def run(
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """Cells that raised, and contenders of rlloss that were wrong or raised."""
+    """List the cells that raised, and the contenders of rlloss that were wrong or raised."""
     bad = ("wrong", "failed")
     found = []
     for result in results:

@@ -1,10 +1,11 @@
-"""Search the launch shapes of the GPU at hand and write them into kernels/launch_table.py. Users run no search.
+"""Search the fastest launch shapes for the present GPU and write them into kernels/launch_table.py.
 
     python -m benchmarks.tune [--minutes 6] [--dtypes bf16 fp32] [--V 151936 ...] [--only statistics ...] [--write]
 
-For each choice of `rlloss.kernels.launch_table` its candidates run in turns, after each has given what the table's own
-entry gives. A candidate takes the entry's place where it is faster by more than 2 % and by more than the spread of
-both; "statistics" comes before what depends on it. What was found is printed, and with --write changes the table.
+Only developers run this: at run time the table is looked up. For each choice of `rlloss.kernels.launch_table` the
+candidates must first give the result of the table's entry. Then they are timed in turns. A candidate replaces the entry
+if it is faster by more than 2 % and by more than the spread of both. "statistics" comes before the choices that depend
+on it. The results are printed; --write changes the table.
 """
 
 import argparse
@@ -29,16 +30,16 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCKS = [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (2, 4, 8, 16)]
 CANDIDATES: dict[str, list[tuple[int, ...]]] = {
-    # A thread takes 4 to 32 entries of a block: fewer are less than one 16-byte load, more do not fit its registers.
+    # 4 to 32 entries of a block per thread: fewer are less than one 16-byte load, more do not fit the registers.
     "statistics": [(block, warps) for block, warps in BLOCKS if 4 <= block // (32 * warps) <= 32],
     "gradient": [(block, warps) for block, warps in BLOCKS if 4 <= block // (32 * warps) <= 32],
     "split": [(0,), (1,), (2,), (4,), (8,)],
     "single_launch": [(0,), (10**9,)],
-    # The smaller ones stay in the L2 cache between the product that writes a tile and the kernel that reads it.
+    # Smaller tiles stay in the L2 cache between the product that writes a tile and the kernel that reads it.
     "tile": [(rows, 1 << entries) for rows in (2048, 4096, 8192) for entries in (22, 23, 24, 25, 26, 27)],
 }
 KERNELS = tuple(CANDIDATES)
-FASTER = 0.98  # at most, of the time of the entry whose place a candidate takes
+FASTER = 0.98  # a candidate must take at most this share of the entry's time
 FILE = ROOT / "kernels" / "launch_table.py"
 BEGIN = "TABLE: dict[tuple[str, str, str, int], Choice] = {\n"
 
@@ -52,7 +53,7 @@ class Key(NamedTuple):
 
 @contextlib.contextmanager
 def chosen(key: Key, value: tuple[int, ...]) -> Iterator[None]:
-    """The table with this entry inside."""
+    """Inside, the table has this entry."""
     before = launch_table.TABLE.get(key)
     launch_table.TABLE[key] = Choice(value)
     look_up.cache_clear()
@@ -66,7 +67,10 @@ def chosen(key: Key, value: tuple[int, ...]) -> Iterator[None]:
 
 
 def workload(key: Key, device: torch.device, rows: int, D: int = 2048) -> Callable[[], Any]:
-    """What depends on the choice, as a function that returns tensors to compare. rows: of logits or hidden states."""
+    """Return a function that runs the code that depends on the choice, and returns tensors to compare.
+
+    rows: number of rows of logits or hidden states.
+    """
     g = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[key.dtype]
     target = torch.randint(0, key.V, (1, rows), generator=g, device=device)
@@ -112,7 +116,7 @@ def _flat(found: Any) -> list[torch.Tensor]:
 
 
 def agrees(found: Any, expected: Any) -> bool:
-    """Whether two results are one but for the order of their sums."""
+    """Whether two results agree up to the order of their sums."""
     for a, b in zip(_flat(found), _flat(expected), strict=True):
         tolerance = 1e-4 + 2 * torch.finfo(b.dtype).eps
         if not torch.allclose(a.float(), b.float(), rtol=tolerance, atol=1e-6):
@@ -121,7 +125,7 @@ def agrees(found: Any, expected: Any) -> bool:
 
 
 def better(samples: dict[tuple[int, ...], list[float]], current: tuple[int, ...]) -> tuple[int, ...]:
-    """The fastest by its median, or the current one if the fastest is not faster than it by more than the spread."""
+    """Return the value with the smallest median, or the current one if the gain is not above the spread."""
     fastest = min(samples, key=lambda value: statistics.median(samples[value]))
     low, median, high = statistics.quantiles(samples[fastest], n=4, method="inclusive")
     own_low, own, _ = statistics.quantiles(samples[current], n=4, method="inclusive")
@@ -131,7 +135,7 @@ def better(samples: dict[tuple[int, ...], list[float]], current: tuple[int, ...]
 def search(
     key: Key, device: torch.device, rows: int, rounds: int, limit: float, clock: Callable = seconds
 ) -> tuple[tuple[int, ...], dict[tuple[int, ...], list[float]]]:
-    """(the value to take, samples of every candidate that ran and agreed)."""
+    """Return the best value, and the samples of every candidate that ran and agreed."""
     if key.kernel == "split":
         return _search_split(key, device, rounds, limit, clock)
     current = choice(key.kernel, device, torch.float32 if key.kernel == "tile" else DTYPES[key.dtype], key.V)
@@ -139,7 +143,7 @@ def search(
 
 
 def _search_split(key: Key, device: torch.device, rounds: int, limit: float, clock: Callable):
-    """The most rows a multiprocessor, of the candidates, of which three quarters are faster split than whole."""
+    """Return the largest candidate (rows per multiprocessor) for which three quarters of the rows run faster split."""
     whole, *some = sorted(CANDIDATES["split"])
     value, samples = whole, {}
     for few in reversed(some):
@@ -159,7 +163,7 @@ def _search(key: Key, current: tuple[int, ...], candidates, run: Callable[[], An
         with chosen(key, value):
             try:
                 agreed = agrees(run(), expected)
-            except Exception as error:  # too many registers, or no memory: no candidate
+            except Exception as error:  # too many registers or out of memory: not a candidate
                 if value == current:
                     raise
                 print(f"{key.kernel} {value}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -180,7 +184,7 @@ def _clock(key: Key, value: tuple[int, ...], run: Callable[[], Any], clock: Call
 
 
 def rewritten(source: str, table: dict[tuple[str, str, str, int], Choice]) -> str:
-    """The text of kernels/launch_table.py with another table."""
+    """Return the text of kernels/launch_table.py with another table."""
     head, _, rest = source.partition(BEGIN)
     lines = []
     for (kernel, of, dtype, V), (value, found) in sorted(table.items()):
@@ -221,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         for candidate, found in sorted(samples.items(), key=lambda item: statistics.median(item[1])):
             mark = " <- taken" if candidate == value else ""
             print(f"{key.kernel} {key.dtype} V {key.V} {candidate}: {1e3 * statistics.median(found):.4f} ms{mark}")
-        # Later searches run with what was found; the program leaves the table in memory changed.
+        # Later searches use this result: the table in memory stays changed.
         launch_table.TABLE[key] = Choice(value, said)
         look_up.cache_clear()
     if options.write:

@@ -1,4 +1,4 @@
-"""What every test runs under: the interpreter where there is no GPU, no hub, and NaN in fresh memory."""
+"""Set up every test: Triton's interpreter if there is no GPU, no access to the Hub, and NaN in fresh memory."""
 
 import collections
 import os
@@ -18,7 +18,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 
 def _round_bf16_as_the_hardware_does() -> None:
-    """Triton's interpreter cuts fp32 off to bf16; every GPU rounds to nearest even, and so do these tests."""
+    """Make Triton's interpreter round fp32 to the nearest bf16, ties to even, as GPUs do. It truncates otherwise."""
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
@@ -33,7 +33,7 @@ def _round_bf16_as_the_hardware_does() -> None:
 
 
 def _patch_the_language_once_a_launch() -> None:
-    """The interpreter patches triton.language again at every call of a jit helper: most of its time, to no effect."""
+    """Patch triton.language once per launch. The interpreter repeats this at every call of a jit helper, needlessly."""
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):
@@ -61,12 +61,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_as_the_hardware_does()
     _patch_the_language_once_a_launch()
 
-# Workers that each take every core slow one another down.
+# Workers that use all cores slow each other down.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-# `make test` runs this many cases of a test: those with the smallest hash, a sample of every parameter's values.
+# `make test` runs this many cases per test: those with the smallest hash, which sample the values of every parameter.
 FAST_CASES = 3
 
 
@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(items):
 def _filled_with_nan(allocate):
     def poisoned(*args, **kwargs):
         fresh = allocate(*args, **kwargs)
-        # Torch's own code is left alone: tracers allocate too, and a write would end up in their graphs.
+        # Torch's own allocations are not filled: tracers allocate too, and would record the write in their graphs.
         if torch.compiler.is_compiling() or sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return fresh
         if fresh.is_floating_point() or fresh.is_complex():
@@ -97,13 +97,13 @@ def _filled_with_nan(allocate):
 
 
 def _new_empty(tensor, *size, **kwargs):
-    # The operator, because dynamo cannot trace the method once it is no longer found on torch.Tensor.
+    # The operator instead of the method: dynamo cannot trace the method once torch.Tensor's own is replaced.
     return torch.ops.aten.new_empty(tensor, size if all(isinstance(n, int) for n in size) else size[0], **kwargs)
 
 
 @pytest.fixture(scope="module")
 def on_torch():
-    """For a module whose subject is not what the kernels compute: without them, which the interpreter runs slowly."""
+    """Use plain torch in modules that do not test the kernels, because the interpreter runs kernels slowly."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLLOSS_BACKEND", "torch")
         yield
@@ -111,7 +111,7 @@ def on_torch():
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty(monkeypatch):
-    """Fresh floating memory holds NaN, so that a read of what was never written shows itself.
+    """Fill fresh floating-point memory with NaN, so that reads of memory that was never written become visible.
 
     (`torch.utils.deterministic.fill_uninitialized_memory` does so only under deterministic algorithms.)
     """

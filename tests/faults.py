@@ -1,9 +1,9 @@
-"""Deliberate faults, one at a time, each in a copy of the tree: the tests named beside it have to fail.
+"""Insert deliberate faults, one at a time, in a copy of the tree, and check that the named tests fail.
 
     python -m tests.faults [--jobs 2] [--only NUMBER ...]
 
-A row is a file, a text that occurs once in it, what stands there instead, and the tests: those of `make test`, with
-"all:" before them the slow ones too. The exit status is 1 where a fault is missed.
+A row is a file, a text that occurs in it once, the replacement of the text, and the tests. Only tests of `make test`
+run, with the prefix "all:" also the slow ones. The exit status is 1 if a fault is missed.
 """
 
 import argparse
@@ -304,7 +304,7 @@ def copied(folder: Path) -> Path:
 
 
 def caught(tree: Path, fault: tuple[str, str, str, str], limit: float) -> tuple[bool, str]:
-    """(whether the tests fail, by what)."""
+    """(whether the tests fail, the reason)."""
     file, text, instead, tests = fault
     path = tree / file
     source = path.read_text(encoding="utf-8")

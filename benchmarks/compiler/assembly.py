@@ -1,6 +1,6 @@
-"""What the assembly of a compiled kernel says: registers, spills, and what its loops load, store and compute.
+"""Read the assembly of a compiled kernel: registers, spills, and the loads, stores and exponentials of its loops.
 
-NVIDIA's machine code is read by the tools in the triton wheel, AMD's assembly is text.
+The tools in the triton wheel disassemble NVIDIA's machine code. AMD's assembly is text.
 """
 
 import collections
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import triton
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-# address, predicate, opcode, operands; behind these some tools have notes on the scheduling, far to the right
+# address, predicate, opcode, operands; some tools append notes on the scheduling, far to the right
 SASS = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:@(\S+)\s+)?([A-Z][\w.]*)\s*([^;]*?)(?:\s*;|\s{2,})")
 AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
 
 
 class Instruction(NamedTuple):
-    """next: where it may go, as addresses or numbers of lines. access: ("load" or "store", bits) of global memory."""
+    """next: addresses, or line numbers, of possible successors. access: ("load" or "store", bits) in global memory."""
 
     opcode: str
     next: tuple[int, ...]
@@ -31,7 +31,7 @@ Code = dict[int, Instruction]
 
 
 class Loop(NamedTuple):
-    """Of a loop that holds no other: bits of an access -> how many a thread makes, and exponentials of a thread."""
+    """An innermost loop. loads, stores: bits of an access -> number per thread. exponentials: number per thread."""
 
     loads: dict[int, int]
     stores: dict[int, int]
@@ -39,9 +39,9 @@ class Loop(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """spills: instructions or registers. local: bytes of a thread's memory. loops: those that touch global memory.
+    """spills: instructions or registers. local: bytes of local memory per thread. loops: those that use global memory.
 
-    nan_max: instructions that are a maximum and let NaN through; None where they are none of their own (AMD).
+    nan_max: number of maximum instructions that propagate NaN. None: the target has no such instruction (AMD).
     """
 
     registers: int
@@ -52,7 +52,7 @@ class Assembly(NamedTuple):
 
 
 def innermost_loops(code: Code) -> list[set[int]]:
-    """The loops that contain no other loop, by the addresses of their instructions."""
+    """Return the loops that contain no other loop, as sets of the addresses of their instructions."""
     before = collections.defaultdict(list)
     for at, instruction in code.items():
         for to in instruction.next:
@@ -70,7 +70,7 @@ def innermost_loops(code: Code) -> list[set[int]]:
     bodies = set()
     for at, instruction in code.items():
         for head in (to for to in instruction.next if to <= at):
-            # What comes back to the head, and what the head leads to: a jump back from a detour is no loop of its own.
+            # Instructions that lead to the head and follow from it: a jump back from a detour is not a separate loop.
             body = reach(at, before.__getitem__, {head}) & reach(head, lambda n: code[n].next, set())
             if at in body:
                 bodies.add(frozenset(body))
@@ -96,13 +96,13 @@ def sass_access(opcode: str) -> tuple[str, int] | None:
 
 
 def parse_sass(text: str) -> Code:
-    """The listing of cuobjdump."""
+    """Parse the listing of cuobjdump."""
     lines = [(int(m[1], 16), m[2], m[3], m[4]) for m in map(SASS.match, text.splitlines()) if m]
     following = {a[0]: (b[0],) for a, b in zip(lines, lines[1:], strict=False)}
     code = {}
     for at, predicate, opcode, operands in lines:
         name, after = opcode.partition(".")[0], following.get(at, ())
-        if name in ("BRA", "CALL"):  # a call is a jump that is too far for a branch: both ways are followed
+        if name in ("BRA", "CALL"):  # a call is a jump too far for a branch; both ways are followed
             target = re.search(r"\b0x([0-9a-f]+)$", operands)
             if target is None:
                 raise ValueError(f"{opcode} {operands}: found no address, expected one")
@@ -122,7 +122,7 @@ def amdgcn_access(opcode: str) -> tuple[str, int] | None:
 
 
 def parse_amdgcn(text: str) -> Code:
-    """The assembly of one kernel."""
+    """Parse the assembly of one kernel."""
     lines = text.partition("\n.Lfunc_end")[0].splitlines()
     labels = {line.partition(":")[0]: at for at, line in enumerate(lines) if line.startswith(".LBB")}
     code = {}
@@ -136,7 +136,7 @@ def parse_amdgcn(text: str) -> Code:
 
 
 def read(kernel: Any, nvidia: bool) -> Assembly:
-    """What `triton.compile` returned."""
+    """Read the kernel that `triton.compile` returned."""
     return _read_nvidia(kernel) if nvidia else _read_amd(kernel.asm["amdgcn"])
 
 
@@ -163,6 +163,6 @@ def _read_amd(text: str) -> Assembly:
             raise ValueError(f"amdgcn: found no .{name}")
         return int(found[1])
 
-    # A scalar register that spills goes to a lane of a vector register and not to memory.
+    # Scalar registers spill to lanes of vector registers, not to memory.
     spills, local = stated("vgpr_spill_count"), stated("private_segment_fixed_size")
     return Assembly(stated("vgpr_count"), spills, local, loops(parse_amdgcn(text), "v_exp_f32"), None)

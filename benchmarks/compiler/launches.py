@@ -1,5 +1,5 @@
-"""What the launchers ask Triton to compile: calls are recorded and nothing is launched; then it is compiled for a GPU
-that need not be there."""
+"""Record the kernels that the launchers ask Triton to compile, without launching them, and compile them for a GPU that
+need not be present."""
 
 import functools
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ N = B * T
 
 class Launch(NamedTuple):
     """A launch as Triton sees it. arguments: parameter -> (type, "D" if it is known to be a multiple of 16), or
-    ("constexpr", value), which None is too."""
+    ("constexpr", value). None is a constexpr too."""
 
     target: str
     case: str
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
         return self.function.fn.__name__
 
     def constant(self, name: str) -> Any:
-        """The value of a constexpr; "given" where the parameter is none."""
+        """Return the value of a constexpr, or "given" for any other parameter."""
         kind, value = self.arguments.get(name, ("constexpr", None))
         return value if kind == "constexpr" else "given"
 
@@ -60,14 +60,14 @@ class Launch(NamedTuple):
 
 
 def logits_of(V: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    """[B, T, V]. aligned: every row starts on 16 bytes."""
+    """Make logits [B, T, V]. layout "aligned": every row starts at a multiple of 16 bytes."""
     if layout == "strided":
         return torch.zeros(B, T, 2 * V, dtype=dtype)[..., ::2]
     wide = -(-V // 8) * 8 + (layout == "uneven")
     return torch.zeros(B, T, wide, dtype=dtype)[..., :V]
 
 
-# Of calls over rows. What is not said is as in the first.
+# Cases of calls over rows. Missing settings are as in "plain".
 ROWS = {
     "plain": {},
     "uneven": {"layout": "uneven"},
@@ -81,7 +81,7 @@ CASES = {"bf16": tuple(ROWS), "fp16": ("plain",), "fp32": ("plain", "uneven", "e
 
 
 def call_rows(dtype: str, case: str) -> None:
-    """The launchers that go over rows of the vocabulary."""
+    """Call the launchers that read rows of the vocabulary."""
     of = {"layout": "aligned", "V": 151936, "softcap": None, "temperature": 0.7, "everything": False} | ROWS[case]
     V, layout, everything = of["V"], of["layout"], of["everything"]
     logits = logits_of(V, DTYPES[dtype], layout)
@@ -102,7 +102,7 @@ def call_rows(dtype: str, case: str) -> None:
             gradient_in_forward.LossTensors(x, x, x, x, x[0, 0], torch.ones(2, B)),
             token_pass.TokenSettings(cispo, 0.8, 1.2, 1.2, 5.0, entropy_coef=float(everything)),
         )  # fmt: skip
-    if layout != "strided":  # a tile is fp32 and contiguous, its gradient has the dtype of the weight
+    if layout != "strided":  # tiles are fp32 and contiguous; their gradient has the dtype of the weight
         tile = logits_of(V, torch.float32, layout).flatten(0, 1)
         logits_tile.fold_tile(tile, 0, target, torch.zeros(7, N), scaling, entropy=True, extra=everything)
         logits_tile.gradient_tile(
@@ -115,7 +115,7 @@ def call_rows(dtype: str, case: str) -> None:
 
 
 def call_tokens(everything: bool) -> None:
-    """The token pass, and the selection by entropy."""
+    """Call the launchers of the token pass and of the selection by entropy."""
     x, mask, number = torch.ones(B, T), torch.ones(B, T, dtype=torch.bool), torch.ones(())
     tensors = token_pass.TokenTensors(x, x, mask, x, x)
     if everything:
@@ -135,7 +135,7 @@ CALLS = {
 
 
 def launches(target: str) -> list[Launch]:
-    """What the calls launch on a GPU of that generation. From here on no launcher of this process launches anything."""
+    """Return the launches of all calls on a GPU of this generation. Afterwards the process cannot launch kernels."""
     found: dict[str, Launch] = {}
     bind = functools.cache(
         lambda f: create_function_from_signature(f.signature, f.params, make_backend(TARGETS[target]))

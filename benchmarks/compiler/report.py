@@ -1,12 +1,12 @@
-"""Compile the kernels for GPUs that need not be present, and hold what the compiler made of them against what they are
-meant to be: no spills, few registers, 16-byte accesses to the vocabulary, one exponential an entry.
+"""Compile the kernels for GPUs that need not be present, and check the result: no spills, few registers, 16-byte
+accesses to the vocabulary, one exponential per entry.
 
     python -m benchmarks.compiler.report [--check] [TARGET, KERNEL or CASE ...]
 
-It prints a table; --check: only what falls short, and
-exit 1 unless it is known of this version of Triton (`known`). Not under TRITON_INTERPRET=1: kernels imported under it
-cannot be compiled. What a GPU would do with them is not measured here. For another Triton:
-`pip install --no-deps --target FOLDER triton==VERSION`, and PYTHONPATH=FOLDER.
+The program prints a table. With --check it prints only the shortfalls, and exits with 1 unless all of them are known
+for this version of Triton (`known`). It does not run under TRITON_INTERPRET=1, because kernels imported under it cannot
+be compiled. Nothing is timed. To use another Triton: `pip install --no-deps --target FOLDER triton==VERSION`, and
+PYTHONPATH=FOLDER.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.compiler import assembly
 from benchmarks.compiler.assembly import Assembly, Loop
 from benchmarks.compiler.launches import TARGETS, Launch, launches
 
-# What the loops over the vocabulary do: "read" statistics, "rewrite" entries, "fill" those of a dead row.
+# Tasks of the loops over the vocabulary: "read" for statistics, "rewrite" entries, "fill" the entries of a dead row.
 PASSES = {
     "token_stats_forward_kernel": {"read"},
     "token_stats_backward_kernel": {"rewrite", "fill"},
@@ -34,7 +34,7 @@ PASSES = {
 
 
 class Row(NamedTuple):
-    """Of one launch: what was found, and what falls short."""
+    """One launch: its assembly, and its shortfalls."""
 
     kernel: str
     target: str
@@ -57,30 +57,32 @@ def kind(loop: Loop) -> str:
 
 
 def bits(launch: Launch, *pointers: str) -> int:
-    """Of an entry behind the first of the pointers that the kernel has."""
+    """Bits of an entry behind the first of these pointers that the kernel has."""
     of = next(launch.arguments[name][0] for name in pointers if name in launch.arguments)
     return 32 if of == "*fp32" else 16
 
 
 def simple(launch: Launch) -> bool:
-    """Aligned rows, and no more computed than a loss asks for."""
+    """Whether the rows are aligned, and the kernel computes no more than a loss needs."""
     more = launch.constant("softcap") or launch.constant("EXTRA") or launch.constant("extra_ptr")
     return bool(launch.constant("ALIGNED")) and not more
 
 
 def register_bound(launch: Launch) -> int:
-    """64: 1024 threads a multiprocessor, with 16 KiB of 16-byte loads in flight, which is what 3 TB/s shared by 132 of
-    them need to hide 700 ns. For aligned rows and what a loss asks for.
+    """Return the largest number of registers per thread.
 
-    128: 512 threads. For what arithmetic or narrow loads hold up: a softcap, statistics that no loss reads, rows that
-    are not aligned; for a vocabulary of one or two warps; and for kernels that do not read the vocabulary.
+    64 for `simple` launches: 1024 threads per multiprocessor keep 16 KiB of 16-byte loads in flight. With 132
+    multiprocessors this hides a latency of 700 ns at 3 TB/s.
+
+    128, that is 512 threads, for launches limited by arithmetic or narrow loads (a softcap, statistics that no loss
+    reads, rows that are not aligned), for a vocabulary of one or two warps, and for kernels that read no vocabulary.
     """
     return 64 if simple(launch) and launch.options["num_warps"] > 2 else 128
 
 
 def exponentials(launch: Launch, loop: Loop) -> int:
-    """One an entry, and with a softcap one for its tanh. In running statistics one more for each of their lanes, of
-    which there is one for as many entries of a tile as 16 bytes hold (`rlloss.kernels.online.fold`)."""
+    """Return the expected number of exponentials: one per entry, and with a softcap one more for its tanh. Running
+    statistics add one per lane; a lane covers the entries of 16 bytes of a tile (`rlloss.kernels.online.fold`)."""
     if launch.kernel == "entropy_temperature_kernel" and kind(loop) == "rewrite":
         return 0
     width = bits(launch, "logits_ptr", "tile_ptr")
@@ -90,7 +92,7 @@ def exponentials(launch: Launch, loop: Loop) -> int:
 
 
 def least_bits(launch: Launch) -> int:
-    """Of an access to aligned rows: 16 bytes, or all that a block has for a thread."""
+    """Return the least bits of an access to aligned rows: 16 bytes, or all entries of a thread if they are fewer."""
     threads = launch.options["num_warps"] * TARGETS[launch.target].warp_size
     entry = min(bits(launch, "logits_ptr", "tile_ptr"), bits(launch, "grad_ptr", "out_ptr", "logits_ptr", "tile_ptr"))
     return min(128, launch.constant("BLOCK_V") // threads * entry)
@@ -112,13 +114,13 @@ def shortfalls(launch: Launch, found: Assembly) -> list[str]:
             wrong.append(f"narrow: loads {loop.loads}, stores {loop.stores} in bits, expected {least} or more")
         if loop.exponentials != count:
             wrong.append(f"exponentials: {loop.exponentials} in a {kind(loop)} loop, expected {count}")
-    if found.nan_max == 0:  # the floor of the exponents; the interpreter's maximum always lets NaN through
+    if found.nan_max == 0:  # exponents have a floor; the interpreter's maximum always propagates NaN
         wrong.append("NaN: no maximum that lets it through")
     return wrong
 
 
 def rows(target: str, asked: list[str]) -> list[Row]:
-    """Of the launches for a target, or of those whose kernel or case is asked for; compiled anew, not from a cache."""
+    """Compile the launches for a target, or the requested kernels or cases, without Triton's cache."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -130,7 +132,7 @@ def rows(target: str, asked: list[str]) -> list[Row]:
 
 
 def table(found: list[Row]) -> str:
-    """A line for each kernel and target."""
+    """Return a table with one line per kernel and target."""
     lines = [
         "| kernel | target | compiled | registers | bits of an access | spilling | falling short |",
         "|---" * 7 + "|",
@@ -146,8 +148,8 @@ def table(found: list[Row]) -> str:
 
 
 def known(row: Row) -> bool:
-    """Rows whose entries are not next to each other, under Triton before 3.7: the compiler gives neighbours, of which
-    it knows nothing, to neighbouring threads, which then share a running result, whatever shape they are loaded in."""
+    """Whether a shortfall is known: strided rows under Triton before 3.7. That compiler does not know which entries are
+    neighbours, and assigns them to neighbouring threads, which then share a running result."""
     return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and "strided" in row.case
 
 

@@ -1,7 +1,7 @@
-"""Who is timed from hidden states to the gradient of the loss: rlloss's plans and everyone else.
+"""Define the contenders that are timed from hidden states to the gradient of the loss: rlloss's plans and its peers.
 
-All do the same work on a `Case`: log-probabilities and entropies, the "dapo" loss of an on-policy batch with the tokens
-of highest entropy alone, the gradients of hidden and weight. What a peer does not do stands in its note.
+All do the same work on a `Case`: log-probabilities and entropies, the "dapo" loss of an on-policy batch on the tokens
+of highest entropy only, and the gradients of hidden and weight. If a peer omits a part, its note says so.
 """
 
 import functools
@@ -18,7 +18,7 @@ from rlloss import LinearGRPOLoss, LossConfig, count_products, explain_plan
 from rlloss.lm_head.plans import PlanReport
 
 CLIP = (0.2, 0.28)
-ENTROPY_ROWS = 128  # of the naive peer's entropies at a time
+ENTROPY_ROWS = 128  # rows per block in the naive peer's entropies
 SM90 = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
 
 
@@ -26,7 +26,7 @@ Function = Callable[[Tensor, Tensor, Case], tuple[Tensor, Tensor | None]]
 
 
 def _peer(name: str, note: str, function: Function, **where) -> Peer:
-    """A peer that is a function (hidden, weight, case) -> (loss, mean entropy or None)."""
+    """Make a peer from a function (hidden, weight, case) -> (loss, mean entropy or None)."""
 
     def start(case: Case) -> Callable[[], Result]:
         hidden, weight = (x.detach().requires_grad_() for x in (case.hidden, case.weight))
@@ -70,7 +70,7 @@ def loss_in_torch(
     rho: float,
     old_logp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same loss a token at a time: logp with gradient and entropy without, `[B, T]` -> (loss, mean entropy)."""
+    """Compute the loss in torch from `[B, T]`, logp with gradient and entropy without. Return (loss, mean entropy)."""
     tokens, advantage = mask.sum(), advantage.unsqueeze(-1)
     ratio = torch.exp(logp - (logp.detach() if old_logp is None else old_logp))
     clipped = torch.clamp(ratio, 1 - CLIP[0], 1 + CLIP[1])
@@ -112,17 +112,17 @@ def _compiled(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tenso
 
 
 def _scattered(mask: Tensor, *rows: Tensor) -> list[Tensor]:
-    """`[n]` of the tokens that count, as `[B, T]` with 0 elsewhere."""
+    """Scatter rows `[n]` of the tokens that count into `[B, T]`, with 0 elsewhere."""
     return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in rows]
 
 
 def trl_compacts(device: torch.device) -> bool:
-    """Whether TRL runs the rows that count alone: it does on a GPU."""
+    """Whether TRL runs only the rows that count. It does on a GPU."""
     return importlib.import_module("trl.kernels.chunked_logprob")._use_triton(device)
 
 
 def _trl(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
-    # As its trainer's fused head calls it.
+    # The same call as in the fused head of TRL's trainer.
     kernels = importlib.import_module("trl.kernels.chunked_logprob")
     chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
     compact, mask = trl_compacts(hidden.device), case.mask
@@ -148,7 +148,7 @@ def _liger(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, None]:
 def _flsce(hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
     function = importlib.import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
     mask = case.mask
-    # Temperature, ignored index, tiles of a cluster (which nothing reads), and the entropy too.
+    # Temperature, ignored index, tiles of a cluster (not read), and whether to return the entropy.
     nll, entropy = function.apply(hidden[mask], weight, case.target[mask], 1.0, -100, 1, True)
     logp, entropy = _scattered(mask, -nll, entropy.detach().float())
     return _loss(logp, entropy, case)
@@ -166,12 +166,12 @@ def _sm90() -> bool:
 
 
 def plan_of(name: str) -> str | None:
-    """The plan of a contender that is rlloss."""
+    """Return the plan if the contender is rlloss."""
     return name.removeprefix("rlloss").strip() or "auto" if name.startswith("rlloss") else None
 
 
 def peers(*, compiled: bool = False) -> list[Peer]:
-    """rlloss's plans first, then the others. compiled: whether torch.compile takes part."""
+    """Return the contenders, rlloss's plans first. compiled: whether torch.compile takes part."""
     plans = {
         "rlloss": "`LinearGRPOLoss`",
         "rlloss recompute": "logits again for the rows with a gradient",
@@ -188,7 +188,7 @@ def peers(*, compiled: bool = False) -> list[Peer]:
         "is for sm_90 in bf16, elsewhere it runs tiles of 512 rows in torch"
     )
     cce = "`linear_cross_entropy`, its default filter of small gradients on: no entropies and no selection by them"
-    # TRL's trainers need datasets, which TRL can be installed without.
+    # TRL's trainers need datasets, which may be missing although TRL is installed.
     found += [_peer("TRL", trl, _trl, module="trl.trainer.utils"), _peer("naive", naive, _naive)]
     if compiled:
         found.append(_peer("torch.compile", compiled_note, _compiled))
@@ -200,8 +200,8 @@ def peers(*, compiled: bool = False) -> list[Peer]:
 
 
 def products(peer: Peer, case: Case) -> tuple[Result, float | None]:
-    """The result of a step, and its matrix products in logits of all rows that count; None: a counter would have
-    torch.compile run eagerly."""
+    """Return the result of a step and its matrix products, in units of the logits of all rows that count. None: a
+    counter would make torch.compile run eagerly."""
     if peer.name == "torch.compile":
         return peer.step(case), None
     if plan_of(peer.name) is not None:

@@ -1,4 +1,4 @@
-"""Hidden states, an lm_head and the loss of an on-policy batch, and what comes out of them in fp64."""
+"""Make test cases of hidden states, an lm_head and an on-policy batch, with their reference results in fp64."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlloss import reference
 
-REFERENCE_ROWS = 4096  # of the weight's gradient, besides those of the targets
+REFERENCE_ROWS = 4096  # compared rows of the weight's gradient, in addition to those of the targets
 BLOCK_V, BLOCK_ROWS = 16384, 256
 
 
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 class Case:
     """hidden `[B, T, D]`, weight `[V, D]`, target int64 and mask bool `[B, T]`, advantage `[B]`.
 
-    rho: share of the tokens that count that the loss keeps. cutoff: an entropy that separates them from the others.
+    rho: share of the counted tokens that the loss keeps. cutoff: an entropy between kept tokens and the others.
     """
 
     hidden: Tensor
@@ -44,12 +44,12 @@ class Case:
 
     @property
     def live(self) -> int:
-        """Tokens with a gradient, as a quantile keeps them."""
+        """Number of tokens with a gradient if a quantile keeps them."""
         return kept_count(self.counted, self.rho) if bool(self.advantage.ne(0).all()) else -1
 
     @property
     def unit(self) -> int:
-        """FLOP of the logits of every row that counts."""
+        """FLOP of the logits of all rows that count."""
         return 2 * self.counted * self.weight.numel()
 
 
@@ -67,15 +67,15 @@ def _weight(V: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def forget_weight() -> None:
-    """Frees the weight that is kept from case to case."""
+    """Free the weight that is cached from case to case."""
     _weight.cache_clear()
 
 
 def token_scales(mask: Tensor, rho: float, generator: torch.Generator) -> Tensor:
-    """`[B * T]` standard deviations of the logits of a row: 2 where rho keeps it, 4 elsewhere.
+    """Return the standard deviations `[B * T]` of the logits of each row: 2 for the share rho of rows to keep, else 4.
 
-    The entropies of the two lie apart, and rounding to bf16 does not change which are kept: everyone has the same rows
-    to work on.
+    The entropies of the two sets are far apart. Rounding to bf16 does not change the kept rows, so all contenders work
+    on the same rows.
     """
     n = int(mask.sum())
     scale = torch.full((mask.numel(),), 4.0)
@@ -86,7 +86,7 @@ def token_scales(mask: Tensor, rho: float, generator: torch.Generator) -> Tensor
 
 
 def advantages(B: int, generator: torch.Generator) -> Tensor:
-    """`[B]`, none of them 0."""
+    """Draw advantages `[B]`, none of them 0."""
     advantage = torch.randn(B, generator=generator)
     return advantage + 0.1 * advantage.sign()
 
@@ -94,7 +94,7 @@ def advantages(B: int, generator: torch.Generator) -> Tensor:
 def make_case(
     shape: Shape, dtype: torch.dtype, rho: float, device: torch.device, lengths: tuple[int, ...] | None = None
 ) -> Case:
-    """lengths: of the sequences; None: random ones that fill 55 % of the columns."""
+    """Make a case. lengths: lengths of the sequences; None: random lengths that fill 55 % of the columns."""
     B, T, D, V = shape
     g = torch.Generator().manual_seed(0)
     if lengths is None:
@@ -112,7 +112,7 @@ def make_case(
 
 
 class Result(NamedTuple):
-    """entropy: the mean over the tokens that count, or None."""
+    """The result of a step. entropy: mean over the tokens that count, or None."""
 
     loss: Tensor
     entropy: Tensor | None
@@ -121,8 +121,8 @@ class Result(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """In fp64. result.weight: the gradient of the rows `rows` of the weight: those of the targets, and others evenly
-    spaced. live `[B * T]`. cutoff: halfway between the entropies of tokens kept and not."""
+    """The result in fp64. result.weight: gradient of the rows `rows` of the weight, which are those of the targets and
+    others evenly spaced. live: `[B * T]`. cutoff: halfway between the entropies of kept tokens and the others."""
 
     result: Result
     rows: Tensor

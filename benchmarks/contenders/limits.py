@@ -1,4 +1,4 @@
-"""What no step from hidden states goes below: its matrix products. Counted wherever they run, and run bare."""
+"""Count the matrix products of a step from hidden states, and run them alone: a lower limit of the time of a step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from rlloss.lm_head.matmul import operands_in
 
 
 class Flop(TorchDispatchMode):
-    """FLOP of every matrix product of two matrices, wherever it is called."""
+    """Counts the FLOP of every product of two matrices inside this context."""
 
     flop = 0
 
@@ -26,14 +26,16 @@ class Flop(TorchDispatchMode):
 
 
 def bare_products(case: Case, *, again: bool, tiled: bool) -> Callable[[], Callable[[], Tensor]]:
-    """The products of a step and nothing else: 1 + 3r units, or 1 + 2r where the logits are not made `again`.
+    """Return a step that runs only the matrix products: 1 + 3r units, or 1 + 2r without `again`.
 
-    The forward's, and those of the backward that it returns, which gives the weight's gradient. The operands are
-    compact and in the dtype that rlloss multiplies in, before the clock starts. The weight's gradient goes to fresh
-    memory, as that of every backward does.
+    The step runs the products of the forward and returns the backward, which runs its products and returns the weight's
+    gradient. Before the clock starts, the operands are made compact, in the dtype in which rlloss multiplies. The
+    weight's gradient is written to fresh memory, as in every backward.
 
     Args:
-        tiled: a block of the vocabulary at a time, as rlloss does; otherwise each of them as one product.
+        case: the inputs.
+        again: whether the backward computes the logits again.
+        tiled: one block of the vocabulary at a time, as in rlloss. False: one product for the whole vocabulary.
     """
     counted = case.mask.flatten().nonzero().squeeze(-1)
     hidden = case.hidden.flatten(0, 1)[counted]

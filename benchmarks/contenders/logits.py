@@ -1,8 +1,8 @@
-"""Who is timed: rlloss and everyone else who turns logits into log-probabilities, entropies and their gradient.
+"""Define the contenders that turn logits into log-probabilities, entropies and the gradient of the logits.
 
-All answer the same two questions about a `Case`: `forward` gives (logp, entropy) without autograd; `start` runs the
-forward with gradient and returns the backward, which gives the gradient of the logits for a given gradient of logp.
-Entropy carries no gradient. What a peer does not compute, or computes besides, stands in its note.
+All have the same two functions of a `Case`. `forward` returns (logp, entropy) without autograd. `start` runs the
+forward with gradient and returns the backward, which maps a gradient of logp to the gradient of the logits. Entropy has
+no gradient. If a peer computes less or more, its note says so.
 """
 
 import functools
@@ -23,8 +23,8 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]
 class Case:
     """One set of inputs.
 
-    padded: `[1, N + 1, V]` logits; the row at the end is there for Liger's layout and belongs to no token.
-    target: `[N]` int64. mask: `[N]` bool or None. grad: `[N]` fp32, the gradient of logp, 0 in dead and masked rows.
+    padded: logits `[1, N + 1, V]`. The last row belongs to no token; Liger's layout needs it. target: `[N]` int64.
+    mask: `[N]` bool or None. grad: `[N]` fp32, the gradient of logp, 0 in dead and masked rows.
     """
 
     padded: Tensor
@@ -34,12 +34,12 @@ class Case:
 
     @property
     def logits(self) -> Tensor:
-        """`[N, V]`, contiguous."""
+        """Logits `[N, V]`, contiguous."""
         return self.padded[0, :-1]
 
 
 def _peer(name: str, note: str, function: Forward, **where) -> Peer:
-    """A peer that is a differentiable function (logits, target, mask) -> (logp, entropy)."""
+    """Make a peer from a differentiable function (logits, target, mask) -> (logp, entropy)."""
 
     @torch.no_grad()
     def forward(case: Case) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +66,7 @@ def _rlloss(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor
 
 
 def eager(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log_softmax in fp32, a gather, and the entropy of the same log-probabilities."""
+    """Compute log_softmax in fp32, a gather, and the entropy of the same log-probabilities."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     logp = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
@@ -78,8 +78,8 @@ def eager(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 
 @functools.cache
 def compiled_eager() -> Forward:
-    """One for all who time it: it is compiled again for each dtype, shape, mask and mode, and past the limit it would
-    quietly run eagerly."""
+    """Return `eager` under torch.compile, the same object for all callers. It is recompiled for each dtype, shape, mask
+    and mode. Above torch's recompile limit it would silently run eagerly."""
     torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]
     torch._dynamo.config.accumulated_recompile_limit = 1024  # type: ignore[attr-defined]
     return torch.compile(eager, dynamic=False)
@@ -100,7 +100,7 @@ def _liger_mask(case: Case) -> Tensor | None:
 
 def _liger_forward(case: Case) -> tuple[Tensor, None]:
     ops = importlib.import_module("liger_kernel.ops.grpo_loss")
-    # It reads [1, N + 1, V] and leaves the last position out.
+    # Liger reads [1, N + 1, V] and leaves out the last position.
     logp = ops.fused_selective_log_softmax(case.padded, case.target.unsqueeze(0), 1.0, _liger_mask(case))
     return logp.squeeze(0), None
 
@@ -108,7 +108,7 @@ def _liger_forward(case: Case) -> tuple[Tensor, None]:
 def _liger_start(case: Case) -> Callable[[], Tensor]:
     ops = importlib.import_module("liger_kernel.transformers.grpo_loss")
     leaf = case.padded.detach().requires_grad_()
-    # With no old log-probabilities the ratio is 1, and at advantage -1 each token's loss has the gradient 1 in logp.
+    # Without old log-probabilities the ratio is 1, and at advantage -1 each token's loss has gradient 1 in logp.
     advantage = torch.full((1,), -1.0, device=leaf.device)
     loss, *_ = ops.triton_grpo_loss(
         leaf, None, None, case.target.unsqueeze(0), advantage, _liger_mask(case), temperature=1.0, beta=0.0,
@@ -118,7 +118,7 @@ def _liger_start(case: Case) -> Callable[[], Tensor]:
 
 
 def peers(*, compiled: bool) -> list[Peer]:
-    """rlloss first, then the others. compiled: whether torch.compile takes part (it takes a while to compile)."""
+    """Return the contenders, rlloss first. compiled: whether torch.compile takes part (compilation is slow)."""
     found = [
         _peer("rlloss", "`token_stats`: logp and entropy", _rlloss),
         _peer("torch eager", "`log_softmax` in fp32, gather, entropy", eager),

@@ -1,7 +1,7 @@
-"""Who is timed from logits to the gradient of the whole loss: rlloss's ways through it and everyone else.
+"""Define the contenders that are timed from logits to the gradient of the whole loss: rlloss's variants and its peers.
 
-All do the same work on a `LossCase`: log-probabilities and entropies, the "dapo" loss of an on-policy batch with the
-tokens of highest entropy alone, the gradient of the logits. What a peer does not do stands in its note.
+All do the same work on a `LossCase`: log-probabilities and entropies, the "dapo" loss of an on-policy batch on the
+tokens of highest entropy only, and the gradient of the logits. If a peer omits a part, its note says so.
 """
 
 import functools
@@ -23,7 +23,7 @@ from rlloss import GRPOLoss, LossConfig
 class LossCase:
     """logits `[B, T, V]`, contiguous; target int64 and mask bool `[B, T]`, advantage `[B]`.
 
-    rho: share of the tokens that count that the loss keeps. cutoff: an entropy that separates them from the others.
+    rho: share of the counted tokens that the loss keeps. cutoff: an entropy between kept tokens and the others.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class LossCase:
 
     @functools.cached_property
     def padded(self) -> Tensor:
-        """`[B, T + 1, V]`, Liger's layout: the last row of each sequence belongs to no token."""
+        """Logits `[B, T + 1, V]` in Liger's layout: the last row of each sequence belongs to no token."""
         B, T, V = self.logits.shape
         padded = self.logits.new_zeros((B, T + 1, V))
         padded[:, :-1] = self.logits
@@ -43,12 +43,12 @@ class LossCase:
 
     @functools.cached_property
     def scratch(self) -> dict[str, Tensor]:
-        """Logits that a contender may write its gradient over, by its name."""
+        """Contender -> logits that it may overwrite by its gradient."""
         return {}
 
 
 class LossResult(NamedTuple):
-    """entropy: the mean over the tokens that count, or None. gradient `[B, T, V]`."""
+    """entropy: mean over the tokens that count, or None. gradient: `[B, T, V]`."""
 
     loss: Tensor
     entropy: Tensor | None
@@ -59,7 +59,7 @@ Function = Callable[[Tensor, LossCase], tuple[Tensor, Tensor | None]]
 
 
 class _Computed(torch.autograd.Function):
-    """Memory as the output of an operation, so that a gradient may be written over it; its gradient goes to `sink`."""
+    """Makes a tensor the output of an operation, so that a gradient may overwrite it. Its gradient goes to `sink`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, memory: Tensor, sink: list[Tensor]) -> Tensor:
@@ -73,8 +73,8 @@ class _Computed(torch.autograd.Function):
 
 
 def _peer(name: str, note: str, function: Function, *, padded: bool = False, inplace: bool = False, **where) -> Peer:
-    """A peer that is a function of the logits. padded: it takes Liger's layout. inplace: it writes the gradient over
-    the logits, which are restored off the clock."""
+    """Make a peer from a function of the logits. padded: it takes Liger's layout. inplace: its gradient overwrites the
+    logits, which are restored off the clock."""
 
     def prepare(case: LossCase) -> None:
         logits = case.padded if padded else case.logits
@@ -124,7 +124,7 @@ def _liger(inplace: bool, logits: Tensor, case: LossCase) -> tuple[Tensor, None]
 
 
 def peers(*, compiled: bool) -> list[Peer]:
-    """rlloss first, then the others. compiled: whether torch.compile takes part."""
+    """Return the contenders, rlloss first. compiled: whether torch.compile takes part."""
 
     def ours(name: str, note: str, on: str | None = None, *, inplace: bool = False, **options: bool) -> Peer:
         return _peer(name, note, functools.partial(_rlloss, options), inplace=inplace, on=on)

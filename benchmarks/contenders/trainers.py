@@ -1,4 +1,4 @@
-"""Whose update step is timed: real GRPOTrainers around one tiny Llama, and the batch that all of them get."""
+"""Build the contenders of the update step: real GRPOTrainers with the same tiny Llama, and one batch for them."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ GENERATIONS = 4
 
 @functools.cache
 def _folder(size: Llama) -> tempfile.TemporaryDirectory:
-    """The model's, from which every trainer loads the same weights. It goes with the process."""
+    """Return a folder from which every trainer loads the same weights. It is deleted at the end of the process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def _folder(size: Llama) -> tempfile.TemporaryDirectory:
         bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # logits of standard deviation 4: entropies of a model that is neither sure nor lost
+    with torch.no_grad():  # logits of standard deviation 4: medium entropies
         model.lm_head.weight.mul_(4 / (config.initializer_range * size.D**0.5))
     folder = tempfile.TemporaryDirectory()
     model.save_pretrained(folder.name)
@@ -50,7 +50,7 @@ def _tokenizer(V: int):
 
 
 def build_trainer(trainer_class, config_class, size: Llama, **options):
-    """In training, fp32, on-policy, "dapo", one micro-batch a step."""
+    """Build a trainer in training mode: fp32, on-policy, "dapo", one micro-batch per step."""
     from datasets import Dataset
 
     folder = _folder(size).name
@@ -73,7 +73,7 @@ def build_trainer(trainer_class, config_class, size: Llama, **options):
 
 
 def make_batch(size: Llama, fill: float = 0.5) -> dict[str, Any]:
-    """A micro-batch as `_prepare_inputs` returns it: lengths fill the share `fill`, every other group has no signal."""
+    """Make a micro-batch as from `_prepare_inputs`. The lengths fill the share `fill`; every other group is dead."""
     B, P, T = size.B, size.P, size.T
     g = torch.Generator().manual_seed(0)
     share = torch.rand(B, generator=g) + 0.2
@@ -94,7 +94,7 @@ def make_batch(size: Llama, fill: float = 0.5) -> dict[str, Any]:
 
 
 def add_reference(trainer, inputs: dict) -> None:
-    """Log-probabilities of a reference model: the trainer's own, a tenth of a nat off."""
+    """Add log-probabilities of a reference model: the trainer's own, off by a tenth of a nat."""
     ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     with torch.no_grad():
         T = inputs["completion_ids"].shape[1]
@@ -111,7 +111,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Contender:
-    """A trainer and how it makes a step. mode: rlloss's zero_advantage. why_not: why there is no number."""
+    """A trainer and its way to run a step. mode: rlloss's zero_advantage. why_not: why it is not measured."""
 
     name: str
     trainer: Any
@@ -124,7 +124,7 @@ class Contender:
         self.trainer._metrics["train"].clear()
 
     def start(self, inputs: dict) -> Callable[[], Tensor]:
-        """The loss; it returns the backward, which adds gradients to the model's and returns the loss."""
+        """Compute the loss. Return the backward, which accumulates gradients in the model and returns the loss."""
         if self.mode is not None:
             self.trainer.args.zero_advantage = self.mode
         with self.context():
@@ -156,7 +156,7 @@ NOTES = {
 
 
 def contenders(size: Llama, beta: float = 0.0) -> list[Contender]:
-    """TRL first, then its trainer under `patch_trl`, which is undone after each step, and rlloss's modes."""
+    """Return TRL's trainer, the same under `patch_trl` (undone after each step), and rlloss's modes."""
     trl: Any = importlib.import_module("trl")
     trl_grpo: Any = importlib.import_module("rlloss.integrations.trl.trainer")
     patch_trl = importlib.import_module("rlloss.integrations.trl.lm_head").patch_trl

@@ -1,4 +1,4 @@
-"""Under what conditions numbers came about: device, driver, versions, commit, date, load."""
+"""Record the conditions of a measurement: device, driver, versions, commit, date, load."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ COMPARED = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """Return the output of a command, or an empty text if it is missing or fails."""
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -27,7 +27,7 @@ def _output(*command: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what is compared."""
+    """Return the versions of the compared packages."""
     found = {}
     for name in COMPARED:
         try:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The short name, and whether what is timed has changed since; None where git does not know it."""
+    """Return the short hash, and whether the timed code differs from it. None: git does not know a commit."""
     name = _output("git", "rev-parse", "--short", "HEAD")
     changed = _output("git", "status", "--porcelain", "--", "rlloss", "kernels", "benchmarks/*.py")
     return name + (" with uncommitted changes" if changed else "") if name else None
@@ -70,7 +70,7 @@ def conditions() -> dict[str, Any]:
 
 
 def sentence(where: dict[str, Any]) -> str:
-    """Device, versions, commit, date and load of `conditions` on one line."""
+    """Write device, versions, commit, date and load of `conditions` on one line."""
     load = f" Load average before: {where['load'][0]}, after: {where['load_after'][0]}." if where["load"] else ""
     found = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     machine = f"{where['device']}, {where['threads']} threads"

@@ -1,4 +1,4 @@
-"""A contest: each contender is checked, its memory is read, and those that are right are timed in turns."""
+"""Run a contest: check each contender, read its peak memory, and time the correct ones in turns."""
 
 import gc
 import math
@@ -19,9 +19,9 @@ from benchmarks.harness.timing import in_turns, peak_bytes, phases, seconds, war
 class Entrant:
     """A contender with its inputs.
 
-    start: the forward; it returns the backward, or the result where there is none (not `phased`). check: gives its
-    "errors" and what else there is to say of it, and raises ArithmeticError where it is wrong. why_not: why there is no
-    number of it. prepare: what comes before each run, off the clock. head_start: see `timing.phases`.
+    start: the forward. It returns the backward, or the result if not `phased`. check: returns "errors" and further
+    facts, and raises ArithmeticError if the contender is wrong. why_not: why it is not measured. prepare: runs before
+    each run, off the clock. head_start: see `timing.phases`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Entrant:
         return self.start()() if self.phased else self.start()
 
     def clock(self) -> tuple[float, ...]:
-        """Seconds of the forward and the backward, or of all of it."""
+        """Return the seconds of forward and backward, or of the whole run if not `phased`."""
         self.prepare()
         return phases(self.start, self.head_start) if self.phased else (seconds(self.start),)
 
@@ -44,7 +44,7 @@ class Entrant:
 def entrant(
     peer: Peer, case: Any, check: Callable[[], dict[str, Any]], why_not: str | None = None, **options: Any
 ) -> Entrant:
-    """The forward without gradient where `phased=False`. It has no number below rho 1 if it cannot select."""
+    """Make an entrant. `phased=False`: the forward without gradient. A peer that cannot select runs at rho 1 only."""
     if peer.ignores_rho and case.rho < 1.0:
         why_not = "keeps every token: at rho 1 only"
     why_not = peer.absent() or why_not
@@ -63,8 +63,8 @@ def entrant(
 
 @dataclass(frozen=True)
 class Contest:
-    """facts: what a result says of its case. limits: what no contender goes below, or a part of what each does; timed
-    in the same turns."""
+    """facts: description of the case for the result. limits: lower limits of every contender, or parts of its work,
+    timed in the same turns."""
 
     peers: list[Entrant]
     limits: list[Entrant] = field(default_factory=list)
@@ -72,9 +72,9 @@ class Contest:
 
 
 def examine(entrant: Entrant, longest_step: float = math.inf) -> dict[str, Any]:
-    """{"status"} and, of a contender that is there and right, what its check found and "peak_bytes".
+    """Return {"status"}, and for a contender that is present and correct also its check's results and "peak_bytes".
 
-    longest_step: seconds above which a contender that is not rlloss is not timed.
+    longest_step: contenders other than rlloss are not timed if a step takes more seconds.
     """
     if entrant.why_not is not None:
         return {"status": entrant.why_not}
@@ -93,9 +93,9 @@ def examine(entrant: Entrant, longest_step: float = math.inf) -> dict[str, Any]:
 
 
 def hold(contest: Contest, rounds: int, limit: float = math.inf, longest_step: float = math.inf) -> dict[str, Any]:
-    """The facts, "peers" and "limits": {name: `examine`, and seconds "forward" and "backward", or "seconds"}.
+    """Return the facts, "peers" and "limits": {name: `examine`, and seconds "forward" and "backward", or "seconds"}.
 
-    rounds: the most samples of each. limit: seconds that it may take.
+    rounds: largest number of samples of each. limit: seconds for the whole contest.
     """
     begin = time.monotonic()
     found = {
@@ -113,7 +113,7 @@ def hold(contest: Contest, rounds: int, limit: float = math.inf, longest_step: f
 
 
 def copies(logits: Tensor) -> list[Entrant]:
-    """What no step from logits goes below: a copy of the logits into memory that was there, and a fresh gradient."""
+    """Return the lower limits of a step from logits: copy the logits to allocated memory, and allocate a gradient."""
     buffer = logits.new_empty(logits.shape)
     return [
         Entrant("copy", lambda: buffer.copy_(logits), lambda: {"bytes": 2 * buffer.nbytes}, phased=False),

@@ -1,4 +1,4 @@
-"""How far a contender is off, in fp64; who is off by more than rounding explains gets no number."""
+"""Compute the errors of a contender against fp64. A contender whose errors exceed rounding is not timed."""
 
 import torch
 from torch import Tensor
@@ -7,29 +7,29 @@ SAMPLED_ROWS = 32
 
 
 def allowed(V: int, dtype: torch.dtype) -> float:
-    """Of a relative error: the rounding of the result to its dtype, and of fp32 sums over the vocabulary."""
+    """Return the allowed relative error: rounding of the result to its dtype, and of fp32 sums over the vocabulary."""
     return 1e-5 + V * 2.0**-30 + 4 * torch.finfo(dtype).eps
 
 
 def spread(rows: Tensor, most: int = SAMPLED_ROWS) -> Tensor:
-    """At most so many of the rows, evenly spaced, the first and the last among them."""
+    """Return at most `most` rows, evenly spaced, including the first and the last."""
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
 
 
 def worst(found: Tensor, expected: Tensor) -> float:
-    """The largest difference; inf where what was found is not finite."""
+    """Return the largest difference, or inf if `found` is not finite."""
     return (found.double() - expected).abs().nan_to_num(nan=torch.inf).max().item()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Of the whole; inf where what was found is not finite."""
+    """Return the relative error of the whole tensor, or inf if `found` is not finite."""
     error = (found.double() - expected).norm() / expected.norm().clamp(min=torch.finfo(expected.dtype).tiny)
     return error.nan_to_num(nan=torch.inf).item()
 
 
 def of_rows(found: Tensor, expected: Tensor, target: Tensor, coef: Tensor) -> dict[str, float]:
-    """Of gradients `[L, V]` of rows with the coefficients coef `[L]`, relative to the row; the target's entry apart
-    from the rest: it is far larger than they are."""
+    """Return errors of gradients `[L, V]` of rows with coefficients coef `[L]`, relative to the row. The entry of the
+    target is far larger than the others and has its own error."""
     d, place, g = found.double(), target.unsqueeze(-1), coef.double().unsqueeze(-1)
     rest = (d - expected).scatter(-1, place, 0.0).norm(dim=-1) / expected.scatter(-1, place, 0.0).norm(dim=-1)
     return {
@@ -39,14 +39,14 @@ def of_rows(found: Tensor, expected: Tensor, target: Tensor, coef: Tensor) -> di
 
 
 def require(name: str, errors: dict[str, float], allowed: dict[str, float]) -> None:
-    """Raise ArithmeticError where an error is above what is allowed, or is NaN."""
+    """Raise ArithmeticError if an error is NaN or larger than allowed."""
     for what, error in errors.items():
         if not error <= allowed[what]:
             raise ArithmeticError(f"{name}: {what} is off by {error:.2g}, allowed {allowed[what]:.2g}")
 
 
 def failure(error: Exception) -> str:
-    """The status of a contender that raised."""
+    """Return the status of a contender that raised."""
     if isinstance(error, ArithmeticError):
         return f"wrong: {error}"
     if isinstance(error, torch.OutOfMemoryError):

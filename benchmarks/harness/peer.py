@@ -1,4 +1,4 @@
-"""What every contender has, and whether it can run here."""
+"""Define a contender of the benchmarks, and test whether it can run here."""
 
 import importlib
 import importlib.util
@@ -16,9 +16,9 @@ from rlloss import backends
 class Peer:
     """A contender for the cases of one suite.
 
-    start: the forward of a case, with gradient; it returns the backward, which returns the result. forward: the same
-    without gradient. prepare: what comes before each step, off the clock. module: must be importable. on: the device
-    that it needs, "gpu" or "cpu", or "triton": rlloss's kernels. ignores_rho: it keeps every token at any rho.
+    start: the forward of a case, with gradient. It returns the backward, which returns the result. forward: the same
+    without gradient. prepare: runs before each step, off the clock. module: must be importable. on: "gpu" or "cpu", the
+    device that it needs, or "triton" for rlloss's kernels. ignores_rho: it keeps every token at any rho.
     """
 
     name: str

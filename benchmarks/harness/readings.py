@@ -1,4 +1,4 @@
-"""What a result of the suite says, read from its JSON: medians, quotients, shares of a limit; None without a number."""
+"""Read numbers from a JSON result of the suite: medians, quotients, shares of a limit. None: there is no number."""
 
 import statistics
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import Any
 
 Result = dict[str, Any]
 OURS = "rlloss"
-SAME = f"is what {OURS} takes"  # the status of a plan that the default took
+SAME = f"is what {OURS} takes"  # status of the plan that the default chose
 BARE_OF_PLAN = {"recompute": "bare 1 + 3r", "keep": "bare 1 + 2r", "gradient_in_forward": "bare 1 + 2r"}
 
 
 def samples(entry: dict[str, Any], what: str = "both") -> list[float]:
-    """Seconds of "forward", "backward" or "both"; of what has no backward, "both" is all there is."""
+    """Return seconds of "forward", "backward" or "both". Without a backward only "both" exists."""
     if what == "both" and "forward" in entry:
         return [f + b for f, b in zip(entry["forward"], entry["backward"], strict=True)]
     return entry.get("seconds" if what == "both" else what, [])
@@ -23,7 +23,7 @@ def median(entry: dict[str, Any], what: str = "both") -> float | None:
 
 
 def quartiles(entry: dict[str, Any]) -> tuple[float, float] | None:
-    """Lower and upper, of "both"."""
+    """Return the lower and the upper quartile of "both"."""
     values = samples(entry)
     if len(values) < 2:
         return None
@@ -36,7 +36,7 @@ def is_ours(name: str) -> bool:
 
 
 def fastest_peer(result: Result) -> tuple[str, float] | None:
-    """Its name and its median of "both"; no plan of rlloss and no limit is a peer."""
+    """Return its name and its median of "both". Plans of rlloss and limits are not peers."""
     found = {
         name: seconds
         for name, entry in result.get("peers", {}).items()
@@ -47,7 +47,7 @@ def fastest_peer(result: Result) -> tuple[str, float] | None:
 
 
 def speedup(result: Result, peer: str | None = None) -> float | None:
-    """The time of the peer, or of the fastest one, divided by that of rlloss."""
+    """Return the time of the peer, or of the fastest one, divided by the time of rlloss."""
     ours = median(result.get("peers", {}).get(OURS, {}))
     if peer is None:
         fastest = fastest_peer(result)
@@ -58,7 +58,7 @@ def speedup(result: Result, peer: str | None = None) -> float | None:
 
 
 def share_of_copy(result: Result, name: str = OURS) -> float | None:
-    """Bytes that have to be moved per second, as a share of what a copy of the logits reached in the same turns."""
+    """Return the necessary bytes per second, as a share of the bandwidth of a copy of the logits in the same turns."""
     seconds, copy = median(result.get("peers", {}).get(name, {})), median(result.get("limits", {}).get("copy", {}))
     if not seconds or not copy:
         return None
@@ -66,7 +66,7 @@ def share_of_copy(result: Result, name: str = OURS) -> float | None:
 
 
 def over_bare(result: Result) -> float | None:
-    """The time of rlloss divided by that of the bare products of the plan that it took."""
+    """Return the time of rlloss divided by the time of the bare products of its plan."""
     entry = result.get("peers", {}).get(OURS, {})
     ours = median(entry)
     bare = median(result.get("limits", {}).get(BARE_OF_PLAN.get(entry.get("plan_name", ""), ""), {}))
@@ -74,7 +74,7 @@ def over_bare(result: Result) -> float | None:
 
 
 def memory_over(peer: str) -> Callable[[Result], float | None]:
-    """The peak memory of rlloss divided by that of the peer."""
+    """Return a function of a result: the peak memory of rlloss divided by that of the peer."""
 
     def quotient(result: Result) -> float | None:
         ours, theirs = (result.get("peers", {}).get(name, {}).get("peak_bytes") for name in (OURS, peer))

@@ -1,9 +1,9 @@
-"""What is timed: the lm_heads of real models, and how many tokens go through them.
+"""List the shapes that are timed: the lm_heads of real models, and the numbers of tokens.
 
-The four models are hidden_size and vocab_size of config.json on the Hugging Face Hub: Qwen/Qwen2.5-0.5B, Qwen/Qwen3-8B,
-meta-llama/Meta-Llama-3-8B and google/gemma-3-4b-pt (its text_config; the vocabulary is the default of transformers'
-Gemma3TextConfig). A CPU's step from hidden states takes a second or two with such a head, however few the tokens are:
-reading the weight and writing its gradient is most of it. "small" and "wide" are heads that a CPU can give many tokens.
+The four models have hidden_size and vocab_size of config.json on the Hugging Face Hub: Qwen/Qwen2.5-0.5B,
+Qwen/Qwen3-8B, meta-llama/Meta-Llama-3-8B and google/gemma-3-4b-pt (text_config; the vocabulary is the default of
+transformers' Gemma3TextConfig). On a CPU a step from hidden states with such a head takes a second or two even for few
+tokens, because it reads the weight and writes its gradient. "small" and "wide" are heads for many tokens on a CPU.
 """
 
 from typing import NamedTuple
@@ -20,9 +20,9 @@ REAL = {
 MODELS = SMALL | REAL  # name: (D, V)
 DEFAULT_MODELS = {"cuda": tuple(REAL), "cpu": tuple(MODELS)}
 QUICK_MODELS = {"cuda": ("Qwen2.5-0.5B", "Qwen3-8B"), "cpu": ("small",)}
-RHOS = (0.05, 0.2, 0.5, 1.0)  # share of the tokens that count that get a gradient
+RHOS = (0.05, 0.2, 0.5, 1.0)  # share of the counted tokens that get a gradient
 FILLS = (0.5, 1.0)  # share of the columns that count
-FIRST_RHOS = (0.2, 1.0)  # what a run that is short of time measures
+FIRST_RHOS = (0.2, 1.0)  # measured first, and if time is short only these
 SHARES = {"token pass": 1, "logits": 2, "loss": 2, "hidden": 8, "step": 8}  # of the time, by suite
 
 # (B, T)
@@ -34,7 +34,7 @@ TOKEN_PASS_COLUMNS = (16, 1024)
 
 
 class Llama(NamedTuple):
-    """Of the update step: B completions of T columns after P of prompt; D, V, `layers` and an MLP of F."""
+    """The model and batch of the update step: B completions of T columns after P columns of prompt. F: MLP width."""
 
     B: int = 16
     P: int = 16
@@ -53,8 +53,8 @@ LLAMA = Llama()
 
 
 class Cell(NamedTuple):
-    """model: of logits all models with this V, separated by ", "; of the token pass None. kind: "step" (forward and
-    backward), "forward" (without gradient, which no rho changes), or of the update step "beta 0.04"."""
+    """model: for logits all models with this V, separated by ", "; for the token pass None. kind: "step" (forward and
+    backward), "forward" (without gradient, independent of rho), or for the update step also "beta 0.04"."""
 
     suite: str
     model: str | None
@@ -65,7 +65,7 @@ class Cell(NamedTuple):
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """(D, V), D where there are hidden states."""
+        """(D, V). D is None without hidden states."""
         if self.model is None:
             return None, None
         if self.suite == "step":
@@ -97,5 +97,5 @@ class Cell(NamedTuple):
 
 
 def lengths(B: int, T: int, fill: float) -> list[int]:
-    """Of B sequences, `fill` as their mean share of T: all T at fill 1, else rising evenly from one to the next."""
+    """Return the lengths of B sequences whose mean is the share `fill` of T. They rise evenly; at fill 1 all are T."""
     return [T if fill == 1.0 else min(T, round(T * fill * (2 * b + 1) / B)) for b in range(B)]

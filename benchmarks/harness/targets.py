@@ -1,4 +1,4 @@
-"""What the suite should reach on an H100 or H200, and on a CPU, and whether it did."""
+"""List the targets of the suite for an H100 or H200 and for a CPU, and judge whether results meet them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,8 +12,8 @@ TOKENS = 16384  # of the token pass
 
 
 class Target(NamedTuple):
-    """what: in words. value: of a result of the suite, kind and rho. at_least: `limit` is a lower bound. model: on a
-    CPU, of which alone it is; None: it is for DEVICES, at each model. dtype: None: each."""
+    """A bound on one number. what: description. value: reads the number from a result with this suite, kind and rho.
+    at_least: `limit` is a lower bound. model: the only model, on a CPU; None: DEVICES, all models. dtype: None: all."""
 
     what: str
     suite: str
@@ -46,7 +46,7 @@ def _token_pass_us(result: Result) -> float | None:
 
 
 def _small(peer: str, dtype: str, rho: float, limit: float) -> Target:
-    """Of a CPU, half of the columns padding."""
+    """A target for a CPU, with padding in half of the columns."""
     what = f"hidden states, small, {dtype}, rho {rho:g}: time of {peer} / rlloss"
     return Target(what, "hidden", rho, limit, of_peer(peer), model="small", dtype=dtype, fill=0.5)
 
@@ -100,8 +100,8 @@ CPU_TARGETS = [
 
 
 def judge(results: list[Result], device: str) -> list[dict[str, Any]]:
-    """Of each target of the device and each model and dtype among its results: {"what", "bound", "model", "dtype",
-    "fill", "found", "met", "unit"}. found and met are None where there is no number."""
+    """Judge each target of the device, for each model and dtype among its results. Return dicts {"what", "bound",
+    "model", "dtype", "fill", "found", "met", "unit"}. found and met are None if there is no number."""
     judged = []
     for target in TARGETS if any(name in device for name in DEVICES) else CPU_TARGETS if "cores" in device else []:
         bound = f"{'at least' if target.at_least else 'at most'} {target.limit:g}{target.unit}"

@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call, contenders in turns, and the time that a run may take."""
+"""Measure seconds and peak bytes of a call, time contenders in turns, and keep the time budget of a run."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from rlloss.backends import choose_backend
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-LEAST = 3  # samples of a contender, however short the time is
-# About ten milliseconds, in which the host gets ahead of the GPU, as it is in training: the GPU's work is timed, and
-# not the host's way to its launches.
+LEAST = 3  # samples of each contender, even without time left
+# About ten milliseconds. The host gets ahead of the GPU, as in training, so the GPU's work is timed and not the host's
+# launches.
 HEAD_START_CYCLES = 20_000_000
 
-Start = Callable[[], Callable[[], object]]  # the forward, with gradient; it returns the backward
+Start = Callable[[], Callable[[], object]]  # the forward with gradient; returns the backward
 
 
 def refuse_interpreter() -> None:
@@ -27,7 +27,7 @@ def refuse_interpreter() -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one call; on a GPU between two events on the stream."""
+    """Time one call, in seconds. On a GPU: between two events on the stream."""
     if not CUDA:
         start = time.perf_counter()
         run()
@@ -42,9 +42,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def phases(start: Start, head_start: int | None = None) -> tuple[float, float]:
-    """Seconds of the forward, `start()`, and of the backward that it returns. Results are freed off the clock.
+    """Time the forward, `start()`, and the backward that it returns, in seconds. Results are freed off the clock.
 
-    head_start: cycles for which a GPU waits at the beginning (default HEAD_START_CYCLES).
+    head_start: cycles that a GPU waits at the beginning (default HEAD_START_CYCLES).
     """
     if not CUDA:
         begin = time.perf_counter()
@@ -69,14 +69,15 @@ def phases(start: Start, head_start: int | None = None) -> tuple[float, float]:
 def in_turns(
     clocks: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, limit: float = math.inf, *, warm: bool = True
 ) -> dict[str, list[tuple[float, ...]]]:
-    """Samples of each: what its clock returns.
+    """Call the clocks in turns and return the samples of each.
 
-    The contenders take turns, so that what disturbs the machine disturbs them all; each turn another one begins.
+    Disturbances of the machine then affect all contenders. Each turn begins with another contender.
 
     Args:
-        rounds: the most samples of each.
-        limit: seconds after which no turn begins that would not fit, once there are LEAST of them.
-        warm: whether a turn comes first that counts for nothing.
+        clocks: name -> function that runs the contender once and returns its seconds.
+        rounds: largest number of samples of each.
+        limit: seconds. After LEAST turns, a turn that would exceed the limit does not begin.
+        warm: whether to start with a turn that is not recorded.
     """
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in clocks}
     names = list(clocks)
@@ -93,12 +94,12 @@ def in_turns(
 
 
 def warm(limit: float) -> bool:
-    """Whether a turn that counts for nothing comes first: not where time is short on a CPU, where the check was one."""
+    """Whether to start with a warm-up turn. On a CPU with a time limit the check was the warm-up."""
     return CUDA or limit == math.inf
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory a call holds above its inputs, its results included."""
+    """Return the peak memory of a call in bytes, with its results and without its inputs."""
     if CUDA:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -107,7 +108,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         del found
         return torch.cuda.max_memory_allocated() - before
-    # Every allocation and release of torch's CPU allocator; the resident set would also count what malloc keeps.
+    # All allocations and releases of torch's CPU allocator. The resident set would also count memory that malloc keeps.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         found = run()
     del found
@@ -123,7 +124,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 class Budget:
-    """The time that a run may take, shared out among what is still to be measured."""
+    """The time budget of a run. The suite shares the rest among the cells that are still to be measured."""
 
     def __init__(self, minutes: float):
         self.minutes = minutes
@@ -131,10 +132,10 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds; not below 0."""
+        """Seconds left, at least 0."""
         return max(0.0, self.end - time.monotonic())
 
     @property
     def longest_step(self) -> float:
-        """Seconds that a step of a peer may take: it is run four times at least, in each of many cells."""
+        """Longest step of a peer in seconds. It runs at least four times in each of many cells."""
         return 60.0 * self.minutes / 50.0

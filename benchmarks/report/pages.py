@@ -1,4 +1,4 @@
-"""Tables and figures of the results, for README.md and docs/: `python -m docs.generate` writes them there."""
+"""Build tables and figures of the results for README.md and docs/. `python -m docs.generate` writes them there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ Show = Callable[[Result, str], str | None]
 
 
 def entry(result: Result, name: str) -> dict[str, Any]:
-    """Of a contender or a limit; a plan that is the default's own has no number of its own."""
+    """Return the entry of a contender or a limit. The plan that the default chose has no entry with numbers."""
     found = (result["peers"] | result["limits"]).get(name, {})
     return result["peers"][OURS] if found.get("status") == SAME else found
 
@@ -40,7 +40,7 @@ def bandwidth(result: Result, name: str) -> str | None:
 
 
 def found(results: list[Result], wanted: dict[str, Any]) -> Result:
-    """The result that has these fields; a model is one of those that it stands for. A run may have left it out."""
+    """Return the result with these fields; `model` may be one of several. A run may have left it out."""
     of = {"kind": "step", "fill": 1.0} | wanted
     model = of.pop("model", None)
     of_these = (
@@ -52,7 +52,7 @@ def found(results: list[Result], wanted: dict[str, Any]) -> Result:
 
 
 def table(folder: str, suite: str, rows: dict[str, str], columns: dict[str, dict[str, Any]], *shows: Show) -> list[str]:
-    """rows: {label: contender}. columns: {label: fields of a result}. Under it, on what device and when."""
+    """Make a table and a line with device and date. rows: {label: contender}. columns: {label: fields of a result}."""
     report = load(RESULTS / folder)[suite]
     where, results = report["conditions"], report["results"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
@@ -71,7 +71,7 @@ def table(folder: str, suite: str, rows: dict[str, str], columns: dict[str, dict
 
 
 def picture() -> list[str]:
-    """The plot of an update step, its numbers in words."""
+    """Return the plot of an update step, with its numbers in words."""
     (result,) = (r for r in load(RESULTS / CPU)["step"]["results"] if r["kind"] == "step")
     said = []
     for name in ("TRL", "rlloss"):
@@ -85,7 +85,7 @@ def _rhos(**wanted: Any) -> dict[str, dict[str, Any]]:
 
 
 def _columns(of: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """rho 0.2 and 1 of each."""
+    """Return columns for rho 0.2 and 1 of each entry."""
     return {f"{label}, {rho}": w for label, wanted in of.items() for rho, w in _rhos(**wanted).items()}
 
 

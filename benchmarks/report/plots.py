@@ -1,4 +1,4 @@
-"""The plots of a run as SVG: time against rho, share of the copy bandwidth, peak memory. They need matplotlib."""
+"""Draw the plots of a run as SVG with matplotlib: time against rho, share of the copy bandwidth, peak memory."""
 
 import importlib
 import io
@@ -10,7 +10,7 @@ from benchmarks.harness.readings import BARE_OF_PLAN, OURS, Result, fastest_peer
 from benchmarks.harness.targets import FILL
 from rlloss.report import replace_file
 
-# Okabe and Ito's colours, which the colour-blind tell apart; rlloss is blue. The same in every figure.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. rlloss is blue in every figure.
 STYLES = {
     OURS: ("#0072B2", "o"),
     "rlloss recompute": ("#3B9AD9", "o"),
@@ -44,19 +44,19 @@ def _pyplot() -> Any:
         message = "matplotlib: found none, expected it for the plots: pip install -e '.[bench]' (the extra \"bench\")"
         raise ModuleNotFoundError(message, name="matplotlib") from error
     matplotlib.use("svg")
-    # Letters as outlines, and the same bytes for the same numbers.
+    # Letters become outlines. With a fixed hash salt the same numbers give the same bytes.
     matplotlib.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "rlloss", "font.size": 9})
     return importlib.import_module("matplotlib.pyplot")
 
 
 def _names(found: list[Result]) -> list[str]:
-    """The contenders, rlloss and its plans first."""
+    """Return the contenders, rlloss and its plans first."""
     names = dict.fromkeys(name for result in found for name in result["peers"])
     return sorted(names, key=lambda name: not is_ours(name))
 
 
 def _finish(pyplot: Any, figure: Any, folder: Path, name: str, caption: str) -> tuple[str, str]:
-    """Writes the figure with its caption underneath."""
+    """Write the figure with its caption underneath."""
     width = int(figure.get_figwidth() * 15)
     lines = textwrap.wrap(caption, width)
     figure.text(0.01, -0.015, "\n".join(lines), ha="left", va="top", fontsize=7.5)
@@ -81,7 +81,7 @@ def _measured(results: list[Result], suite: str, dtype: str) -> list[Result]:
 
 
 def _relative(result: Result, name: str) -> float | None:
-    """The time of a contender, or of the limit, divided by TRL's, or where TRL has none by the fastest peer's."""
+    """Return the time of a contender or of the limit, divided by TRL's. Without TRL: by the fastest peer's."""
     peers, bare = result["peers"], result["limits"]
     fastest = fastest_peer(result)
     of = median(peers.get("TRL", {})) or (fastest[1] if fastest else None)
@@ -140,7 +140,7 @@ def _hidden_time(pyplot: Any, results: list[Result], dtype: str, folder: Path, w
 
 
 def _bars(axis: Any, models: list[str], values: dict[str, list[float | None]]) -> None:
-    """Bars of each contender, side by side at each model; a gap where there is no number."""
+    """Draw the bars of all contenders side by side for each model. A missing number leaves a gap."""
     names = [name for name, of in values.items() if any(v is not None for v in of)]
     width = 0.82 / max(1, len(names))
     for i, name in enumerate(names):
@@ -154,7 +154,7 @@ def _bars(axis: Any, models: list[str], values: dict[str, list[float | None]]) -
 
 
 def _panels(pyplot: Any, panels: list[tuple[str, list[Result]]], value: Any, label: str) -> tuple[Any, Any]:
-    """A figure of bars, one panel below the other, with one legend."""
+    """Draw a figure of bars: panels one below the other, with one legend."""
     models = list(dict.fromkeys(r["model"] for _, found in panels for r in found))
     names = _names([r for _, found in panels for r in found])
     size = (2.3 * len(models) + 3.4, 2.5 * len(panels) + 0.2)
@@ -217,7 +217,7 @@ def _memory(pyplot: Any, results: list[Result], dtype: str, folder: Path, where:
 
 
 def _step(pyplot: Any, results: list[Result], folder: Path, where: str) -> Drawn:
-    """Time and memory of an update step."""
+    """Draw time and memory of an update step."""
     found = [r for r in results if (r["suite"], r["kind"], r["status"]) == ("step", "step", "measured")]
     if not found:
         return []
@@ -248,7 +248,7 @@ def _step(pyplot: Any, results: list[Result], folder: Path, where: str) -> Drawn
 
 
 def draw(results: list[Result], conditions: dict[str, Any], folder: Path) -> Drawn:
-    """Writes the plots for which there are numbers, those of a suite in its first dtype.
+    """Write all plots that have numbers. Each suite is drawn in its first dtype.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -256,7 +256,7 @@ def draw(results: list[Result], conditions: dict[str, Any], folder: Path) -> Dra
     pyplot, where = _pyplot(), _where(conditions)
     for name in NAMES:
         for old in folder.glob(f"{name}-*.svg"):
-            old.unlink()  # of dtypes that this run does not have
+            old.unlink()  # plots of dtypes that this run does not have
     drawn = _step(pyplot, results, folder, where)
     dtypes = dict.fromkeys(r["dtype"] for r in results if r["suite"] in ("logits", "loss", "hidden"))
     for dtype in list(dtypes)[:1]:

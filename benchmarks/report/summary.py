@@ -1,4 +1,4 @@
-"""The report of a run, made of its JSON alone: tables, targets, where a peer is faster, plots.
+"""Write the report of a run from its JSON files: tables, targets, cases in which a peer is faster, plots.
 
 python -m benchmarks.report.summary benchmarks/results/<device>
 """
@@ -40,7 +40,7 @@ SECTIONS = {
         "Loss and its gradient from log-probabilities, without a vocabulary.",
     ),
 }  # suite: (title, explanation), in the order of the summary
-LEAST_MEMORY = 0.01  # of a peak; less is no difference
+LEAST_MEMORY = 0.01  # share of a peak; smaller differences are ignored
 WITHIN = ", within the spread"
 
 
@@ -49,7 +49,7 @@ def file_of(folder: Path, suite: str) -> Path:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """{suite: what `run.py` wrote}, of those that are there."""
+    """Return {suite: the content that `run.py` wrote} for the suites that have a file."""
     paths = {suite: file_of(folder, suite) for suite in SECTIONS}
     return {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in paths.items() if path.exists()}
 
@@ -64,7 +64,7 @@ def memory(count: float) -> str:
 
 
 def _time(entry: dict[str, Any]) -> str:
-    """`median [quartiles] (forward + backward)` in ms."""
+    """Write `median [quartiles] (forward + backward)` in ms."""
     both, spread = median(entry), quartiles(entry)
     if both is None:
         return entry.get("status", "not measured")
@@ -89,7 +89,7 @@ def _label(result: Result) -> str:
 
 
 def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
-    """By suite, model, dtype and fill, in order; in a group the forward first, then by rho."""
+    """Group by suite, model, dtype and fill, in order. In each group the forward is first, then the order is by rho."""
     found: dict[tuple, list[Result]] = {}
     for result in results:
         found.setdefault((result["suite"], result["model"], result["dtype"], result["fill"]), []).append(result)
@@ -102,7 +102,7 @@ def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
 
 
 def _heading(group: list[Result]) -> str:
-    """The model, its sizes and how many tokens there are."""
+    """Return a heading with the model, its sizes and the number of tokens."""
     measured = [r for r in group if r["status"] == "measured"]
     first = measured[0]
     notes = [f"{first['B']} x {first['T']} columns"]
@@ -120,7 +120,7 @@ def _heading(group: list[Result]) -> str:
 
 
 def _table(group: list[Result]) -> list[str]:
-    """Of one model, dtype and fill: a contender a row, a rho a column, then peak memory."""
+    """Make the table of one model, dtype and fill: one row per contender, one column per rho, then peak memory."""
     measured = [r for r in group if r["status"] == "measured"]
     of_memory = [r for r in group if r["kind"] != "forward" and r["suite"] != "token pass"]
     names = list(dict.fromkeys(name for part in ("peers", "limits") for r in measured for name in r[part]))
@@ -152,7 +152,7 @@ def _targets(results: list[Result], device: str) -> list[str]:
     lines = ["", "## Targets", ""]
     if not judged:
         return [*lines, "None is for what was measured on this device."]
-    # Of logits one result stands for all models of the same vocabulary.
+    # For logits one result stands for all models with the same vocabulary.
     columns = list(dict.fromkeys((name, j["dtype"]) for j in judged if j["model"] for name in j["model"].split(", ")))
     lines += _header(f"at fill {judged[0]['fill']:g}", ["target", *(f"{model}, {dtype}" for model, dtype in columns)])
     for what, bound in dict.fromkeys((j["what"], j["bound"]) for j in judged):
@@ -165,8 +165,8 @@ def _targets(results: list[Result], device: str) -> list[str]:
 
 
 def losses(results: list[Result]) -> list[str]:
-    """Where the median time of a peer, of forward and backward or of a forward without gradient, is below rlloss's, or
-    its peak memory by more than 1 %."""
+    """List the cases in which a peer has a smaller median time than rlloss (forward and backward, or a forward without
+    gradient), or a peak memory that is smaller by more than 1 %."""
     found = []
     for result in (r for r in results if r["status"] == "measured"):
         ours = result["peers"].get(OURS, {})
@@ -192,7 +192,7 @@ def losses(results: list[Result]) -> list[str]:
 
 
 def _missing(results: list[Result]) -> list[str]:
-    """Cells without a number, those of one reason, suite, model and dtype together."""
+    """List the cells without a number, grouped by reason, suite, model and dtype."""
     found: dict[tuple, list[str]] = {}
     for result in (r for r in results if r["status"] != "measured"):
         key = (result["status"], result["suite"], result["model"], result["dtype"])
@@ -209,7 +209,7 @@ def _circumstances(where: dict[str, Any]) -> str:
 
 
 def summary(reports: dict[str, dict[str, Any]], drawn: list[tuple[str, str]]) -> str:
-    """drawn: file name and caption of each plot."""
+    """Return the text of summary.md. drawn: file name and caption of each plot."""
     results = [result for report in reports.values() for result in report["results"]]
     where = next(iter(reports.values()))["conditions"]
     lines = [f"# Benchmarks on {where['device']}", ""]
@@ -242,10 +242,10 @@ def summary(reports: dict[str, dict[str, Any]], drawn: list[tuple[str, str]]) ->
 
 
 def write(folder: Path) -> Path:
-    """summary.md and the plots next to the JSON files of a run.
+    """Write summary.md and the plots next to the JSON files of a run.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are no JSON files.
         ModuleNotFoundError: matplotlib is missing.
     """
     reports = load(folder)

@@ -1,4 +1,4 @@
-"""`rlloss.LinearGRPOLoss` against its peers: from hidden states to the gradients of hidden and weight."""
+"""Measure `rlloss.LinearGRPOLoss` against its peers: from hidden states to the gradients of hidden and weight."""
 
 import functools
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from benchmarks.harness.readings import OURS, SAME
 from benchmarks.harness.shapes import Cell, lengths
 from benchmarks.harness.timing import CUDA, DEVICE, phases
 
-BARE = {"bare 1 + 3r": True, "bare 1 + 2r": False}  # name: whether logits are made again
-TRIALS = 2 if CUDA else 1  # of the bare products in tiles and whole, before the faster are timed
+BARE = {"bare 1 + 3r": True, "bare 1 + 2r": False}  # name: whether the backward computes the logits again
+TRIALS = 2 if CUDA else 1  # trial runs of the bare products in tiles and whole; the faster variant is timed
 
 
 def compare(name: str, case: Case, found: Result, expected: Reference) -> dict[str, float]:
-    """The errors of loss, mean entropy and gradients of a step of the contender `name`.
+    """Return the errors of loss, mean entropy and gradients of a step of the contender `name`.
 
-    The loss of an on-policy batch says only which tokens are kept and what it is divided by; the gradients say more.
-    The weight's rows of the targets stand apart: they are far larger than the others.
+    The loss of an on-policy batch depends only on the kept tokens and the divisor; the gradients show more. The target
+    rows of the weight's gradient are far larger than the others, and have their own error.
 
     Raises:
-        ArithmeticError: an error above what rounding to the dtype explains, or a dead row of hidden that is not 0.
+        ArithmeticError: an error exceeds rounding to the dtype, or a dead row of hidden's gradient is not 0.
     """
     result, rows, live, _ = expected
     if found.hidden.flatten(0, 1)[~live].ne(0).any():  # NaN is not 0 either
@@ -53,7 +53,7 @@ def compare(name: str, case: Case, found: Result, expected: Reference) -> dict[s
 
 
 def check(peer: Peer, case: Case, expected: Reference) -> dict[str, Any]:
-    """{"errors", "units"} of a step and, of rlloss, the "plan_name" that it took."""
+    """Return {"errors", "units"} of a step, and for rlloss also its "plan_name"."""
     found, units = products(peer, case)
     of = {"errors": compare(peer.name, case, found, expected), "units": units}
     plan = plan_of(peer.name)
@@ -61,7 +61,7 @@ def check(peer: Peer, case: Case, expected: Reference) -> dict[str, Any]:
 
 
 def bare(case: Case, name: str) -> Entrant:
-    """The bare products in tiles or whole, whichever was faster when tried."""
+    """Return the bare products in tiles or whole, depending on which was faster in a trial."""
     ways = {how: bare_products(case, again=BARE[name], tiled=how == "in tiles") for how in ("in tiles", "whole")}
     tried = {how: [sum(phases(start)) for _ in range(TRIALS)][-1] for how, start in ways.items()}
     taken = min(tried, key=lambda how: tried[how])

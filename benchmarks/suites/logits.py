@@ -1,4 +1,4 @@
-"""`rlloss.token_stats` against its peers: log-probabilities and entropies, and the gradient of the logits."""
+"""Measure `rlloss.token_stats` against its peers: log-probabilities, entropies and the gradient of the logits."""
 
 import functools
 from typing import Any
@@ -17,7 +17,7 @@ from rlloss import reference
 
 @functools.lru_cache(maxsize=1)
 def make_logits(N: int, V: int, dtype: torch.dtype) -> Tensor:
-    """`[1, N + 1, V]`. A standard deviation of 4: entropies of about 4 nats, a model neither sure nor lost."""
+    """Make logits `[1, N + 1, V]` with a standard deviation of 4, which gives entropies of about 4 nats."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     padded = torch.empty((1, N + 1, V), dtype=dtype, device=DEVICE)
     for rows in padded[0].split(256):
@@ -37,10 +37,10 @@ def make_case(columns: tuple[int, int], V: int, dtype: torch.dtype, rho: float, 
 
 
 def check_forward(peer: Peer, case: Case) -> dict[str, dict[str, float]]:
-    """{"errors"} of sampled rows against the reference in fp64.
+    """Return {"errors"} of sampled rows against the reference in fp64.
 
     Raises:
-        ArithmeticError: one above what rounding to the result's dtype explains, or a masked row that is not 0.
+        ArithmeticError: an error exceeds rounding to the result's dtype, or a masked row is not 0.
     """
     counts = torch.ones_like(case.target, dtype=torch.bool) if case.mask is None else case.mask
     rows = errors.spread(counts.nonzero().squeeze(-1))
@@ -60,10 +60,10 @@ def check_forward(peer: Peer, case: Case) -> dict[str, dict[str, float]]:
 
 
 def check_step(peer: Peer, case: Case) -> dict[str, dict[str, float]]:
-    """{"errors"} of the gradients of sampled live rows against the reference in fp64.
+    """Return {"errors"} of the gradients of sampled live rows against the reference in fp64.
 
     Raises:
-        ArithmeticError: one above what rounding to the result's dtype explains, or a dead row that is not 0.
+        ArithmeticError: an error exceeds rounding to the result's dtype, or a dead row is not 0.
     """
     live = case.grad != 0
     rows = errors.spread(live.nonzero().squeeze(-1))
@@ -80,7 +80,7 @@ def check_step(peer: Peer, case: Case) -> dict[str, dict[str, float]]:
 
 
 def ideal_bytes(case: Case, kind: str) -> int:
-    """What has to be moved: counted rows read; in a step live rows read again, and the whole gradient written."""
+    """Return the necessary bytes: read the counted rows; in a step read live rows again and write the gradient."""
     rows = len(case.target) if case.mask is None else int(case.mask.sum())
     if kind == "step":
         rows += int(case.grad.count_nonzero()) + len(case.target)

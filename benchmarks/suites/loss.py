@@ -1,4 +1,4 @@
-"""`rlloss.GRPOLoss` against its peers: the whole loss from logits, and its gradient."""
+"""Measure `rlloss.GRPOLoss` against its peers: the whole loss from logits, and its gradient."""
 
 import functools
 from dataclasses import replace
@@ -21,7 +21,7 @@ BLOCK_ROWS = 64
 
 
 class LossReference(NamedTuple):
-    """In fp64. coefficient `[B * T]`: of each row's log-probability, 0 in dead rows."""
+    """The result in fp64. coefficient: gradient `[B * T]` of each row's log-probability, 0 in dead rows."""
 
     loss: Tensor
     entropy: Tensor
@@ -42,7 +42,7 @@ def make_case(columns: tuple[int, int], V: int, dtype: torch.dtype, rho: float, 
 
 @torch.no_grad()
 def solve(case: LossCase) -> tuple[LossCase, LossReference]:
-    """The case with its cutoff, and what comes out of it."""
+    """Return the case with its cutoff, and its reference result."""
     logits, target = case.logits.flatten(0, 1), case.target.flatten()
     counted = case.mask.flatten().nonzero().squeeze(-1)
     blocks = counted.split(BLOCK_ROWS)
@@ -58,10 +58,10 @@ def solve(case: LossCase) -> tuple[LossCase, LossReference]:
 
 
 def check(peer: Peer, case: LossCase, expected: LossReference) -> dict[str, dict[str, float]]:
-    """{"errors"} of the loss, the mean entropy and the gradient of sampled rows.
+    """Return {"errors"} of the loss, the mean entropy and the gradient of sampled rows.
 
     Raises:
-        ArithmeticError: one above what rounding to the dtype explains, or a dead row that is not 0.
+        ArithmeticError: an error exceeds rounding to the dtype, or a dead row is not 0.
     """
     found = peer.step(case)
     gradient, live = found.gradient.flatten(0, 1), expected.coefficient != 0

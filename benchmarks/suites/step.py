@@ -1,6 +1,6 @@
-"""An update step of a real GRPOTrainer, loss and backward: rlloss's against TRL's on the same batch.
+"""Measure an update step (loss and backward) of a real GRPOTrainer: rlloss's against TRL's on the same batch.
 
-A contender has a number where its loss, gradients and metrics are TRL's. Kind "beta 0.04" adds the KL to a reference
+A contender is timed if its loss, gradients and metrics agree with TRL's. Kind "beta 0.04" adds the KL to a reference
 model, which gives every completion a gradient.
 """
 
@@ -27,15 +27,15 @@ PARTS = {
 
 
 def _furthest(errors: Iterable[float]) -> float:
-    """The largest; a NaN, which max() may pass over, is larger than all."""
+    """Return the largest error. A NaN, which max() may ignore, counts as the largest."""
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def compare(found: Result, expected: Result) -> dict[str, float]:
-    """Relative errors of the loss, of all gradients as one vector, and of the parameter and the metric furthest off.
+    """Return relative errors of the loss, of all gradients as one vector, and of the worst parameter and metric.
 
     Raises:
-        ArithmeticError: one above 1e-5, or a metric of TRL that is missing.
+        ArithmeticError: an error is above 1e-5, or a metric of TRL is missing.
     """
     missing = set(expected.metrics) - set(found.metrics)
     if missing:
@@ -63,15 +63,15 @@ def compare(found: Result, expected: Result) -> dict[str, float]:
 
 
 def check(contender: Contender, inputs: dict, expected: Result) -> dict[str, Any]:
-    """{"errors"} against TRL, and "units" of rlloss's head: products in logits of all tokens that it was given."""
+    """Return {"errors"} against TRL, and "units": the products of rlloss's head, in logits of all its tokens."""
     with count_products() as products:
         found = contender.result(inputs)
     return {"errors": compare(found, expected), "units": products.units}
 
 
 def backbones(model, inputs: dict) -> list[Callable[[], object]]:
-    """The model without its head, forward and backward: of all completions; of those with a signal, cut off after the
-    longest, and the forward alone of the others."""
+    """Return two runs of the model without its head. The first runs forward and backward of all completions. The second
+    does so only for completions with a signal, cut after the longest, and runs only the forward of the others."""
     P = inputs["prompt_ids"].shape[1]
     ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     live = inputs["advantages"] != 0
@@ -89,7 +89,7 @@ def backbones(model, inputs: dict) -> list[Callable[[], object]]:
 
 
 def generation(model, inputs: dict) -> Callable[[], object]:
-    """The completions of a batch sampled, none of them ending early."""
+    """Return a run that samples the completions of a batch. None of them ends early."""
     T = inputs["completion_ids"].shape[1]
     prompt = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
     return functools.partial(model.generate, **prompt, do_sample=True, min_new_tokens=T, max_new_tokens=T)
@@ -100,7 +100,7 @@ def notes(compiled: bool) -> dict[str, str]:
 
 
 def contest(cell: Cell, compiled: bool) -> Contest:
-    if why_not := absent("trl.trainer.utils"):  # its trainers need datasets, which TRL can be installed without
+    if why_not := absent("trl.trainer.utils"):  # TRL's trainers need datasets, which may be missing
         return Contest([Entrant(name, dict, why_not=why_not) for name in NOTES])
     beta = float(cell.kind.removeprefix("beta")) if cell.kind.startswith("beta") else 0.0
     entrants, inputs = contenders(LLAMA, beta), make_batch(LLAMA, cell.fill)

@@ -1,4 +1,4 @@
-"""`rlloss.policy_loss` from log-probabilities `[B, T]` against the same formula in torch."""
+"""Measure `rlloss.policy_loss` from log-probabilities `[B, T]` against the same formula in torch."""
 
 import functools
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from benchmarks.harness.shapes import Cell
 from benchmarks.harness.timing import DEVICE
 from rlloss import LossConfig, policy_loss
 
-HEAD_START_CYCLES = 10_000_000  # some milliseconds: a GPU does this faster than the host can ask for it
+HEAD_START_CYCLES = 10_000_000  # some milliseconds: a GPU runs this faster than the host can launch it
 
 
 @dataclass(frozen=True)
 class TokenCase:
-    """logp, old_logp and entropy fp32 and mask bool `[B, T]`, advantage `[B]`; every column counts."""
+    """logp, old_logp and entropy fp32 and mask bool `[B, T]`, advantage `[B]`. Every column counts."""
 
     logp: Tensor
     old_logp: Tensor
@@ -32,7 +32,7 @@ class TokenCase:
 
 
 def make_case(shape: tuple[int, int], rho: float) -> TokenCase:
-    """Log-ratios of standard deviation 0.2, so that some tokens are clipped."""
+    """Make a case. The log-ratios have a standard deviation of 0.2, so that some tokens are clipped."""
     g = torch.Generator().manual_seed(0)
     old_logp = -4 * torch.rand(shape, generator=g)
     logp = old_logp + 0.2 * torch.randn(shape, generator=g)
@@ -73,10 +73,10 @@ def peers() -> list[Peer]:
 
 
 def check(peer: Peer, case: TokenCase) -> dict[str, dict[str, float]]:
-    """{"errors"} of loss and gradient against the formula in fp64.
+    """Return {"errors"} of loss and gradient against the formula in fp64.
 
     Raises:
-        ArithmeticError: one above 1e-5.
+        ArithmeticError: an error is above 1e-5.
     """
     wide = replace(case, logp=case.logp.double(), old_logp=case.old_logp.double())
     (loss, grad), (found, d) = _start(_formula, wide)(), peer.step(case)

@@ -1,1 +1,1 @@
-"""rlloss with transformers: the lm_head of a model, sampling, callbacks of its Trainer."""
+"""rlloss for models and the Trainer of transformers: access to the lm_head, sampling, callbacks."""

@@ -1,4 +1,4 @@
-"""A causal LM of transformers and a training loop of your own.
+"""Run rlloss's loss on a causal LM of transformers in your own training loop::
 
     from transformers import AutoModelForCausalLM
     from rlloss import LinearGRPOLoss
@@ -10,16 +10,16 @@
     loss, metrics = LinearGRPOLoss()(**inputs, advantage=advantage, mask=mask)
     loss.backward()
 
-`inputs` holds the hidden states and targets of the completion and what the model does from there to its logits: weight,
-bias, softcap, logit_scale. The logits themselves are never made. The same inputs give log-probabilities without a loss:
+`inputs` holds the hidden states and the targets of the completion, and the parameters that lead from there to the
+logits: weight, bias, softcap, logit_scale. The full logits are never stored. The same inputs give log-probabilities
+without a loss::
 
     with torch.no_grad():
         inputs = completion_inputs(model, ids, attention_mask, completion_length=mask.shape[1])
         old_logp = linear_token_stats(**inputs, mask=mask).logp
 
-Under DDP, FSDP and whatever else works by hooks on the forward of the module that it wraps, the lm_head has to be run
-inside that forward: wrap `CausalLMWithLoss(model, loss)` and not the model. Losses of mixtures of experts that balance
-the load are not part of this.
+DDP and FSDP work by hooks on the forward of the module that they wrap. The lm_head has to run inside that forward: wrap
+`CausalLMWithLoss(model, loss)`, not the model. Load-balancing losses of mixtures of experts are not included.
 """
 
 from typing import Any
@@ -35,17 +35,19 @@ from rlloss.logits.statistics import TokenStats
 from rlloss.losses.metrics import PolicyLoss
 from rlloss.modules import LinearGRPOLoss
 
-# Where configs say what follows the product with the head. The first that is there counts.
+# Config entries that describe the steps after the product with the head. The first one that is set counts.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-MULTIPLIES = ("hyperclovax",)  # elsewhere logits_scaling is what logits are divided by
+MULTIPLIES = ("hyperclovax",)  # these multiply by logits_scaling; all others divide by it
 INSIDE = "; wrap CausalLMWithLoss(model, loss) instead, whose forward runs the lm_head too"
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP, torch.compile and PEFT.
+    """Return the transformers model inside DDP, torch.compile and PEFT.
 
-    Raises ValueError for DDP while gradients are recorded: they would not be averaged over the ranks.
+    Raises:
+        ValueError: the model is wrapped in DDP while gradients are enabled (they would not be averaged over the
+            ranks) or in FullyShardedDataParallel, or it is a PEFT model with learned prompts.
     """
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -69,7 +71,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The model without its lm_head: input_ids -> `.last_hidden_state` [B, L, D]."""
+    """Return the model without its lm_head: a module from input_ids to `.last_hidden_state` `[B, L, D]`."""
     whole = unwrapped(model)
     backbone = getattr(whole, "base_model", whole)
     if backbone is whole or getattr(getattr(whole, "config", None), "is_encoder_decoder", False):
@@ -78,16 +80,19 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def lm_head_of(model: nn.Module) -> dict[str, Any]:
-    """{weight [V, D], bias [V] or None, softcap, logit_scale}: arguments of `linear_token_stats` and `LinearGRPOLoss`.
+    """Return the lm_head's part of the arguments of `linear_token_stats` and `LinearGRPOLoss`.
 
-    Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap). The weight is the parameter itself,
-    tied to the embedding where the model ties it. The numbers are read from the model's config; `check_lm_head` says
-    whether that is all the model does.
+    The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``. `check_lm_head` tests whether
+    the model computes nothing else.
+
+    Returns:
+        A dict: weight `[V, D]` (the parameter itself, also where it is tied to the embedding), bias `[V]` or None, and
+        from the model's config softcap (float or None) and logit_scale (float).
 
     Raises:
-        ValueError: the head is none, or not a plain `nn.Linear`: quantised, with an adapter (LoRA on "lm_head": its
-            share of the logits would be left out; with PEFT's `modules_to_save` the head works), with tokens trained by
-            themselves (PEFT's `trainable_token_indices`, which tied embeddings pass on to the head), or sharded.
+        ValueError: there is no head, or it is not a whole, plain `nn.Linear`: quantised, sharded, with a LoRA adapter
+            (its part of the logits would be missing), or with tokens that are trained separately (PEFT's
+            `trainable_token_indices`, also on a tied embedding). A head in PEFT's `modules_to_save` works.
     """
     whole = unwrapped(model)
     head = _plain(whole.get_output_embeddings())
@@ -104,7 +109,7 @@ def lm_head_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(head: Any) -> nn.Linear:
-    """The nn.Linear that is the head, where it is one, PEFT's copy of it that is trained, or what an adapter leaves."""
+    """The head as an nn.Linear: itself, PEFT's trained copy of it, or the layer under an adapter that is not active."""
     if hasattr(head, "modules_to_save"):
         active = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[active[0]] if active else head.original_module
@@ -155,21 +160,21 @@ def completion_inputs(
     completion_length: int,
     **backbone_inputs: Any,
 ) -> dict[str, Any]:
-    """Run the backbone; what `linear_token_stats` and `LinearGRPOLoss` need to score the last tokens.
+    """Run the backbone and return the inputs of `linear_token_stats` and `LinearGRPOLoss` for the last T tokens.
 
     Args:
-        model: a causal LM of transformers, with PEFT adapters or without.
+        model: a causal LM of transformers, with or without PEFT adapters.
         input_ids: `[B, L]` int64, prompt and completion.
-        attention_mask: `[B, L]`, as the model takes it, or None.
-        completion_length: T, 1 <= T < L: the last T tokens are scored.
-        backbone_inputs: whatever else the backbone takes, such as position_ids.
+        attention_mask: `[B, L]`, passed on to the model, or None.
+        completion_length: T, with 1 <= T < L. The last T tokens are scored.
+        **backbone_inputs: further arguments of the backbone, such as position_ids.
 
     Returns:
-        {hidden `[B, T, D]`: the states that predict these tokens, target `[B, T]`: the tokens, and weight, bias,
-        softcap, logit_scale of `lm_head_of`}, on the device of the head.
+        A dict with tensors on the device of the head: hidden `[B, T, D]`, the states that predict the tokens; target
+        `[B, T]` int64, the tokens; and weight, bias, softcap and logit_scale as in `lm_head_of`.
 
     Raises:
-        ValueError: as `lm_head_of` and `unwrapped`, or completion_length does not fit.
+        ValueError: completion_length does not fit, or an error of `lm_head_of` or `unwrapped`.
     """
     T, L = completion_length, input_ids.shape[1]
     checks.require(1 <= T < L, "completion_length", T, f"1 to {L - 1}, since the first of {L} tokens is given")
@@ -182,7 +187,7 @@ def completion_inputs(
 
 
 class CausalLMWithLoss(nn.Module):
-    """A causal LM and its loss as one module, for DDP, FSDP, Accelerate and torch.compile to wrap.
+    """A causal LM and its loss as one module. Wrap it with DDP, FSDP, Accelerate or torch.compile::
 
         wrapped = DistributedDataParallel(CausalLMWithLoss(model, LinearGRPOLoss()))
         with torch.no_grad():
@@ -190,10 +195,14 @@ class CausalLMWithLoss(nn.Module):
         loss, metrics = wrapped(ids, attention_mask, mask=mask, advantage=advantage, old_logp=old_logp)
         loss.backward()
 
-    Its forward runs the backbone and the lm_head, so that hooks fire: gradients are averaged, and shards gathered. With
-    FSDP2 call `fully_shard` on the layers and on this module, but not on the lm_head. Averages of ranks are those
-    of the loss of all where the `denominator` is the global one divided by the number of ranks. Generate and save with
-    `.model`.
+    The forward runs the backbone and the lm_head, so hooks fire: gradients are averaged and shards are gathered. With
+    FSDP2 call `fully_shard` on the layers and on this module, but not on the lm_head. The average over ranks is the
+    global loss if you pass `denominator`, the global divisor divided by the number of ranks. Use `.model` to generate
+    and to save.
+
+    Args:
+        model: the causal LM.
+        loss: a module that takes `completion_inputs`, such as `LinearGRPOLoss`. None: `LinearGRPOLoss()`.
     """
 
     def __init__(self, model: nn.Module, loss: nn.Module | None = None):
@@ -211,10 +220,18 @@ class CausalLMWithLoss(nn.Module):
         backbone_inputs: dict[str, Any] | None = None,
         **options: Any,
     ) -> PolicyLoss | TokenStats:
-        """input_ids and attention_mask `[B, L]`, mask `[B, T]` (bool) of the last T tokens.
+        """Compute the loss of the last T tokens, or without `advantage` their statistics.
 
-        With advantage `[B]` or `[B, T]`: what the loss returns, `options` being its own (old_logp, temperature, ...).
-        Without: `TokenStats` of these tokens, `options` being those of `linear_token_stats`.
+        Args:
+            input_ids: `[B, L]` int64, prompt and completion.
+            attention_mask: `[B, L]`, or None.
+            mask: `[B, T]` bool, True where a token of the completion counts.
+            advantage: `[B]` or `[B, T]`, or None.
+            backbone_inputs: further arguments of the backbone.
+            **options: further arguments of the loss (old_logp, temperature, ...) or of `linear_token_stats`.
+
+        Returns:
+            The loss's result, or `TokenStats` if `advantage` is None.
         """
         inputs = completion_inputs(
             self.model, input_ids, attention_mask, completion_length=mask.shape[1], **(backbone_inputs or {})
@@ -226,16 +243,24 @@ class CausalLMWithLoss(nn.Module):
 
 @torch.no_grad()
 def check_lm_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Raise ValueError unless `completion_inputs` leads to the model's own log-probabilities on this batch `[B, L]`.
+    """Check that `completion_inputs` leads to the model's own log-probabilities on a batch.
 
-    Once before training a new architecture: what some models do to their logits stands in no config. Dropout is to be
-    off. Differences within the rounding of the model's dtype pass.
+    Call it once before you train a new architecture: some models change their logits in ways that no config entry
+    describes. Switch dropout off. Differences within the rounding of the model's dtype pass.
+
+    Args:
+        model: a causal LM of transformers.
+        input_ids: `[B, L]` int64.
+        attention_mask: `[B, L]`, or None.
+
+    Raises:
+        ValueError: the log-probabilities differ.
     """
     T = input_ids.shape[1] - 1
     ours = linear_token_stats(**completion_inputs(model, input_ids, attention_mask, completion_length=T)).logp
     assert ours is not None
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-    rounding = max(torch.finfo(logits.dtype).eps, 2**-11)  # that of a product in TF32 at least
+    rounding = max(torch.finfo(logits.dtype).eps, 2**-11)  # at least the rounding of a TF32 product
     logits = logits.float()
     theirs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None].to(logits.device)).squeeze(-1)
     seen = torch.ones_like(theirs) if attention_mask is None else attention_mask[:, 1:].to(theirs)

@@ -1,4 +1,4 @@
-"""A line for the user who started a run."""
+"""Print a line for the user who started a run."""
 
 import logging
 from typing import Any
@@ -14,8 +14,8 @@ except ImportError as error:
 def say(args: Any, text: str) -> None:
     """Print `text` to stdout in the main process, unless the run's `log_level` is above "warning".
 
-    args: of a trainer of transformers. Not a logger: nothing shows INFO without setup, and WARNING is for what is
-    wrong. tqdm prints above a progress bar instead of into it.
+    args: TrainingArguments of transformers. A logger does not fit: INFO is not shown without setup, and WARNING is for
+    problems. tqdm prints above a progress bar instead of into it.
     """
     if getattr(args, "process_index", 0) != 0:
         return

@@ -1,10 +1,13 @@
-"""Entropy-dependent temperature in `generate` of transformers.
+"""Sample with an entropy-dependent temperature in `generate` of transformers.
 
-from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
-from rlloss.entropy.temperature import TwoLevelTemperature
+Usage::
 
-processor = EntropyTemperatureProcessor(TwoLevelTemperature(high=1.2))
-model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, logits_processor=LogitsProcessorList([processor]))
+    from transformers import LogitsProcessorList
+    from rlloss.entropy.temperature import TwoLevelTemperature
+    from rlloss.integrations.transformers.sampling import EntropyTemperatureProcessor
+
+    processor = LogitsProcessorList([EntropyTemperatureProcessor(TwoLevelTemperature(high=1.2))])
+    model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, logits_processor=processor)
 """
 
 import torch
@@ -22,25 +25,28 @@ from rlloss.entropy.temperature import TemperatureRule, scale_logits
 
 
 class EntropyTemperatureProcessor(LogitsProcessor):
-    """Divides each row of scores by the temperature T that `rule` gives for the row's own entropy.
+    """Divides each row of scores by the temperature T that `rule` gives for the entropy of this row.
 
-    `generate` runs the processors it is given after those of its own that ban or penalise tokens (min_new_tokens,
-    repetition_penalty, bad_words_ids, ...) and before its sampling warpers (temperature, top_k, top_p, min_p, ...). So
+    `generate` runs the processors of its caller after its own processors that ban or penalise tokens (min_new_tokens,
+    repetition_penalty, bad_words_ids, ...) and before its sampling warpers (temperature, top_k, top_p, min_p, ...).
+    Therefore:
 
-    - the entropy, and for dynatemp the number of candidates, are those of the penalised logits at temperature 1;
-    - the generation config's `temperature` is applied on top: tokens are sampled from softmax(z / (T temperature)). For
-      the rule alone set temperature=1.0, and top_k=0 and top_p=1.0, whatever the model's generation config says;
-    - with do_sample=False nothing changes but `scores`: the largest logit stays the largest.
+    - The entropy is that of the penalised logits at temperature 1. The same holds for dynatemp's number of candidates.
+    - The generation config's `temperature` is applied on top: tokens are sampled from softmax(z / (T * temperature)).
+      To apply the rule alone, pass temperature=1.0, top_k=0 and top_p=1.0: the model's generation config may differ.
+    - With do_sample=False only `scores` changes: the largest logit stays the largest.
 
-    num_return_sequences: rows are completions already (B = prompts x num_return_sequences). Beam search: scores are
-    log-probabilities, whose entropy is the same, but log p / T is no log-probability any more and beams are ranked by
-    its sum; it runs, and its record is refused because beams change rows.
+    With num_return_sequences, each completion is a row already. In beam search the scores are log-probabilities with
+    the same entropy, but log p / T is not a log-probability, and its sum ranks the beams. Beam search runs, but cannot
+    be recorded, because beams change rows.
 
     Args:
-        rule: from `rlloss.entropy.temperature`.
-        record: keep temperature and entropy of every step, 8 bytes a token, on the device of the scores. One
-            generation at a time; call `reset` before the next. Assisted decoding and continuous batching, which call
-            it out of step, cannot be recorded.
+        rule: a rule of `rlloss.entropy.temperature`.
+        record: store temperature and entropy of every step on the device of the scores, 8 bytes per token. Call
+            `reset` before the next generation. Assisted decoding and continuous batching cannot be recorded.
+
+    Raises:
+        TypeError: `rule` is not a rule.
     """
 
     def __init__(self, rule: TemperatureRule, record: bool = False):
@@ -54,13 +60,13 @@ class EntropyTemperatureProcessor(LogitsProcessor):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what is recorded."""
+        """Drop the record."""
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._last: Tensor | None = None
         self._rows_changed: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, L], scores [B, V] -> scores / T [B, V], a new tensor."""
+        """Return scores / T as a new tensor `[B, V]`, from input_ids `[B, L]` and scores `[B, V]`."""
         scaled = scale_logits(scores, self.rule)
         if self.record:
             self._check_step(input_ids)
@@ -80,14 +86,14 @@ class EntropyTemperatureProcessor(LogitsProcessor):
                 "another generation"
             )
         assert self._rows_changed is not None
-        self._rows_changed |= (input_ids[:, :-1] != last).any()  # looked at later: no synchronisation here
+        self._rows_changed |= (input_ids[:, :-1] != last).any()  # read later: no synchronisation here
 
     def temperatures(self) -> Tensor:
-        """T of every step: fp32 `[B, steps]`; after a row has ended, that of a step whose token was padding."""
+        """T of every step, fp32 `[B, steps]`. Steps after the end of a row have the T of padding."""
         return self._stacked(0)
 
     def entropies(self) -> Tensor:
-        """H of every step before scaling: fp32 `[B, steps]`, in nats."""
+        """Entropy of every step before scaling, fp32 `[B, steps]`, in nats."""
         return self._stacked(1)
 
     def _stacked(self, which: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""A log of training, line by line: completions with the entropy and state of each token, and the trainer's metrics.
+"""Write a log of training: completions with the entropy and state of each token, and the trainer's metrics.
 
-`rlloss report RUN_DIR` makes one page of it.
+`rlloss report RUN_DIR` turns the log into one HTML page.
 """
 
 import json
@@ -24,35 +24,37 @@ from rlloss import checks
 from rlloss.losses.token_states import TokenState
 from rlloss.report import replace_file
 
-DIGITS = 4  # of entropies and advantages, after the point
+DIGITS = 4  # decimal places of entropies and advantages
 _PROCESS = re.compile(r"process-(\d+)\.jsonl")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenLog(TrainerCallback):
-    """Appends completions to ``folder/tokens/process-00000.jsonl``, a file per process.
+    """Appends completions to ``folder/tokens/process-00000.jsonl``, with one file per process.
 
-    A line is a JSON object, ASCII throughout, of one completion:
+    Each line describes one completion. It is a JSON object in ASCII::
 
         step        int, the optimizer step
-        prompt      str, special tokens shown
-        tokens      [str, ...], one text per token, special tokens shown. They are what `tokenizer.decode` makes of each
-                    token; a byte of a character that a later token completes is written as ⟨F0⟩, and the character
-                    stands in the token that completes it
-        entropy     [float, ...] in nats, rounded to 4 digits; null where it is not finite
-        state       str, a letter per token: `TokenState.letter`
-        advantage   float, or [float, ...] if there is one per token; null where not finite
+        prompt      str, with special tokens
+        tokens      [str, ...], `tokenizer.decode` of each token, with special tokens. If a character spans several
+                    tokens, the last one has the character and the others have their bytes, such as ⟨F0⟩
+        entropy     [float, ...] in nats, rounded to 4 decimals; null where it is not finite
+        state       str, one letter per token: `TokenState.letter`
+        advantage   float, or [float, ...] if there is one per token; null where it is not finite
         rewards     {name: float or null}
 
-    Columns at the end that do not count and hold padding are left out. A line that a killed run has left unfinished is
-    cut off when the file is opened again. Before the first line of a later run stands {"step": int, "resumed": true}:
-    what is above it was discarded from this step on. As a callback of the trainer it knows where training begins, and
-    process 0 marks the files of processes that are no longer there too; else a run begins with the step of its first
-    line.
+    Trailing padding is left out. If a killed run left an unfinished line, it is cut off when the file is opened again.
+    A later run first writes the line ``{"step": int, "resumed": true}``: lines above it are void from this step on. As
+    a callback of the trainer the log knows the first step of the run, and process 0 also marks the files of processes
+    that no longer exist. Otherwise the run starts at the step of its first completion.
+
+    Args:
+        folder: folder of the run.
+        tokenizer: a tokenizer of transformers.
+        process_index: number of this process.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Any, process_index: int = 0):
-        """folder: of the run. tokenizer: a transformers tokenizer."""
         self.path = Path(folder) / "tokens" / f"process-{process_index:05d}.jsonl"
         self._is_first = process_index == 0
         self._begins: int | None = None
@@ -79,21 +81,22 @@ class TokenLog(TrainerCallback):
         *,
         prompt_mask: Tensor | None = None,
     ) -> None:
-        """Append a batch of completions. Each tensor is brought to the host once.
+        """Append a batch of completions. Each tensor is copied to the host once.
 
         Args:
             step: the optimizer step.
-            prompt_ids: `[B, P]` int; padding on the left is left out.
+            prompt_ids: `[B, P]` int. Padding on the left is left out.
             completion_ids: `[B, T]` int.
             mask: `[B, T]` bool, True = counts.
             entropy: `[B, T]` in nats.
-            states: `[B, T]` int8, as `rlloss.tokens.token_states` gives them.
+            states: `[B, T]` int8, from `rlloss.tokens.token_states`.
             advantage: `[B]` or `[B, T]`.
             rewards: name -> `[B]` numbers; None or NaN where a reward does not apply.
             prompt_mask: `[B, P]` bool, True = not padding. None: the leading pad tokens are padding.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; it is named.
+            TypeError: `mask` is not bool.
+            ValueError: a shape does not fit. The message names the argument.
         """
         checks.boolean("mask", mask)
         B, shape = len(completion_ids), tuple(completion_ids.shape)
@@ -134,7 +137,7 @@ class TokenLog(TrainerCallback):
             file.write("".join(lines))
 
     def _left_behind(self) -> list[Path]:
-        """On process 0 the files of processes that are no longer there."""
+        """The files of processes that no longer exist. Only process 0 returns any."""
         if not self._is_first or self._processes is None:
             return []
         found = {path: _PROCESS.fullmatch(path.name) for path in self.path.parent.iterdir() if path.is_file()}
@@ -158,15 +161,21 @@ class TokenLog(TrainerCallback):
 
 
 class MetricsLog(TrainerCallback):
-    """Appends each of the trainer's logs to ``folder/metrics.jsonl``, on the main process.
+    """Appends each log of the trainer to ``folder/metrics.jsonl``, on the main process.
 
-    A line is a JSON object: "step", int, and the logged metrics under their names; a number that is not finite is null,
-    and what is no number is left out. Where a later run begins stands {"step": int, "resumed": true}, as in `TokenLog`.
+    A line is a JSON object: "step" (int) and the logged metrics under their names. Numbers that are not finite become
+    null; other values are left out. A later run first writes ``{"step": int, "resumed": true}``, as in `TokenLog`.
 
-    Beside it ``run.json`` says what the run is (`about`), and ``findings.jsonl`` what a `CollapseMonitor` found:
-    {"step": int, "kind": str, "message": str} a line.
+    Two more files lie beside it: ``run.json`` describes the run (`about`), and ``findings.jsonl`` lists the findings of
+    a `CollapseMonitor`, one ``{"step": int, "kind": str, "message": str}`` per line.
 
-    Raises ValueError if there is a directory in the place of the file.
+    Args:
+        folder: folder of the run.
+        about: returns the content of run.json; called when training begins.
+        findings: returns all findings so far, as (step, kind, message).
+
+    Raises:
+        ValueError: there is a directory in the place of the file.
     """
 
     def __init__(
@@ -175,8 +184,6 @@ class MetricsLog(TrainerCallback):
         about: Callable[[], Mapping[str, Any]] | None = None,
         findings: Callable[[], Sequence[tuple[int, str, str]]] | None = None,
     ):
-        """folder: of the run. about: what is written to run.json when training begins. findings: all so far, as (step,
-        kind, message)."""
         self.path = Path(folder) / "metrics.jsonl"
         self._about, self._findings, self._written = about, findings, 0
         checks.require(not self.path.is_dir(), "folder", f"a directory {self.path}", "a file, or none")
@@ -184,7 +191,7 @@ class MetricsLog(TrainerCallback):
         self._is_open = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A step's completions are logged before it is counted, its metrics afterwards.
+        # The completions of a step are logged before global_step is raised, its metrics after it.
         self._begins, self._is_open = int(state.global_step) + 1, False
         if self._about is not None and state.is_world_process_zero:
             replace_file(self.path.with_name("run.json"), json.dumps(self._about(), default=str, indent=1) + "\n")
@@ -219,7 +226,7 @@ class MetricsLog(TrainerCallback):
 
 
 class _TokenTexts:
-    """Tokens -> their texts, with a memory of what each is by itself."""
+    """Turns token ids into texts, with a cache of the text of each single token."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -241,7 +248,7 @@ class _TokenTexts:
         return texts
 
     def _text(self, i: int) -> str | bytes:
-        """The text of a token by itself, or its bytes where they are no text by themselves."""
+        """The text of a single token, or its bytes if they are not valid UTF-8."""
         token = self._tokenizer.convert_ids_to_tokens(i)
         if token is None:
             return f"⟨no token {i}⟩"
@@ -265,7 +272,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _completed(pending: bytes, data: bytes) -> tuple[str, bytes]:
-    """(what is shown of a token, the bytes that wait for the next one): bytes alone as ⟨F0 9F⟩."""
+    """Return the text shown for a token, and the bytes that wait for the next token. Bytes are shown as ⟨F0 9F⟩."""
     whole = pending + data
     try:
         return whole.decode(), b""
@@ -290,7 +297,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: itself, or one from U+0100 on (GPT-2)."""
+    """Character -> byte. Byte-level BPE writes each byte as one printable character: itself, or one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
@@ -300,7 +307,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _numbers(values: Tensor | Sequence[Any]) -> list[Any]:
-    """Rounded numbers, None for what is missing or not finite, nested as the tensor is."""
+    """Rounded numbers, nested like the tensor. None where a number is missing or not finite."""
     values = values.detach().float().tolist() if isinstance(values, Tensor) else values
     return [_numbers(v) if isinstance(v, list) else _rounded(v) for v in values]
 
@@ -322,7 +329,7 @@ def _scalar(value: Any) -> float | int | None:
 
 
 def _mark_resumed(path: Path, step: int) -> None:
-    """Say at the end of a file that has lines that what it holds from this step on was discarded."""
+    """Append the line "resumed" to a file that is not empty: its lines from this step on are void."""
     _open_for_append(path)
     if path.exists() and path.stat().st_size > 0:
         with path.open("a", encoding="ascii") as file:
@@ -330,7 +337,7 @@ def _mark_resumed(path: Path, step: int) -> None:
 
 
 def _open_for_append(path: Path) -> None:
-    """Make the folder, and cut off a last line that was not finished: what is appended would continue it."""
+    """Make the folder, and cut off an unfinished last line, which the next line would continue."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return

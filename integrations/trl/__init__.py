@@ -1,8 +1,8 @@
-"""rlloss in TRL: change one import.
+"""Train with TRL on rlloss's losses. You change one import::
 
     from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 
-`patch_trl` is a context in which TRL's other trainers run on rlloss's lm_head.
+Inside the context `patch_trl`, TRL's own trainers use rlloss's lm_head.
 """
 
 from typing import TYPE_CHECKING

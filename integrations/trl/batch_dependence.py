@@ -1,4 +1,4 @@
-"""What makes a completion's log-probabilities depend on the completions, or the padding, that share its call."""
+"""Detect whether a completion's log-probabilities depend on other completions, or on the padding, of the same call."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-# What a module or its config says in numbers about randomness and about routing that looks at the whole batch.
+# Parts of the names of numeric settings for randomness, and for routing that depends on the whole batch.
 RANDOM_OR_SHARED = ("drop", "jitter", "expert_capacity", "capacity_factor")
-UNUSED_HEADS = ("classifier", "summary")  # a config names the dropout of heads that no log-probability passes
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies follow from the padded length
+UNUSED_HEADS = ("classifier", "summary")  # dropout of heads that do not affect log-probabilities
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies depend on the padded length
 
 
 class BatchDependence:
-    """Whether a completion's log-probabilities depend on what shares its call. Modules are listed once, then read."""
+    """Detects whether a completion's log-probabilities depend on its call. The list of modules is made only once."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -24,12 +24,12 @@ class BatchDependence:
         configs = {id(c): c for m in modules for c in _configs(vars(m).get("config"))}
         self._configs = list(configs.values())
         rope_types = {str(vars(m).get("rope_type")) for m in modules}
-        # Modules of torch.compile hold the original; those that compiled themselves, the call.
+        # torch.compile(module) holds the original module, module.compile() the compiled call.
         self.compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules)
         self.on_length = any(kind in rope_type for kind in LENGTH_DEPENDENT_ROPE for rope_type in rope_types)
 
     def why(self) -> str | None:
-        """What makes it so, or None."""
+        """The cause of the dependence, or None."""
         for module in self._dropouts:
             if module.training and module.p > 0:
                 return f"dropout {module.p}"
@@ -55,7 +55,7 @@ def _above_zero(value: object) -> bool:
 
 
 def _configs(config: object, within: tuple = ()) -> Iterator[object]:
-    """A config and those inside it."""
+    """A config and the configs nested in it."""
     if hasattr(config, "to_dict") and hasattr(config, "__dict__") and not any(config is outer for outer in within):
         yield config
         for value in vars(config).values():

@@ -1,4 +1,4 @@
-"""Whether a checkpoint of transformers' Trainer is complete."""
+"""Check whether a checkpoint of transformers' Trainer is complete."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
-# What transformers' Trainer writes; what else lies in the folder is not its.
+# Files that transformers' Trainer writes. Other files in the folder are ignored.
 _ITS_OWN = re.compile(
     r"^(trainer_state|config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map)\.json$|"
     r"^(optimizer|scheduler|scaler|rng_state|training_args)[^/]*\.(pt|pth|bin)$|^global_step[^/]*/"
@@ -18,10 +18,10 @@ _WEIGHTS = re.compile(
 
 
 def what_is_wrong(checkpoint: str | Path) -> str | None:
-    """The part of a checkpoint that is missing or cut off, or None. No weights are read.
+    """Return the part of a checkpoint that is missing or truncated, or None. No weights are read.
 
-    transformers writes the weights, the optimizer, the scheduler, the random state of each process, and last
-    trainer_state.json. With save_only_model all three in the middle are missing.
+    transformers writes the weights, the optimizer, the scheduler, the random state of each process, and at the end
+    trainer_state.json. With save_only_model the optimizer, the scheduler and the random states are missing.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -44,22 +44,22 @@ def what_is_wrong(checkpoint: str | Path) -> str | None:
 
 
 def _shards(folder: Path, files: set[str]) -> set[str]:
-    """The files that the indices of the weights name, as paths in the folder."""
+    """The weight files that the index files list, as paths in the folder."""
     shards = set()
     for index in (name for name in files if name.endswith(".index.json") and _WEIGHTS.search(name)):
         try:
             named = json.loads((folder / index).read_bytes())["weight_map"].values()
             shards |= {Path(index).with_name(shard).as_posix() for shard in named}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            continue  # found to be cut off
+            continue  # reported as truncated
     return shards
 
 
 def _is_cut_off(path: Path) -> bool:
-    """Whether the file ends before what it says itself that it holds."""
+    """Whether the file is shorter than its own header or directory says."""
     if path.suffix in (".pt", ".pth", ".bin"):
         try:
-            zipfile.ZipFile(path).close()  # its directory is at the end
+            zipfile.ZipFile(path).close()  # the directory of a zip file is at its end
         except zipfile.BadZipFile:
             return True
     try:

@@ -1,6 +1,6 @@
-"""What rlloss uses of TRL beyond its public interface, and since which TRL it is there.
+"""List the private parts of TRL that rlloss uses, with the TRL version that introduced each, and give access to them.
 
-No other file names these parts, but for the hooks, which `rlloss.integrations.trl.trainer` overrides.
+No other file names these parts. The hooks are the exception: `rlloss.integrations.trl.trainer` overrides them.
 """
 
 import collections
@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError('rlloss.integrations.trl needs TRL: pip install "rlloss[trl]"') from error
 
-TESTED = (Version("1.14.0"), Version("1.17.0"))  # from, up to but without
+TESTED = (Version("1.14.0"), Version("1.17.0"))  # first version, first version that is not tested
 # Methods of GRPOTrainer.
 HOOKS = {
     "_compute_loss": "1.14",
@@ -29,7 +29,7 @@ HOOKS = {
     "_generate_and_score_completions": "1.14",
     "_generate_single_turn": "1.14",
 }
-# What its constructor sets.
+# Attributes that its constructor sets.
 ATTRIBUTES = {
     "_metrics": "1.14",  # {"train" or "eval": {name: values since the last log}}
     "_logs": "1.14",  # the table of completions
@@ -42,15 +42,15 @@ ATTRIBUTES = {
 }
 # Functions that its loss calls.
 CALLED = ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights", "get_sapo_token_loss")
-# Of trl.trainer.utils, between the backbone of a model and the loss.
+# Names in trl.trainer.utils that are used between the backbone of a model and the loss.
 LM_HEAD = {
     "add_fused_lm_head": "1.15",
     "_ChunkedLogProbFunction": "1.14",
     "maybe_gather_lm_head_ctx": "1.14",
-    "_use_triton": "1.16",  # whether masked tokens are left out; without it they are
-    "DTensor": "1.14",  # which heads are gathered
+    "_use_triton": "1.16",  # whether masked tokens are left out; TRL without this name always leaves them out
+    "DTensor": "1.14",  # heads of this type are gathered
 }
-# Of these, what `patch_trl` puts others in the place of.
+# The names of LM_HEAD that `patch_trl` replaces.
 REPLACED = ("_ChunkedLogProbFunction", "_use_triton", "DTensor")
 
 _missing = [name for name in HOOKS if not hasattr(getattr(trl, "GRPOTrainer", None), name)]
@@ -65,7 +65,7 @@ if not IN_TESTED_RANGE:
 
 
 def check(trainer: Any) -> None:
-    """Raise where TRL's constructor has not set what is used."""
+    """Raise AttributeError if TRL's constructor did not set one of ATTRIBUTES."""
     missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
     if missing:
         raise AttributeError(
@@ -75,12 +75,12 @@ def check(trainer: Any) -> None:
 
 
 def _function(owner: object, name: str) -> Any:
-    """What `owner` calls by this name, a method as its function; None: nothing."""
+    """The function that `owner` has under this name, unbound if it is a method. None: there is none."""
     found = getattr(owner, name, None)
     return getattr(found, "__func__", found)
 
 
-# None: not there, or replaced before this import.
+# TRL's own functions. None: missing, or replaced before this import.
 _OF_TRL = {
     name: function if getattr(function, "__module__", None) == trl.GRPOTrainer.__module__ else None
     for name in (*CALLED, "_get_per_token_logps_and_entropies")
@@ -89,12 +89,12 @@ _OF_TRL = {
 
 
 def is_replaced(owner: object, name: str) -> bool:
-    """Whether what `owner` calls by this name, of CALLED or the hook of log-probabilities, is not TRL's."""
+    """Whether `owner` calls another function than TRL's by this name (one of CALLED, or the log-probability hook)."""
     return _function(owner, name) is not _OF_TRL[name]
 
 
 def before_loading(trainer: Any, args: Any) -> None:
-    """What TRL's trainer sets of its options, so that they can be checked before it loads a model."""
+    """Set the attributes that TRL's trainer copies from its options, so that they are checked before a model loads."""
     for name in (
         "loss_type", "importance_sampling_level", "beta", "top_entropy_quantile", "off_policy_mask_threshold",
         "max_completion_length", "use_vllm", "entropy_coef", "use_adaptive_entropy", "multi_objective_aggregation",
@@ -110,18 +110,18 @@ def before_loading(trainer: Any, args: Any) -> None:
 
 
 def log_of(trainer: Any, mode: str | None = None) -> dict[str, list[float]]:
-    """{name: values since the last log}. mode: "train" or "eval"; None: the present one."""
+    """TRL's metrics, as {name: values since the last log}. mode: "train" or "eval"; None: the present mode."""
     return trainer._metrics[mode or ("train" if trainer.model.training else "eval")]
 
 
 def logged_advantages(trainer: Any) -> Any:
-    """Of the table of completions; changed in place."""
+    """The advantages in TRL's table of completions, a sequence that may be changed in place."""
     return trainer._logs["advantages"]
 
 
 @contextlib.contextmanager
 def unlogged(trainer: Any, mode: str) -> Iterator[None]:
-    """What TRL logs meanwhile is dropped, except the number of tokens seen, which is a running total."""
+    """Drop the logs that TRL makes inside this context, except the number of tokens seen, which is a running total."""
     metrics, logs = trainer._metrics, trainer._logs
     trainer._metrics = {name: collections.defaultdict(list) for name in metrics}
     trainer._logs = copy.deepcopy(logs)
@@ -135,7 +135,7 @@ def unlogged(trainer: Any, mode: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_rewards(trainer: Any) -> Iterator[list[Any]]:
-    """A list of what the trainer's calculation of rewards returns meanwhile, a subclass's too."""
+    """Collect the results of the trainer's `_calculate_rewards` inside this context, also those of a subclass."""
     kept: list[Any] = []
     calculate, own = trainer._calculate_rewards, vars(trainer).get("_calculate_rewards")
 
@@ -153,22 +153,22 @@ def kept_rewards(trainer: Any) -> Iterator[list[Any]]:
 
 
 def micro_batches(trainer: Any) -> int:
-    """So far."""
+    """The number of micro-batches so far."""
     return trainer._step
 
 
 def buffered(trainer: Any) -> list[dict] | None:
-    """The micro-batches of the generation batch."""
+    """The micro-batches of the generation batch, or None."""
     return trainer._buffered_inputs
 
 
 def tokenizer(trainer: Any) -> Any:
-    """Also of a processor."""
+    """The trainer's tokenizer. If it has a processor, the tokenizer of the processor."""
     return trainer._tokenizer
 
 
 def token_stats(trainer: Any, *args, **kwargs) -> Any:
-    """(log-probabilities, entropies, ...) of completions, by the trainer's hook."""
+    """Call the trainer's hook for (log-probabilities, entropies, ...) of completions."""
     return trainer._get_per_token_logps_and_entropies(*args, **kwargs)
 
 
@@ -177,7 +177,7 @@ def has_entropy_bonus(trainer: Any) -> bool:
 
 
 def world_entropy(trainer: Any) -> float:
-    """Mean entropy of the last accumulation window, of all processes; inf before the first."""
+    """Mean entropy of the last accumulation window over all processes. inf before the first window."""
     return trainer._last_world_entropy
 
 
@@ -186,7 +186,7 @@ def set_world_entropy(trainer: Any, value: float) -> None:
 
 
 def add_to_entropy_window(trainer: Any, stats: Any, ends: bool) -> Any:
-    """The sums of the accumulation window with these; it begins anew where it ends. TRL saves them in checkpoints."""
+    """Add to the sums of the accumulation window and return them. ends: reset after this. TRL checkpoints the sums."""
     if trainer._entropy_window_stats is not None:
         stats = trainer._entropy_window_stats + stats
     trainer._entropy_window_stats = None if ends else stats
@@ -194,7 +194,7 @@ def add_to_entropy_window(trainer: Any, stats: Any, ends: bool) -> Any:
 
 
 def why_no_lm_head() -> str | None:
-    """Why this TRL has no lm_head that could be replaced, or None."""
+    """Why the lm_head of this TRL cannot be replaced, or None."""
     missing = [name for name in LM_HEAD if name not in ("_use_triton", "DTensor") and not hasattr(utils, name)]
     if missing:
         return f"TRL {trl.__version__} has no {' and no '.join(missing)} in trl.trainer.utils; expected TRL >= 1.15"
@@ -204,12 +204,12 @@ def why_no_lm_head() -> str | None:
 
 
 def why_returns_logits() -> str | None:
-    """Why TRL's models return logits, or None."""
+    """Why models return logits under this TRL, or None if they do not."""
     return None if hasattr(utils, "add_fused_lm_head") else f"TRL {trl.__version__}, whose model returns logits"
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The globals and attributes that a function and those inside it look up."""
+    """The globals and attributes that a function and its nested functions look up."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,4 @@
-"""TRL's GRPOConfig with rlloss's options, and its options as a LossConfig."""
+"""Extend TRL's GRPOConfig by rlloss's options, and translate the options of a trainer into a LossConfig."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from rlloss.entropy.temperature import temperature_rule
 from rlloss.integrations.trl.lm_head import PLANS
 from rlloss.loss_types import LOSSES
 
-# The settings of LossConfig that only some losses read, in a trainer of TRL.
+# Settings of LossConfig that only some losses read -> their values in a trainer of TRL.
 OPTIONS = {
     "ratio_level": lambda trainer: trainer.importance_sampling_level,
     "epsilon_low": lambda trainer: trainer.epsilon_low,
@@ -31,10 +31,10 @@ OPTIONS = {
     ),
     "covariance": lambda trainer: CovarianceConfig(**(given(options(trainer.args).covariance) or {})),
 }  # fmt: skip
-# TRL's options that "clip_cov" or "kl_cov" may not read, at their defaults. (TRL's own losses leave out what they do
-# not read without a word.)
+# Defaults of the TRL options that "clip_cov" or "kl_cov" may not read: other values raise. (With TRL's own losses an
+# option that the loss does not read is silently ignored.)
 NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None}
-# Options with a fixed choice of words.
+# Options that accept a fixed set of words.
 CHOICES = {
     "gauges": ("basic", "all"),
     "lm_head_plan": ("auto", "trl", *PLANS),
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def _naming_unknown_options(cls: type) -> type:
-    """A class whose constructor says which option may have been meant."""
+    """Make the constructor's error for an unknown option suggest a similar one."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
@@ -65,7 +65,7 @@ def _naming_unknown_options(cls: type) -> type:
 
 @dataclasses.dataclass
 class PluginOptions:
-    """What rlloss adds to TRL's options."""
+    """The options that rlloss adds to TRL's GRPOConfig. The "help" in each field's metadata describes it."""
 
     epsilon_low: float | None = dataclasses.field(
         default=None,
@@ -205,19 +205,28 @@ class PluginOptions:
 
 
 def given(option: dict | str | None) -> dict | None:
-    """An option that is a dict, or None; text has been read by then."""
+    """Return an option that is a dict, or None. (`GRPOConfig` has parsed text before.)"""
     return option if isinstance(option, dict) else None
 
 
 def options(args: Any) -> PluginOptions:
-    """rlloss's options among those of a trainer; at their defaults where it has TRL's own GRPOConfig."""
+    """Return rlloss's options of a trainer. With TRL's own GRPOConfig all of them have their defaults."""
     return args if isinstance(args, PluginOptions) else PluginOptions()
 
 
 @_naming_unknown_options
 @dataclasses.dataclass
 class GRPOConfig(PluginOptions, TrlGRPOConfig):
-    """TRL's GRPOConfig, its defaults unchanged, and options of rlloss."""
+    """TRL's GRPOConfig with unchanged defaults, plus the options of `PluginOptions`.
+
+    `rlloss train --help all` prints every option with its meaning. `multi_objective_aggregation` also accepts "gdpo",
+    another name for "normalize_then_sum". `covariance`, `dynamic_temperature` and `reward_conditions` take a dict, or
+    its JSON text.
+
+    Raises:
+        TypeError: an option is unknown or has the wrong type.
+        ValueError: an option is out of range, would be ignored, or contradicts another option.
+    """
 
     _VALID_DICT_FIELDS = TrlGRPOConfig._VALID_DICT_FIELDS + ["covariance", "dynamic_temperature", "reward_conditions"]
 
@@ -225,7 +234,7 @@ class GRPOConfig(PluginOptions, TrlGRPOConfig):
         for name, choices in CHOICES.items():
             checks.one_of(name, getattr(self, name), choices)
         if self.multi_objective_aggregation == "gdpo":
-            self.multi_objective_aggregation = "normalize_then_sum"  # TRL's word for it
+            self.multi_objective_aggregation = "normalize_then_sum"  # TRL's name for GDPO
         name = "lm_head_memory_budget"
         self.lm_head_memory_budget = checks.memory_budget(name, self.lm_head_memory_budget)
         checks.require(
@@ -254,7 +263,7 @@ class GRPOConfig(PluginOptions, TrlGRPOConfig):
                 checks.one_of("covariance", name, known)
         if isinstance(self.dynamic_temperature, dict):
             temperature_rule(self.dynamic_temperature)
-            if self.use_vllm:  # read there by rlloss.integrations.vllm.sampling
+            if self.use_vllm:  # rlloss.integrations.vllm.sampling reads it there
                 given: Any = self.generation_kwargs or {}
                 extra = {**(given.get("extra_args") or {}), "entropy_temperature": self.dynamic_temperature}
                 self.generation_kwargs = {**given, "extra_args": extra}
@@ -276,7 +285,7 @@ class GRPOConfig(PluginOptions, TrlGRPOConfig):
             f"False with multi_objective_aggregation={self.multi_objective_aggregation!r}, where it has no effect",
         )  # fmt: skip
         rounds, cache, G = self.dynamic_sampling_rounds, self.soft_overlong_cache, self.num_generations
-        assert G is not None and self.steps_per_generation is not None  # TRL has seen to it
+        assert G is not None and self.steps_per_generation is not None  # TRL sets them
         rows = self.per_device_train_batch_size * self.steps_per_generation
         checks.require(
             rounds == 0 or rows % G == 0, "dynamic_sampling_rounds", rounds,
@@ -297,17 +306,17 @@ def _picks(loss_type: str) -> bool:
 
 
 class TrlLossConfig(LossConfig):
-    """Without the lower bound of cispo's cap, which in TRL is `epsilon`, 0.2, unless `epsilon_high` is given."""
+    """A LossConfig that does not require cispo's cap `epsilon_high` to be at least 1. TRL's default is 0.2."""
 
     _least_cap = 0.0
 
 
 def trls_settings(trainer: Any) -> dict[str, Any]:
-    """TRL's options in a trainer, as those of a LossConfig."""
+    """Return TRL's options of a trainer as arguments of a LossConfig."""
     corrected = trainer.beta != 0.0 and trainer.args.use_bias_correction_kl
     read = LOSSES[trainer.loss_type].reads
     if corrected and LOSSES[trainer.loss_type].level == "product":
-        read = read | {"ratio_level"}  # for the KL alone
+        read = read | {"ratio_level"}  # only the KL reads it
     return dict(
         loss_type=trainer.loss_type,
         top_entropy_quantile=trainer.top_entropy_quantile,

@@ -1,4 +1,4 @@
-"""Dynamic sampling in a trainer of TRL: fresh prompts for groups without a signal (DAPO, 2503.14476)."""
+"""Replace groups without a signal by fresh prompts in a trainer of TRL (dynamic sampling, DAPO, 2503.14476)."""
 
 import copy
 import json
@@ -19,20 +19,20 @@ from rlloss.integrations.trl import compat
 from rlloss.integrations.trl.config import options
 from rlloss.integrations.trl.zero_advantage import counted_tokens, has_rows
 
-# What stands where nothing counts, if not 0 (or the pad token, in ids): as TRL pads, and temperatures divide logits.
+# Padding values other than 0, or than the pad token for ids: TRL's values, and 1 for temperatures, which divide logits.
 PADDING = {"tool_mask": 1, "importance_sampling_ratio": 1, "temperatures": 1}
 
 Draw = Callable[[list[dict]], tuple[dict, Any]]
 
 
 def merge(output: dict, more: dict, places: list[int], rows: list[int], pad_token_id: int) -> dict:
-    """The generation batch `output` with rows `rows` of `more` at `places`.
+    """Return the generation batch `output` with the rows `rows` of `more` at `places`. Neither input changes.
 
-    Entries with a row per completion, `[B, ...]` tensors and lists, are merged, both padded to the longer of the two:
-    prompts on the left, the rest on the right. Other entries stay those of `output`. Both batches stay as they are.
+    Entries with one row per completion, tensors `[B, ...]` and lists, are merged. Both sides are padded to the longer
+    of the two: prompts on the left, other tensors on the right. All other entries come from `output`.
 
     Raises:
-        ValueError: `more` lacks such an entry, or has one that `output` lacks.
+        ValueError: the two batches differ in which entries have one row per completion.
     """
     B, b = output["completion_ids"].shape[0], more["completion_ids"].shape[0]
     names = [name for name, x in output.items() if has_rows(x, B)]
@@ -55,7 +55,7 @@ def merge(output: dict, more: dict, places: list[int], rows: list[int], pad_toke
 
 
 def _widened(x: Tensor, width: int | None, fill: float, left: bool) -> Tensor:
-    """A copy, [B, width, ...]."""
+    """Return a copy of x padded to [B, width, ...]."""
     if width is None or x.shape[1] == width:
         return x.clone()
     wide = x.new_full((x.shape[0], width, *x.shape[2:]), fill)
@@ -65,7 +65,7 @@ def _widened(x: Tensor, width: int | None, fill: float, left: bool) -> Tensor:
 
 
 def shuffled(n: int, rng: random.Random) -> Iterator[int]:
-    """0 ... n - 1 in random order, at the cost of those that are taken."""
+    """Yield 0 ... n - 1 in random order. Time and memory grow with the numbers taken, not with n."""
     moved: dict[int, int] = {}
     for i in range(n):
         j = rng.randrange(i, n)
@@ -74,7 +74,7 @@ def shuffled(n: int, rng: random.Random) -> Iterator[int]:
 
 
 class FreshPrompts:
-    """Rows of a dataset in random order, whose prompts are neither among `seen` nor repeated.
+    """Draws rows of a dataset in random order. Prompts in `seen` are left out, and no prompt comes twice.
 
     Every process draws the same sequence and takes its own part of it.
     """
@@ -84,7 +84,7 @@ class FreshPrompts:
         self._order = shuffled(len(dataset), random.Random(seed))
 
     def take(self, count: int, processes: int, process: int) -> list[dict]:
-        """This process's rows: `count`, or fewer, as many for each, where the dataset has no more."""
+        """Return `count` rows for this process. If the dataset runs out, every process gets the same smaller number."""
         rows: list[dict] = []
         for i in self._order:
             row = self._dataset[i]
@@ -102,9 +102,9 @@ def prompt_key(row: dict) -> str:
 
 
 def match(dead: list[bool], dead_fresh: list[bool], processes: int) -> list[tuple[int, int]]:
-    """(group without a signal, fresh group with one that takes its place): in order, each process its own.
+    """Pair each dead group with a fresh group that is not dead, in order and within each process.
 
-    dead, dead_fresh: of each group of all processes, the same number of groups of each.
+    dead, dead_fresh: for each group of all processes, whether it is dead. Every process has the same number of groups.
     """
     pairs, n, m = [], len(dead) // processes, len(dead_fresh) // processes
     for p in range(processes):
@@ -115,9 +115,9 @@ def match(dead: list[bool], dead_fresh: list[bool], processes: int) -> list[tupl
 
 
 class DynamicSampling:
-    """The option `dynamic_sampling_rounds` of a trainer of TRL at work.
+    """Applies the option `dynamic_sampling_rounds` in a trainer of TRL.
 
-    multimodal: the entries of a generation batch that are more than text.
+    multimodal: names of the entries of a generation batch that hold other data than text.
     """
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
@@ -128,7 +128,7 @@ class DynamicSampling:
         return options(self.trainer.args).dynamic_sampling_rounds
 
     def check(self) -> None:
-        """Raise where the option cannot act."""
+        """Raise ValueError if the option cannot act."""
         trainer, rounds = self.trainer, self.rounds
         if rounds == 0:
             return
@@ -148,11 +148,11 @@ class DynamicSampling:
     def replace(
         self, inputs: list[dict], output: dict, rewards: Tensor, dead_groups: Callable[[Tensor], list[bool]], draw: Draw
     ) -> tuple[dict, Tensor]:
-        """The generation batch and its rewards after at most `rounds` further draws.
+        """Return the generation batch and its rewards after at most `rounds` further draws.
 
-        inputs: this process's rows of the dataset, G equal ones for each group. rewards: `[N, K]` of all processes.
-        dead_groups: rewards -> of each group whether it has no signal. draw: inputs -> (generation batch of this
-        process, rewards of all). All processes see the same rewards, so they agree on what is drawn and replaced.
+        inputs: this process's rows of the dataset, G equal rows per group. rewards: `[N, K]` of all processes.
+        dead_groups: maps rewards to one bool per group, True if the group is dead. draw: maps inputs to (generation
+        batch of this process, rewards of all processes). All processes see the same rewards, so they draw alike.
         """
         trainer, G = self.trainer, self.trainer.num_generations
         processes, process = trainer.accelerator.num_processes, trainer.accelerator.process_index
@@ -167,7 +167,7 @@ class DynamicSampling:
             if not fresh:  # every prompt of the dataset was drawn
                 break
             rounds += 1
-            # Reward functions may write into their rows.
+            # Deep copies: reward functions may write into their rows.
             drawn = [{name: copy.deepcopy(row[name]) for name in inputs[0]} for row in fresh for _ in range(G)]
             with compat.unlogged(trainer, "train"):
                 more, more_rewards = draw(drawn)
@@ -196,7 +196,8 @@ class DynamicSampling:
     def _fresh_prompts(self, inputs: list[dict]) -> FreshPrompts:
         trainer = self.trainer
         seen = set(gather_object(sorted({prompt_key(row) for row in inputs})))
-        # A step may generate several times. The step of a resumed run starts where an accumulation window does.
+        # One step may generate several times, so the seed includes the place within the accumulation window. A resumed
+        # run starts at the beginning of a window, and so draws the same prompts.
         within = compat.micro_batches(trainer) % trainer.args.gradient_accumulation_steps
         seed = f"{trainer.args.seed} {trainer.state.global_step} {within}"
         return FreshPrompts(trainer.train_dataset, seen, seed)

@@ -1,9 +1,9 @@
-"""What a generation batch brings to its micro-batches: temperatures of sampling, and selections made once for all.
+"""Attach sampling temperatures and token selections to a generation batch, for all of its micro-batches.
 
-Entries that are added to TRL's micro-batches: `temperatures` [B, T], by which each token was sampled; `rollout_logp`
-and `rollout_entropy` [B, T], of the pass without gradient; `entropy_cutoff` (0-d), `kept_tokens` and `selected_tokens`
-[B, T] bool, which the loss takes as `cutoff`, `kept` and `selected`; `kept_and_all` [2], how many tokens the selection
-kept, of how many.
+These entries are added to TRL's micro-batches. `temperatures` [B, T]: the sampling temperature of each token.
+`rollout_logp` and `rollout_entropy` [B, T]: from the pass without gradient. `entropy_cutoff` (0-d), `kept_tokens` and
+`selected_tokens` [B, T] bool: the loss takes them as `cutoff`, `kept` and `selected`. `kept_and_all` [2]: the number of
+kept tokens, and the number of tokens that count.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ ENTROPY_SCOPES = ("microbatch", "window", "generation")
 
 
 class Rollout:
-    """The options of a trainer of TRL at work that concern a whole generation batch."""
+    """Applies the options that concern a whole generation batch, in a trainer of TRL."""
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
         self.trainer, self.multimodal = trainer, multimodal
         settings = given(options(trainer.args).dynamic_temperature)
         self.rule = temperature_rule(settings) if settings is not None else None
-        self._recorded: Tensor | None = None  # temperatures of the generation that is not complete yet
+        self._recorded: Tensor | None = None  # temperatures of the present, unfinished generation
         self._generating = False
         self._pass: tuple[Tensor, Tensor] | None = None  # logp and entropy of the first pass without gradient
         self._window: list[dict] = []
@@ -56,8 +56,8 @@ class Rollout:
         return options(self.trainer.args).entropy_scope
 
     def check(self, config: LossConfig | None, trls_own: str | None, trls_call: str | None) -> None:
-        """Raise where an option would be ignored. trls_own, trls_call: why the loss, or the call of the model, is
-        TRL's, or None."""
+        """Raise ValueError if an option would be ignored. trls_own, trls_call: why TRL computes the loss, or calls the
+        model, itself; None: it does not."""
         trainer, args, scope = self.trainer, self.trainer.args, self.entropy_scope
         checks.one_of("entropy_scope", scope, ENTROPY_SCOPES)
         if trls_own is not None:
@@ -97,7 +97,7 @@ class Rollout:
 
     @contextlib.contextmanager
     def sampling(self):
-        """transformers' `generate` samples by the rule, and the temperatures are kept."""
+        """Inside, transformers' `generate` samples by the rule, and the temperatures are stored."""
         if self.rule is None or self._by_engine:
             yield
             return
@@ -121,7 +121,7 @@ class Rollout:
 
     @contextlib.contextmanager
     def generation(self):
-        """A generation batch in the making: TRL's passes over it have its temperatures, and the first one is kept."""
+        """Inside, TRL makes one generation batch: its passes use the temperatures, and the first pass is stored."""
         self._recorded = self._pass = None
         self._generating = True
         try:
@@ -131,14 +131,14 @@ class Rollout:
             self._recorded = self._pass = None
 
     def in_generation(self, model: Any, ids: Tensor, attention_mask: Tensor, T: int) -> Any:
-        """What TRL is to call in the place of its model, for a pass over the generation batch in the making."""
+        """Return the model that TRL calls for a pass over the unfinished generation batch."""
         if self.rule is None or not self._generating:
             return model
         temperatures = self._of_generation(ids, attention_mask, T)
         return model if temperatures is None else ModelCall(model, temperatures=temperatures)
 
     def _of_generation(self, ids: Tensor, attention_mask: Tensor, T: int) -> Tensor | None:
-        """[B, T]: as recorded in sampling, or, where an engine sampled, by the rule from the model's own entropies."""
+        """Temperatures [B, T], recorded while sampling. If vLLM sampled: by the rule from the model's entropies."""
         assert self.rule is not None
         if self._recorded is None:
             if not self._by_engine:
@@ -147,12 +147,12 @@ class Rollout:
             vocabulary = self.trainer.accelerator.unwrap_model(self.trainer.model).config.get_text_config().vocab_size
             self._recorded = self.rule.temperature(entropy, vocabulary)
         steps = self._recorded.shape[1]
-        if steps < T:  # columns that padding to a multiple added
+        if steps < T:  # padding to a multiple adds columns
             self._recorded = nn.functional.pad(self._recorded, (0, T - steps), value=1.0)
         return self._recorded[:, :T].to(ids.device)
 
     def remember(self, result: tuple) -> None:
-        """The first pass without gradient of a generation batch: TRL's own, of the policy before the reference."""
+        """Store the first pass of a generation batch: TRL runs the policy first and the reference after it."""
         if self._generating and self._pass is None and result[1] is not None:
             self._pass = result[0].detach(), result[1].detach()
 
@@ -161,7 +161,7 @@ class Rollout:
         return self._generating and self.entropy_scope == "generation"
 
     def complete(self, output: dict, config: LossConfig | None) -> dict:
-        """Add to TRL's generation batch what the selections and the loss will need of it."""
+        """Add the entries that the selections and the loss need to TRL's generation batch."""
         T = output["completion_ids"].shape[1]
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
@@ -203,7 +203,7 @@ class Rollout:
             ]
 
     def select(self, batches: list[dict], config: LossConfig, draw: int) -> None:
-        """Make the selections of a whole generation batch, and give each of its micro-batches its part."""
+        """Select tokens in the whole generation batch, and give each micro-batch its part."""
         masks = [counted_tokens(inputs) for inputs in batches]
         mask = torch.cat(masks)
         if self.entropy_scope == "generation":
@@ -219,7 +219,7 @@ class Rollout:
                 inputs["selected_tokens"] = part
 
     def open_window(self, inputs: dict, config: LossConfig) -> None:
-        """Before the first micro-batch of an accumulation window: one cutoff for them all, by the policy as it is."""
+        """Before the first micro-batch of an accumulation window, compute one cutoff for all, by the present policy."""
         trainer = self.trainer
         if self.entropy_scope != "window" or any(inputs is known for known in self._window):
             return
@@ -240,7 +240,7 @@ class Rollout:
         self._keep(self._window, [counted_tokens(member) for member in self._window], torch.cat(entropies), config)
 
     def close_window(self) -> None:
-        """After its last micro-batch."""
+        """Drop the window after its last micro-batch."""
         self._window = []
 
     def _keep(self, batches: list[dict], masks: list[Tensor], entropy: Tensor, config: LossConfig) -> None:
@@ -261,7 +261,7 @@ class Rollout:
 
 
 def content_key(inputs: dict) -> Tensor:
-    """`[B]`, a hash of the token ids: it depends neither on the order of rows nor on the process that holds them."""
+    """Hash `[B]` of the token ids of each row. It depends neither on the order of rows nor on the process."""
     return sequence_key(*((inputs[f"{of}_ids"], inputs[f"{of}_mask"].bool()) for of in ("prompt", "completion")))
 
 

@@ -1,4 +1,4 @@
-"""What the trainer logs of its loss: TRL's metrics under TRL's names, and the gauges of collapse."""
+"""Log the metrics of the loss in a trainer of TRL: TRL's metrics under TRL's names, and the gauges of collapse."""
 
 import math
 import statistics
@@ -15,12 +15,12 @@ from rlloss.integrations.trl.config import options
 from rlloss.loss_types import LOSSES
 from rlloss.losses.metrics import means
 
-# What is not added up over ranks: how their numbers become one.
+# Metrics that are not summed over ranks -> the function that combines the numbers of the ranks.
 OVER_RANKS = {"clip_low_min": min, "clip_high_max": max, "policy_loss": statistics.fmean}
 
 
-# Gauges of an optimizer step that are logged, as far as they are not in TRL's metrics: logged name -> the gauge's.
-# Trackers group metrics by what is before the first "/".
+# Logged name -> name of the gauge, for the gauges of an optimizer step that TRL's metrics do not contain. Trackers
+# group metrics by the part before the first "/".
 GAUGES = {
     "entropy/p50": "entropy/p50",
     "entropy/p80": "entropy/p80",
@@ -32,8 +32,8 @@ GAUGES = {
     "cov/logp_advantage": "cov/logp_advantage",
     "cov/logp_prob_advantage": "cov/logp_prob_advantage",
 }
-# What is logged beside TRL's metrics, in the order of a log -> whether gauges="basic" has it. A name that ends on "/"
-# stands for all that begin with it and are not named before.
+# Metrics that rlloss logs in addition to TRL's, in the order of a log -> whether gauges="basic" logs them. A name that
+# ends in "/" stands for all names that begin with it and are not listed before it.
 OURS = {
     "rlloss/live_share": True,
     "rlloss/zero_advantage_share": True,
@@ -65,20 +65,20 @@ _PLACES = {name: place for place, name in enumerate(OURS)}
 
 
 def ours(name: str) -> str | None:
-    """The key of OURS that a logged name belongs to; None: it is not rlloss's."""
+    """Return the key of OURS that a logged name belongs to. None: the metric is not rlloss's."""
     if name in OURS:
         return name
     return next((key for key in OURS if key.endswith("/") and name.startswith(key)), None)
 
 
 class LogOrder:
-    """Brings the metrics of every log into one order: TRL's as they came first, then ours as in OURS."""
+    """Sorts the metrics of every log: TRL's in the order of their first log, then rlloss's in the order of OURS."""
 
     def __init__(self):
         self._theirs: dict[str, int] = {}
 
     def bring(self, metrics: dict[str, list[float]], gauges: str) -> None:
-        """In place, without those of ours that `gauges` leaves out and those that have no value."""
+        """Sort `metrics` in place. Drop rlloss's metrics that `gauges` excludes, and those whose values are all NaN."""
         kept: list[tuple[tuple[int, int], str, list[float]]] = []
         for i, (name, values) in enumerate(metrics.items()):
             key = ours(name)
@@ -91,16 +91,16 @@ class LogOrder:
 
 
 class LossMetrics:
-    """Sums of micro-batches, reduced over processes, as what a trainer of TRL logs."""
+    """Reduces the sums of micro-batches over processes and logs them in a trainer of TRL."""
 
     def __init__(self, trainer: Any, tokens: Callable[[float, float], None] | None = None):
-        """tokens: told, of each micro-batch in training, the tokens with a gradient and those that count."""
+        """tokens: called for each training micro-batch with its numbers of live tokens and of tokens that count."""
         self.trainer, self._tokens = trainer, tokens
         self.fit = EntropyFit()
-        self._of_step: Tensor | None = None  # gauge sums of the optimizer step so far, of all processes
+        self._of_step: Tensor | None = None  # gauge sums of the present optimizer step over all processes
 
     def log(self, mode: str, metrics: dict[str, Tensor], gauge_sums: dict[str, Tensor]) -> None:
-        """Of this micro-batch: one reduction of sums, at most one gather of the rest."""
+        """Log one micro-batch. It takes one reduction of the sums and at most one gather of the other metrics."""
         trainer = self.trainer
         log, own = compat.log_of(trainer, mode), LOSSES[trainer.loss_type].logs
         sums = {name: value for name, value in metrics.items() if name not in OVER_RANKS}
@@ -134,7 +134,7 @@ class LossMetrics:
         if logged:
             gathered = trainer.accelerator.gather(torch.stack([metrics[name] for name in logged]).unsqueeze(0))
             for name, of_ranks in zip(logged, gathered.T.tolist(), strict=True):
-                known = [value for value in of_ranks if not math.isnan(value)]  # NaN: no sequence of that rank counts
+                known = [value for value in of_ranks if not math.isnan(value)]  # NaN: that rank has no counted sequence
                 log[own.get(name, name)].append(OVER_RANKS[name](known) if known else math.nan)
 
         if "window_entropy" in averages:
@@ -144,7 +144,7 @@ class LossMetrics:
         self._log_gauges(mode, log, vector[len(sums) :], gauge_sums)
 
     def _log_gauges(self, mode: str, log: dict[str, list], reduced: Tensor, like: dict[str, Tensor]) -> None:
-        """In training once an optimizer step, of all its micro-batches."""
+        """Log the gauges: in training once per optimizer step, over all its micro-batches."""
         if mode == "train":
             if self._of_step is not None and len(self._of_step) == len(reduced):
                 reduced = self._of_step + reduced
@@ -156,7 +156,7 @@ class LossMetrics:
         values = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
         bins = {name: name for name in values if name.startswith("cov/logp_advantage/")}
         for name, gauge in (GAUGES | bins).items():
-            if not math.isnan(values[gauge]):  # of no token
+            if not math.isnan(values[gauge]):  # NaN: no token
                 log[name].append(values[gauge])
         if values["nonfinite_share"] > 0.0:
             log["rlloss/nonfinite_share"].append(values["nonfinite_share"])
@@ -168,7 +168,7 @@ class LossMetrics:
             log["cov/entropy_change_correlation"].append(self.fit.correlation)
 
     def _entropy_window(self, mode: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over this rank's window that end with this micro-batch, if it ends one; {} otherwise."""
+        """This rank's sums over the accumulation window if this micro-batch ends it, otherwise {}."""
         trainer = self.trainer
         if mode != "train" or not (compat.has_entropy_bonus(trainer) and trainer.use_adaptive_entropy):
             return {}

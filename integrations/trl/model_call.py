@@ -1,6 +1,6 @@
-"""How a trainer's model is called for log-probabilities: which rows with gradient, which columns, at what temperatures.
+"""Change how TRL calls the model for log-probabilities: rows without gradient, fewer columns, temperatures per token.
 
-TRL calls the model itself; what stands in its place here makes of that call the one that is needed.
+TRL calls the model itself. A `ModelCall` takes the model's place and turns that call into the calls that are needed.
 """
 
 from types import SimpleNamespace
@@ -13,24 +13,30 @@ from rlloss.integrations.trl.lm_head import token_temperatures
 
 
 class Parts(NamedTuple):
-    """Rows run with gradient, and those run before them without; a row in both counts with gradient."""
+    """Rows that run with gradient (`live`), and rows that run before them without (`dead`). If a row is in both, its
+    result with gradient is used."""
 
     live: list[int]
     dead: list[int]
 
 
 class ModelCall:
-    """Called in the place of a model that returns log-probabilities.
+    """Stands in for a model that returns log-probabilities.
 
-    model: called with keywords, tensors `[B, L]` of prompt and completion; gives `log_probs` and other tensors
-    `[B, L - 1]` by name. completions: entries of the micro-batch, of which the completions' width and a tool's mask
-    are looked at: what a tool wrote gets no label, so that no head scores it. parts: None: one call, as it comes.
-    reach: None: no column is cut off; otherwise each call ends at its longest completion, on a multiple of `multiple`.
-    Left padding stays, since positions count it. temperatures: `[N, T]`, one for each token. The head divides the
-    token's logits by it. Each call takes the next rows. None: the trainer's temperature.
+    A call returns the model's own result if the model ran once on the whole batch. Otherwise it returns a namespace
+    with the model's `[B, L - 1]` tensors, 0 in columns that were cut off.
 
-    Returns what the model returns where it was called once and whole; otherwise a namespace of its `[B, L - 1]`
-    tensors, 0 where a column was cut off.
+    Args:
+        model: takes tensors `[B, L]` of prompt and completion by keyword, and returns `log_probs` and other tensors
+            `[B, L - 1]` by name.
+        completions: the micro-batch. The width of the completions and the tool mask are read: tokens that a tool wrote
+            get no label, so the head does not score them.
+        parts: None: one call for all rows.
+        reach: number of columns of each completion up to its last token. Each call is cut after its longest completion,
+            rounded up to a `multiple`. Left padding stays, because positions count it. None: no column is cut off.
+        multiple: see `reach`.
+        temperatures: `[N, T]`. The head divides the logits of each token by its temperature. Each call takes the next B
+            rows. None: the trainer's temperature.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class ModelCall:
         if parts.dead:
             with torch.no_grad():
                 apart = self._run_rows(inputs, parts.dead, L)
-            # Weights that autocast cast without gradient are not to be taken up by the call with gradient.
+            # The call with gradient must not reuse weights that autocast cast, and cached, without gradient.
             torch.clear_autocast_cache()
         merged = {}
         for name, x in self._run_rows(inputs, parts.live, L).items():
@@ -83,11 +89,11 @@ class ModelCall:
         return SimpleNamespace(**merged)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
-        """token_temperature `[B, L]` is that of what stands in a column and not of what it predicts."""
+        """Call the model. `token_temperature` `[B, L]` belongs to the token in a column, not to the one it predicts."""
         temperature = inputs.pop("token_temperature", None)
         if temperature is None:
             return self._model(**inputs)
-        # The head's rows: those with a label, which stands one column further than what predicts it.
+        # The head's rows are those with a label. A label stands one column after the state that predicts it.
         with token_temperatures(temperature[:, 1:][inputs["labels"][:, 1:] != -100]):
             return self._model(**inputs)
 
@@ -98,7 +104,7 @@ class ModelCall:
         return min(L, max(-(-length // self._multiple), 1) * self._multiple)
 
     def _run_rows(self, inputs: dict[str, Any], rows: list[int], L: int) -> dict[str, Tensor]:
-        """The model's per-token outputs of these rows, as long as of the whole."""
+        """Run these rows and return the model's per-token outputs, padded to the full length."""
         ids = inputs["input_ids"]
         B, length = ids.shape[0], self._length(rows, L)
         index = torch.tensor(rows, device=ids.device)

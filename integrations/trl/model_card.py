@@ -1,4 +1,4 @@
-"""The model card of a run: TRL's, with what it leaves open and what rlloss did."""
+"""Complete the model card that TRL writes for a run, and add the part about rlloss."""
 
 import contextlib
 import dataclasses
@@ -18,19 +18,19 @@ from rlloss import __version__
 from rlloss.integrations.trl.config import options
 from rlloss.report import replace_file
 
-# Options against a collapse of the entropy, clipped tokens that matter, and rewards without a signal.
+# Options against entropy collapse, against clipping of important tokens, and against rewards without a signal.
 REMEDIES = (
     "epsilon_low", "epsilon_high", "max_log_ratio", "off_policy_mask_threshold", "top_entropy_quantile",
     "entropy_denominator", "exact_k", "entropy_scope", "covariance", "entropy_coef", "use_adaptive_entropy",
     "entropy_target", "entropy_bonus_tokens", "dynamic_temperature", "dynamic_sampling_rounds",
     "multi_objective_aggregation", "reward_conditions", "gdpo_token_weighted", "soft_overlong_cache",
 )  # fmt: skip
-# Of transformers' many options those that change what is learned.
+# The options of transformers that change the training result.
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
-# A card is public: none with a place or a secret in it. The last two TRL sets itself.
+# A card is public: options that may contain paths or secrets are left out. The last two are set by TRL itself.
 LEFT_OUT = (
     "model_init_kwargs", "transformers_continuous_batching_config", "generation_batch_size", "pad_to_multiple_of",
 )  # fmt: skip
@@ -40,7 +40,7 @@ VERSIONS = "### Framework versions\n"
 
 
 def options_that_differ(args: Any) -> dict[str, Any]:
-    """Of a GRPOConfig of TRL or rlloss, in the order of its fields: those that differ from their defaults."""
+    """Return the options of a GRPOConfig (TRL's or rlloss's) that differ from their defaults, in field order."""
     of_transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
     found = {}
     for field in dataclasses.fields(args):
@@ -54,14 +54,14 @@ def options_that_differ(args: Any) -> dict[str, Any]:
         if name == "steps_per_generation":
             default = args.gradient_accumulation_steps
         if name == "epsilon" and options(args).epsilon_low is not None:
-            continue  # another name for it
+            continue  # another name for an option
         if value != default:
-            found[name] = getattr(value, "value", value)  # of an enumeration
+            found[name] = getattr(value, "value", value)  # the value of an enum
     return found
 
 
 def dataset_of(dataset: Any) -> str | None:
-    """The Hub id of a dataset that was loaded by it, as the folder of its cache says; None: not known."""
+    """Return the Hub id of a dataset, read from the name of its cache folder. None: not known."""
     for file in getattr(dataset, "cache_files", None) or ():
         for part in Path(file["filename"]).parts:
             if "___" in part:
@@ -70,7 +70,7 @@ def dataset_of(dataset: Any) -> str | None:
 
 
 def complete_card(trainer: Any, dataset: str | None) -> None:
-    """Complete README.md in the output folder of a trainer of TRL. dataset: Hub id or file; None: not known."""
+    """Complete README.md in the output folder of a trainer of TRL. dataset: Hub id or file. None: not known."""
     args = trainer.args
     path, model = Path(args.output_dir, "README.md"), str(getattr(trainer.model.config, "_name_or_path", ""))
     text = path.read_text(encoding="utf-8")
@@ -109,11 +109,11 @@ def _listed(options: dict[str, Any]) -> str:
 
 
 def about_run(trainer: Any) -> dict[str, Any]:
-    """What run.json says of a run of a trainer of TRL: model, date, versions, device, options that differ."""
+    """Return the content of run.json for a run: model, date, versions, device, options that differ from defaults."""
     model = str(getattr(trainer.model.config, "_name_or_path", ""))
     versions = {"rlloss": __version__}
     for name in ("torch", "triton", "trl", "transformers"):
-        with contextlib.suppress(PackageNotFoundError):  # some builds of Triton are distributed under another name
+        with contextlib.suppress(PackageNotFoundError):  # some builds of Triton have another distribution name
             versions[name] = version(name)
     device = trainer.accelerator.device
     return {

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line before the first step, a line after the last, and what the lm_head cost."""
+"""Print a line before the first step of a run and one after the last, and log the cost of the lm_head."""
 
 import contextlib
 import os
@@ -23,11 +23,11 @@ from rlloss.lm_head.matmul import Products, count_products
 from rlloss.lm_head.plans import PlanReport
 
 MIB = 2**20
-PLAIN_BYTES = 4  # of a logit that plain logits hold, in fp32
+PLAIN_BYTES = 4  # bytes of one fp32 logit
 
 
 class Head(NamedTuple):
-    """The lm_head of a run. gradients: how many of hidden states and weight get one."""
+    """The lm_head of a run. gradients: 0 to 2, the number of gradients among those of hidden states and weight."""
 
     V: int
     D: int
@@ -37,14 +37,14 @@ class Head(NamedTuple):
 
     @property
     def flop(self) -> int:
-        """Of one product with one token's hidden state."""
+        """Floating-point operations of one product with one token's hidden state."""
         return 2 * self.V * self.D
 
 
 class Cost(NamedTuple):
-    """Of micro-batches, added up (logits: the largest of one). flop: of the products with the lm_head that the loss and
-    its backward ran; plain_flop: that plain logits would have run. without_backward: of the completions. held,
-    plain_held: bytes of the largest block of logits, and of that of plain logits."""
+    """The cost of several micro-batches. flop: operations of the lm_head's products in the loss and its backward.
+    plain_flop: the same for plain logits. without_backward: the completions that ran without backward, among all
+    `completions`. held, plain_held: bytes of the largest block of logits, and of plain logits; a maximum, not a sum."""
 
     flop: float = 0.0
     plain_flop: float = 0.0
@@ -65,15 +65,15 @@ class Cost(NamedTuple):
 
 
 class RunSummary(TrainerCallback):
-    """Counts what the lm_head of a trainer of TRL runs in the loss, and says it.
+    """Counts the work of the lm_head in the loss of a trainer of TRL, prints it and logs it.
 
-    Plain logits are those of every column of a micro-batch's completions, padding included, in fp32, as
-    ``model(ids, logits_to_keep=...)`` makes them: one product in the forward, and in the backward one for each of
-    hidden states and weight that gets a gradient. A product is counted in products of all tokens that count, the
-    completions' without padding and tools' answers. Passes that a generation batch needs before its loss (old and
-    reference log-probabilities) are not counted on either side; those that `entropy_scope="window"` adds are.
+    The comparison is with plain logits: fp32 logits of every column of the completions, padding included, as
+    ``model(ids, logits_to_keep=...)`` computes them. They need one product in the forward, and in the backward one for
+    the hidden states and one for the weight, if these get a gradient. The unit is one product of all tokens that count.
+    Passes before the loss (old and reference log-probabilities) are counted on neither side. The passes that
+    `entropy_scope="window"` adds are counted.
 
-    `loss_begins` is called by the loss inside `micro_batch`, `tokens` with sums over processes, `log` once a log.
+    The loss calls `loss_begins` inside `micro_batch`. `tokens` takes sums over processes. `log` is called once per log.
     """
 
     def __init__(self, trainer: Any):
@@ -86,10 +86,10 @@ class RunSummary(TrainerCallback):
     def _forget(self) -> None:
         self.head: Head | None = None
         self._tile_bytes = 0  # of a whole micro-batch
-        self._cost = Cost()  # of this process's optimizer step so far
+        self._cost = Cost()  # of the present optimizer step on this process
         self._window: Tensor | None = None  # [processes, len(Cost)] since the last log
         self._run = Cost()
-        self._step_tokens = (0.0, 0.0)  # with a gradient, and all that count, of all processes
+        self._step_tokens = (0.0, 0.0)  # live tokens and tokens that count, of all processes
         self._window_tokens = self._live = self._tokens = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -112,12 +112,12 @@ class RunSummary(TrainerCallback):
         if head is None:
             return "plan not known (the model has no output embeddings)"
         B, T = args.per_device_train_batch_size, self.trainer.max_completion_length or 1
-        with FakeTensorMode():  # the tiles are those of the device, which a meta tensor has not
+        with FakeTensorMode():  # tiles depend on the device, which a meta tensor does not have
             hidden = torch.empty(B, T, head.D, dtype=head.dtype, device=head.device)
             weight = torch.empty(head.V, head.D, dtype=head.dtype, device=head.device)
             hidden.requires_grad_()
             weight.requires_grad_(head.gradients > 1)
-            # A plan that is asked for need not fit the largest micro-batch before there is one.
+            # An explicit plan need not fit the largest possible micro-batch; actual ones may be smaller.
             budget = options(args).lm_head_memory_budget if plan == "auto" else None
             report = explain_plan(hidden, weight, plan=plan, memory_budget=budget)
         self._tile_bytes = report.tile_bytes
@@ -130,7 +130,7 @@ class RunSummary(TrainerCallback):
 
     @contextlib.contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """Around the forward and backward of a micro-batch. One small reduction over processes an optimizer step."""
+        """Context for the forward and backward of a micro-batch. One small gather over processes per optimizer step."""
         before = self.trainer._zero_advantage.without_backward
         with contextlib.ExitStack() as self._stack:
             yield
@@ -138,7 +138,7 @@ class RunSummary(TrainerCallback):
         if self._counter is None:  # the loss is TRL's own
             return
         if not self._held:
-            self._held = self._tile_bytes  # a compiled call says nothing of its plan, which is "recompute"
+            self._held = self._tile_bytes  # a compiled call reports no plan; its plan is "recompute"
         without = self.trainer._zero_advantage.without_backward - before
         self._cost = self._cost.plus(
             Cost(flop=sum(self._counter.flop.values()), without_backward=without, held=self._held)
@@ -148,7 +148,7 @@ class RunSummary(TrainerCallback):
             self._end_step()
 
     def _end_step(self) -> None:
-        # Filled on the device: a copy from the host would wait for it.
+        # Filled on the device: a copy from the host would synchronise.
         numbers = [torch.full((), float(x), dtype=torch.float64, device=self.trainer.accelerator.device)
                    for x in self._cost]  # fmt: skip
         found = self.trainer.accelerator.gather(torch.stack(numbers).unsqueeze(0))
@@ -162,7 +162,7 @@ class RunSummary(TrainerCallback):
         self._step_tokens = (0.0, 0.0)
 
     def loss_begins(self, completion_ids: Tensor) -> None:
-        """completion_ids: [B, T] of a micro-batch, of which only the shape is read."""
+        """Start counting a micro-batch. Only the shape of completion_ids [B, T] is read."""
         if self._stack is None:
             return
         self._counter, self._held = self._stack.enter_context(count_products()), 0
@@ -174,17 +174,17 @@ class RunSummary(TrainerCallback):
             self._cost = self._cost.plus(Cost(plain_flop=plain, plain_held=B * T * self.head.V * PLAIN_BYTES))
 
     def saw(self, report: PlanReport) -> None:
-        """A call of the lm_head."""
+        """Take the report of one call of the lm_head."""
         if self._counter is not None:
             self._held = max(self._held, report.tile_bytes, report.extra_bytes)
 
     def tokens(self, live: float, counted: float) -> None:
-        """Of a micro-batch, over all processes: tokens with a gradient, and tokens that count."""
+        """Take the live tokens and the tokens that count of a micro-batch, summed over all processes."""
         if self._counter is not None:
             self._step_tokens = (self._step_tokens[0] + live, self._step_tokens[1] + counted)
 
     def log(self, metrics: dict[str, list[float]]) -> None:
-        """Put the numbers since the last log into `metrics`."""
+        """Add the numbers since the last log to `metrics`."""
         window, tokens = self._take_window(), self._window_tokens
         self._window_tokens = 0.0
         self._run = self._run.plus(window)
@@ -226,13 +226,13 @@ class RunSummary(TrainerCallback):
 
 
 def _head(trainer: Any) -> Head | None:
-    """None: the model has no output embeddings."""
+    """The trainer's lm_head. None: the model has no output embeddings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     weight = getattr(model.get_output_embeddings(), "weight", None)
     if weight is None:
         return None
     shape = tuple(weight.shape)
-    if len(shape) != 2 or 0 in shape:  # taken apart by ZeRO-3 or FSDP
+    if len(shape) != 2 or 0 in shape:  # sharded by ZeRO-3 or FSDP
         text = model.config.get_text_config()
         shape = (text.vocab_size, text.hidden_size)
     others = any(p.requires_grad for p in model.parameters() if p is not weight)

@@ -1,11 +1,11 @@
-"""GRPO on the user's own model, prompts and reward functions, from the command line or a YAML file.
+"""Run `rlloss train`: GRPO on your own model, prompts and reward functions, from the command line or a YAML file::
 
     rlloss train --model DIR_OR_ID --dataset prompts.jsonl --reward rewards:is_right --output_dir out
     torchrun --nproc_per_node 2 -m rlloss.cli train --config train.yaml
 
-Every field of GRPOConfig and of TRL's ModelConfig (LoRA, quantisation, dtype) is an option; the parser is TRL's, so a
-YAML key is the option's name and the command line wins over the file. What can be checked without the model's weights
-is checked before they are loaded.
+Every field of GRPOConfig and of TRL's ModelConfig (LoRA, quantisation, dtype) is an option. TRL's parser reads them: a
+YAML key is the name of an option, and the command line overrides the file. All checks that do not need the model's
+weights run before the weights are loaded.
 """
 
 # TRL and transformers export their names lazily, which type checkers take for private.
@@ -39,10 +39,11 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """The function called ``module:function``, with the current directory first on the import path.
+    """Import the function ``module:function``, with the current directory first on the import path.
 
-    Raises UserError if `name` has another form, or the module, the attribute or its callability is missing. An error
-    inside the module itself is passed on as it is.
+    Raises:
+        UserError: `name` has another form, the module or the function is missing, or it is not callable. Errors inside
+            the module are passed on unchanged.
     """
     module_name, separator, attribute = name.partition(":")
     if not (separator and module_name and attribute):
@@ -53,7 +54,7 @@ def load_reward(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # Only if the module that was asked for is the missing one, not something that it imports.
+        # Only if the requested module is missing, not a module that it imports.
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise
         raise UserError(
@@ -74,7 +75,7 @@ def load_reward(name: str) -> Callable[..., Any]:
 
 
 def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
-    """`load_reward` for each; function names must differ, because metrics are logged under them."""
+    """Call `load_reward` for each name. The function names must differ, because metrics are logged under them."""
     if not names:
         raise UserError("--reward: found none, expected at least one module:function")
     functions = [load_reward(name) for name in names]
@@ -89,7 +90,7 @@ def load_rewards(names: Sequence[str]) -> list[Callable[..., Any]]:
 
 
 def load_prompts(source: str, *, split: str = "train", config: str | None = None) -> Dataset | IterableDataset:
-    """The dataset at `source` (see TrainArguments.dataset), checked to have rows and a usable column ``prompt``."""
+    """Load the dataset at `source` (see TrainArguments.dataset). It must have rows and a valid column ``prompt``."""
     path = Path(source)
     if path.suffix in FILE_FORMATS and not path.is_file():
         raise UserError(f"--dataset: found no file {source!r} in {os.getcwd()}, expected an existing file")
@@ -103,7 +104,7 @@ def load_prompts(source: str, *, split: str = "train", config: str | None = None
         else:
             dataset = load_dataset(source, name=config, split=split)
         problem = _wrong_prompt(dataset)
-    except Exception as error:  # datasets raises many kinds; the cause is kept and named
+    except Exception as error:  # datasets raises many types; the message names the cause
         if path.suffix == ".jsonl" and (line := _wrong_line(path)) is not None:
             raise UserError(f"--dataset {source}: {line}") from error
         if "corresponds to no data" in str(error):
@@ -126,7 +127,7 @@ def _wrong_prompt(dataset: Any) -> str | None:
         return f"found the columns {', '.join(columns)}, expected one named 'prompt'"
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         return "found no rows, expected at least one"
-    prompts: Any = dataset["prompt"] if isinstance(dataset, Dataset) else ()  # a stream is read only once
+    prompts: Any = dataset["prompt"] if isinstance(dataset, Dataset) else ()  # a stream can be read only once
     for number, prompt in enumerate(prompts):
         if not _is_prompt(prompt):
             return f"row {number} has the prompt {str(prompt)[:60]!r}, {PROMPT}"
@@ -140,7 +141,7 @@ def _is_prompt(prompt: Any) -> bool:
 
 
 def _wrong_line(path: Path) -> str | None:
-    """The first line of a .jsonl that is not an object with a prompt, and what it is."""
+    """Describe the first line of a .jsonl file that is not an object with a prompt. None: there is none."""
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -163,8 +164,8 @@ def _wrong_line(path: Path) -> str | None:
 
 
 def find_checkpoint(value: str | None, output_dir: str) -> str | None:
-    """`--resume_from_checkpoint` as a path: "true" or "last" mean the newest complete checkpoint in `output_dir`."""
-    value = str(value)  # a YAML file has true and false
+    """Turn `--resume_from_checkpoint` into a path. "true", "last": the newest complete checkpoint in `output_dir`."""
+    value = str(value)  # YAML has booleans
     if value.lower() in _FALSE:
         return None
     if value.lower() not in _TRUE:
@@ -191,7 +192,7 @@ def find_checkpoint(value: str | None, output_dir: str) -> str | None:
 
 
 class _WrittenOver(TrainerCallback):
-    """A checkpoint of an earlier run that this one writes over is not complete until it has its own last file."""
+    """Removes the last file of a checkpoint that this run overwrites, so that it is incomplete until it is written."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save and state.is_world_process_zero:
@@ -201,7 +202,11 @@ class _WrittenOver(TrainerCallback):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Train as `argv` says, then save model and tokenizer to ``--output_dir``. Raises UserError for bad input."""
+    """Train with the options in `argv`, then save model and tokenizer to ``--output_dir``.
+
+    Raises:
+        UserError: the input does not fit.
+    """
     try:
         trainer, checkpoint = _prepare(*parse(argv))
     except OSError as error:
@@ -215,15 +220,15 @@ def run(argv: Sequence[str]) -> None:
         trainer.push_to_hub()
     accelerator = trainer.accelerator
     accelerator.print(f"Saved model and tokenizer to {config.output_dir}")
-    # The model's DDP wrapper has to go before the process group: the last to hold the group joins gloo's thread, and
-    # the wrapper would do that under the GIL, for which that thread may be waiting.
+    # Delete the model's DDP wrapper before the process group. The last owner of the group joins gloo's thread; the
+    # wrapper would do so while it holds the GIL, for which that thread may wait: a deadlock.
     del trainer
     accelerator.free_memory()
     accelerator.end_training()
 
 
 def _say_what_is_there(output_dir: str) -> None:
-    """A run that is not resumed goes on writing into the logs of an earlier one."""
+    """Tell the user if the output folder has logs of an earlier run: a run that is not resumed appends to them."""
     if Path(output_dir, "metrics.jsonl").exists() or any(Path(output_dir, "tokens").glob("*.jsonl")):
         print(
             f"rlloss train: {output_dir} has the logs of an earlier run. They are kept and this run is added; `rlloss "
@@ -247,7 +252,7 @@ def _check_model_folder(folder: Path) -> None:
 def _prepare(
     arguments: TrainArguments, config: GRPOConfig, model_config: ModelConfig
 ) -> tuple[GRPOTrainer, str | None]:
-    """The trainer, and the checkpoint to resume from."""
+    """Return the trainer, and the checkpoint to resume from or None."""
     assert arguments.model is not None and arguments.dataset is not None and config.output_dir is not None
     try:
         make_folder(config.output_dir)
@@ -280,7 +285,7 @@ def _prepare(
     }
     try:
         peft_config, quantization_config = get_peft_config(model_config), get_quantization_config(model_config)
-    except (ImportError, ValueError) as error:  # a library that these options need, or two of them that exclude another
+    except (ImportError, ValueError) as error:  # a required library is missing, or two options exclude each other
         raise UserError(one_line(error)) from error
     given: Any = config.model_init_kwargs or {}
     config.model_init_kwargs = chosen | given
@@ -295,11 +300,11 @@ def _prepare(
             callbacks=[_WrittenOver()],
         )
     except OSError as error:
-        if error.filename is not None:  # a file that is not the model's
+        if error.filename is not None:  # a file that does not belong to the model
             raise
         here = "" if Path(arguments.model).is_dir() else f"no such directory in {os.getcwd()}, and as a Hub id "
         raise UserError(f"--model {arguments.model}: {here}it could not be loaded: {one_line(error)}") from error
-    except (ValueError, ImportError) as error:  # settings that exclude one another, or a library that they need
+    except (ValueError, ImportError) as error:  # options that exclude each other, or a missing library
         raise UserError(one_line(error)) from error
     trainer.dataset_name = arguments.dataset  # for the model card
     return trainer, checkpoint

@@ -1,4 +1,4 @@
-"""The options of `rlloss train` that people set, and from them its help on one screen and its YAML template."""
+"""List the most used options of `rlloss train`, and build its one-screen help and its YAML template from the list."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "logging_steps": ("10", "between two lines of the log"),
     },
 }
-"""Group -> option -> (an example, what it does)."""
+"""Group -> option -> (an example value, its meaning)."""
 
 
 def one_screen() -> str:
@@ -70,7 +70,7 @@ def one_screen() -> str:
 
 
 def template() -> str:
-    """The text of `rlloss train --init`: what is not filled in stands behind a #."""
+    """The text of `rlloss train --init`. Options with an example value are commented out."""
     lines = [
         "# rlloss train --config THIS_FILE. Fill in the first three lines; take the # away from what you want to set.",
         "# A key is the name of an option (rlloss train --help all); options on the command line win.",

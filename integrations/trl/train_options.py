@@ -1,6 +1,6 @@
-"""The options of `rlloss train`: from the command line and a YAML file to checked objects."""
+"""Read the options of `rlloss train` from the command line and a YAML file, and check them."""
 
-# TRL and transformers export their names lazily, which type checkers take for private.
+# TRL and transformers export their names lazily. Type checkers take such names for private.
 # pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from trl import ModelConfig, TrlParser
 
 
 class UserError(Exception):
-    """Something the user gave does not fit; the message says what was found and what was expected."""
+    """An input of the user does not fit. The message says what was found and what was expected."""
 
 
 class _Collect(argparse.Action):
-    """``--reward a --reward b c`` is [a, b, c]; given at all, it replaces what a config file says."""
+    """Collects ``--reward a --reward b c`` as [a, b, c]. The command line replaces the value of a config file."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         given = getattr(namespace, self.dest, None)
@@ -37,7 +37,7 @@ class _Collect(argparse.Action):
 
 @dataclass
 class TrainArguments:
-    """What to train on; how to train is GRPOConfig."""
+    """The model, the dataset and the rewards of a run. GRPOConfig has the other options."""
 
     model: str | None = field(
         default=None, metadata={"help": "Directory or Hub id of a causal language model with its tokenizer."}
@@ -68,7 +68,7 @@ GROUPS: Any = (TrainArguments, GRPOConfig, ModelConfig)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error; its type where there is none."""
+    """The message of an error on one line. The name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -80,12 +80,12 @@ class _Parser(TrlParser):
 def make_parser() -> _Parser:
     parser = _Parser(GROUPS, prog="rlloss train", usage=USAGE, allow_abbrev=False)
     if not is_torch_bf16_gpu_available():
-        parser.set_defaults(bf16=False)  # TRL's default would be refused on this machine
+        parser.set_defaults(bf16=False)  # this machine would refuse TRL's default
     return parser
 
 
 def everything() -> str:
-    """The text of `rlloss train --help all`: the options of OPTIONS first, then all others."""
+    """The text of `rlloss train --help all`: first the options in OPTIONS, then all others."""
     parser = make_parser()
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
     parser.add_argument("--config", metavar="FILE.yaml", help="Options as keys of a YAML file; the command line wins.")
@@ -97,7 +97,11 @@ def everything() -> str:
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]:
-    """The three groups of options from `argv` and from the YAML file after ``--config``."""
+    """Read the three groups of options from `argv` and from the YAML file after ``--config``.
+
+    Raises:
+        UserError: an option is unknown, missing or has a wrong value.
+    """
     parser = make_parser()
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     known = [option.name for group in GROUPS for option in fields(group) if option.init]
@@ -112,7 +116,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]
             raise UserError(f"{extra}: found a value without an option, expected one of `rlloss train --help`")
         raise UserError(_unknown(extra.lstrip("-").partition("=")[0].replace("-", "_"), known))
     try:
-        with warnings.catch_warnings():  # of transformers about TRL's defaults
+        with warnings.catch_warnings():  # transformers warns about TRL's defaults
             warnings.simplefilter("ignore", FutureWarning)
             arguments, config, model_config = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, ImportError) as error:
@@ -133,7 +137,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, GRPOConfig, ModelConfig]
 
 
 def _read_settings(file: str, known: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options of a YAML file, and its "env" put into the environment."""
+    """Return the options of a YAML file. Its entry "env" is copied into the environment."""
     if not Path(file).is_file():
         raise UserError(f"--config: found no file {file!r} in {os.getcwd()}, expected a YAML file")
     try:
@@ -152,7 +156,7 @@ def _read_settings(file: str, known: Sequence[str], parser: argparse.ArgumentPar
         if isinstance(value, list | dict) and types.get(name) in (int, float):
             raise UserError(f"--config {file}: {name}: found {value!r}, expected a number")
         if not isinstance(value, str | bool | list | dict | None):
-            settings[name] = str(value)  # checked and converted as on the command line
+            settings[name] = str(value)  # then checked and converted as on the command line
     os.environ.update({str(name): str(value) for name, value in environment.items()})
     return settings
 

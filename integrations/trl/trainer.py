@@ -1,9 +1,9 @@
-"""GRPO with TRL: change one import.
+"""Train with TRL's GRPOTrainer and rlloss's losses. You change one import::
 
     from rlloss.integrations.trl import GRPOConfig, GRPOTrainer
 
-TRL generates, scores and runs its fused lm_head; the loss after it is rlloss's, for every loss type of TRL and "gspo".
-Same options, same metrics.
+TRL generates and scores the completions. rlloss computes the lm_head and the loss, for every loss type of TRL and its
+own. TRL's options and metrics keep their names and meaning.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from rlloss.losses.token_states import states_of
 from rlloss.rewards.resolution import group_accuracy
 from rlloss.tokens.masks import entropy_cutoff, top_entropy_mask
 
-# What `_get_per_token_logps_and_entropies` takes for models that see more than text.
+# Arguments of `_get_per_token_logps_and_entropies` for multimodal models.
 MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -54,17 +54,23 @@ logger = logging.getLogger(__name__)
 
 
 class GRPOTrainer(compat.trl.GRPOTrainer):
-    """TRL's GRPOTrainer with rlloss's loss. Takes rlloss's or TRL's GRPOConfig.
+    """TRL's GRPOTrainer with rlloss's loss. It takes the same arguments, and rlloss's or TRL's GRPOConfig.
 
-    Logs TRL's metrics under their names, and `rlloss/live_share` (tokens with a nonzero gradient),
-    `rlloss/zero_advantage_share` (completions without one), with top_entropy_quantile < 1 also `entropy/kept_share` and
-    `entropy/cutoff`; the gauges of `rlloss.entropy` once an optimizer step, and with several rewards those of
-    `rlloss.rewards.reward_resolution` once a generation, as far as the option `gauges` asks for them; and what the
-    lm_head ran, see `rlloss.integrations.trl.run_summary`.
+    It logs TRL's metrics under their names, and in addition, depending on the option `gauges`:
+
+    - `rlloss/live_share` (share of tokens with a nonzero gradient) and `rlloss/zero_advantage_share` (share of
+      completions whose whole advantage is 0);
+    - `entropy/kept_share` and `entropy/cutoff`, with top_entropy_quantile < 1;
+    - the gauges of `rlloss.entropy`, once per optimizer step;
+    - the numbers of `rlloss.rewards.reward_resolution`, once per generation, with several rewards;
+    - the work of the lm_head, see `rlloss.integrations.trl.run_summary`.
+
+    Raises:
+        ValueError: an option has a wrong value or would be ignored, or no parameter of the model is trainable.
     """
 
     dataset_name: str | None = None
-    """Of the training set, for the model card: a Hub id or a file. None: what its cache says."""
+    """Name of the training set for the model card: a Hub id or a file. None: read it from the dataset's cache."""
 
     def __init__(self, *args, **kwargs):
         self._said: set[str] = set()
@@ -88,20 +94,20 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             self.add_callback(CollapseMonitor())
         if (theirs := self._why_trls_own()) is not None:
             logger.info("The loss with %s is TRL's own.", theirs)
-        self._make_loss_config()  # a setting that does not fit raises now and not in the first step
+        self._make_loss_config()  # a wrong setting raises here, not in the first step
 
     def _check_before_loading(self, args: Any) -> None:
-        """Settings that do not fit raise now and not after the weights have been loaded."""
+        """Raise for wrong settings before the weights are loaded."""
         if args is None:
             return
         compat.before_loading(self, args)
         self._zero_advantage, self._rollout = ZeroAdvantage(self, MULTIMODAL), Rollout(self, MULTIMODAL)
-        with contextlib.suppress(AttributeError):  # what looks at the model is checked when there is one
+        with contextlib.suppress(AttributeError):  # checks that need the model run later
             self._make_loss_config()
 
     def _warn_once(self, message: str) -> None:
         if not hasattr(self, "accelerator"):
-            return  # said again when there is one
+            return  # repeated when there is one
         if message not in self._said:
             self._said.add(message)
             if self.accelerator.is_main_process:
@@ -122,15 +128,16 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return log
 
     def _findings(self) -> list[Finding]:
-        """Of the monitors among the callbacks."""
+        """The findings of all monitors among the callbacks."""
         monitors = [c for c in self.callback_handler.callbacks if isinstance(c, CollapseMonitor)]
         return [finding for monitor in monitors for finding in monitor.findings]
 
     def _why_trls_own(self) -> str | None:
-        """Why the loss is TRL's own: an unknown loss type, a replaced hook, or a setting that rlloss alone refuses."""
+        """Why TRL computes the loss: an unknown loss type, a replaced hook, or a setting that only rlloss refuses.
+        None: rlloss computes it."""
         if compat.IN_TESTED_RANGE and not self._overrides(
             "_compute_loss"
-        ):  # what else has more says itself what is unknown
+        ):  # others may know more loss types, and raise themselves
             checks.one_of("loss_type", self.loss_type, tuple(LOSSES))
         if self.loss_type not in LOSSES:
             return f"loss_type={self.loss_type!r}"
@@ -161,7 +168,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name)
 
     def _make_loss_config(self) -> LossConfig | None:
-        """The trainer's options as a LossConfig; None where the loss is TRL's own."""
+        """Return the trainer's options as a LossConfig. None: TRL computes the loss."""
         entropy_denominator = options(self.args).entropy_denominator
         theirs = self._why_trls_own()
         self._zero_advantage.check(theirs)
@@ -243,7 +250,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         )
         loss, metrics = loss_of(given)
         self._write_tokens(inputs, given)
-        # TRL logs the loss without the bonus, and divided where its own divisor counts windows.
+        # TRL logs the loss without the bonus. A loss whose divisor covers the window is divided by the accumulation.
         if compat.has_entropy_bonus(self):
             of = "entropy_kept" if config.entropy_bonus_tokens == "kept" else "entropy"
             without = loss.detach() + config.entropy_coef * means(metrics)[of]
@@ -327,7 +334,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return output
 
     def _generate_once(self, inputs):
-        """One generation batch, with what its micro-batches need; dynamic sampling makes several."""
+        """Make one generation batch with the entries that its micro-batches need. Dynamic sampling makes several."""
         with self._rollout.generation():
             output = super()._generate_and_score_completions(inputs)
             return self._rollout.complete(output, self._make_loss_config())
@@ -337,7 +344,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _why_trls_call(self) -> str | None:
-        """Why the model has to be called by TRL or a subclass itself."""
+        """Why TRL or a subclass has to call the model itself, or None."""
         if (reason := compat.why_returns_logits()) is not None:
             return reason
         for name in ("_get_per_token_logps_and_entropies", "_token_stats"):
@@ -347,7 +354,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return f"{name} overridden" if compat.is_replaced(compat.trl.GRPOTrainer, name) else None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """TRL's, with rlloss's lm_head in the place of TRL's, inside the model's forward."""
+        """Call TRL's hook with rlloss's lm_head inside the model's forward."""
         if self._rollout.wants_entropy:
             kwargs["compute_entropy"] = True
         trls_pass = not isinstance(model, ModelCall)
@@ -367,7 +374,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return result
 
     def _token_stats(self, model, inputs):
-        """(logp, entropy, aux loss or None) of the completions."""
+        """Return (logp, entropy, auxiliary loss or None) of the completions."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         return self._get_per_token_logps_and_entropies(
@@ -381,14 +388,14 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         )
 
     def _sampler_ratio(self, inputs):
-        """TRL's vLLM correction; None: 1."""
-        if LOSSES[self.loss_type].level == "product":  # part of the ratio itself, wherever TRL has made one
+        """Return TRL's correction for vLLM. None: 1."""
+        if LOSSES[self.loss_type].level == "product":  # part of the ratio itself, if TRL computed one
             return inputs.get("importance_sampling_ratio")
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         return inputs["importance_sampling_ratio"] if corrects else None
 
     def _selection(self, config, inputs, entropy, mask):
-        """(cutoff or None, kept tokens or None) of top_entropy_quantile: made beforehand, or this micro-batch's own."""
+        """Return (cutoff or None, kept tokens or None) for top_entropy_quantile: stored ones, or this micro-batch's."""
         cutoff, kept, rho = inputs.get("entropy_cutoff"), inputs.get("kept_tokens"), config.top_entropy_quantile
         if rho == 1.0 or cutoff is not None or kept is not None:
             return cutoff, kept
@@ -399,12 +406,12 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return entropy_cutoff(entropy, mask, rho, process_group=group), None
 
     def _denominator(self, config, inputs, mode, entropy, mask, cutoff, kept):
-        """For a mean over tokens this process's share of those of an average micro-batch; None: this call's own."""
+        """Return the divisor of a mean over tokens: this process's part of an average micro-batch, or None: default."""
         loss_type = LOSSES[self.loss_type]
         if loss_type.divided_by != "tokens" or loss_type.own_token_count:
             return None
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if mode == "train":  # it counts the generation batch, which is steps_per_generation micro-batches
+        if mode == "train":  # it counts a generation batch of steps_per_generation micro-batches
             denominator = denominator / self.args.steps_per_generation
         if config.entropy_denominator == "kept":
             counts = inputs.get("kept_and_all")
@@ -417,7 +424,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         return denominator
 
     def _entropy_coef_now(self) -> float:
-        """Of the bonus in this accumulation window. Adaptive: none while the last window's entropy is above target."""
+        """Return the entropy bonus's coefficient. If adaptive: 0 while the last window's entropy is above target."""
         if not compat.has_entropy_bonus(self):
             return 0.0
         if not self.use_adaptive_entropy:

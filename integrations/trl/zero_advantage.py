@@ -1,6 +1,6 @@
-"""Completions that teach nothing: which they are, and how they run without gradient or not at all.
+"""Find dead completions of a micro-batch, and run them without gradient or not at all.
 
-A completion is dead if its advantage is exactly 0 wherever a token counts, or if none counts: its gradient is 0.
+A completion is dead if its advantage is exactly 0 wherever a token counts, or if no token counts. Its gradient is 0.
 """
 
 import logging
@@ -18,25 +18,25 @@ from rlloss.integrations.trl.model_call import ModelCall, Parts
 from rlloss.loss_types import LOSSES
 
 CHOICES = ("forward_only", "drop", "keep")
-READ = ("advantages", "completion_mask", "tool_mask")  # what `look` reads
+READ = ("advantages", "completion_mask", "tool_mask")  # entries that `look` reads
 
 logger = logging.getLogger(__name__)
 
 
 def counted_tokens(inputs: dict) -> Tensor:
-    """`[B, T]` bool: the tokens of a micro-batch that are neither padding nor written by a tool."""
+    """Mask `[B, T]` bool of the tokens of a micro-batch that are neither padding nor written by a tool."""
     mask = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if inputs.get("tool_mask") is not None else mask
 
 
 def dead_completions(inputs: dict) -> Tensor:
-    """`[B]` bool. A NaN advantage is live: it shows itself."""
+    """Mask `[B]` bool. A completion with a NaN advantage is not dead, so that the NaN reaches the loss."""
     zero = inputs["advantages"] == 0.0
     return ((zero.unsqueeze(1) if zero.dim() == 1 else zero) | ~counted_tokens(inputs)).all(-1)
 
 
 class Rows(NamedTuple):
-    """Of a micro-batch, on the host. dead: per completion. reach: its number of columns up to its last token."""
+    """A micro-batch on the host. dead: one bool per completion. reach: number of columns up to its last token."""
 
     dead: list[bool]
     reach: list[int]
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
 
 def look(batches: list[dict]) -> list[Rows]:
-    """One transfer to the host for all of them."""
+    """Read all micro-batches with one transfer to the host."""
     if not batches:
         return []
     tables = []
@@ -65,10 +65,10 @@ def look(batches: list[dict]) -> list[Rows]:
 
 
 def split(rows: Rows, agreed: bool | None = None) -> Parts:
-    """Which rows run how.
+    """Decide which rows run with gradient and which without.
 
-    agreed: whether any process has a dead row, so that all make both calls; None: the process is alone. There is
-    always a row with gradient: a loss has to be differentiable, and its backward has to reach every parameter.
+    agreed: whether any process has a dead row, in which case all make both calls. None: there is only one process. At
+    least one row runs with gradient: the loss must be differentiable, and its backward must reach every parameter.
     """
     B = len(rows.dead)
     if agreed is False:
@@ -83,13 +83,13 @@ def split(rows: Rows, agreed: bool | None = None) -> Parts:
 
 
 class Memory:
-    """What is known of a generation batch's micro-batches before their turn: their rows, and what processes agreed."""
+    """Stores the rows of all micro-batches of a generation batch in advance, and the agreement of the processes."""
 
     def __init__(self):
         self._known: list[tuple[Tensor, list[tuple], Rows, bool | None]] = []
 
     def remember(self, batches: list[dict], agree: Callable[[list[bool]], list[bool]] | None) -> None:
-        """agree: any over the processes, elementwise; None: the process is alone."""
+        """Store these micro-batches. agree: elementwise "any" over the processes; None: there is only one process."""
         rows = look(batches)
         agreed = [None] * len(rows) if agree is None else agree([any(r.dead) for r in rows])
         self._known = [
@@ -98,7 +98,7 @@ class Memory:
         ]
 
     def recall(self, inputs: dict, agree: Callable[[list[bool]], list[bool]] | None) -> tuple[Rows, bool | None]:
-        """The rows as they are now; what was agreed stays, since the other processes hold on to it as well."""
+        """Return the present rows and the agreement. The agreement does not change: other processes rely on it."""
         known = next((known for known in self._known if known[0] is inputs["completion_ids"]), None)
         _, state, rows, agreed = known or (None, None, None, None)
         if rows is None or not _same(state, _state(inputs)):
@@ -109,7 +109,7 @@ class Memory:
 
 
 def _state(inputs: dict) -> list[tuple]:
-    """What changes when someone replaces or overwrites what `look` has read."""
+    """A state that changes if a tensor that `look` has read is replaced or overwritten."""
     tensors = [inputs.get(name) for name in READ]
     return [(x, 0 if x is None or x.is_inference() else x._version) for x in tensors]
 
@@ -123,7 +123,7 @@ def has_rows(x: object, B: int) -> bool:
 
 
 def take(inputs: dict, rows: list[int]) -> dict:
-    """These rows of every entry that has one per completion."""
+    """Return the micro-batch with these rows only, for every entry that has one row per completion."""
     B, result = inputs["completion_ids"].shape[0], dict(inputs)
     for name, x in inputs.items():
         if has_rows(x, B):
@@ -132,9 +132,9 @@ def take(inputs: dict, rows: list[int]) -> dict:
 
 
 class ZeroAdvantage:
-    """The option of a trainer of TRL at work: which completions of a micro-batch run, and how.
+    """Applies the option `zero_advantage` in a trainer of TRL: decides which completions run, and how.
 
-    multimodal: the entries of a micro-batch that are more than text.
+    multimodal: names of the entries of a micro-batch that hold other data than text.
     """
 
     def __init__(self, trainer: Any, multimodal: tuple[str, ...]):
@@ -142,14 +142,14 @@ class ZeroAdvantage:
         self.memory, self.said = Memory(), set()
         self.dependence: BatchDependence | None = None
         self.without_backward = 0
-        """Completions so far of this process that ran without backward, or did not run."""
+        """Number of completions of this process so far that ran without backward or did not run."""
 
     @property
     def choice(self) -> str:
         return options(self.trainer.args).zero_advantage
 
     def check(self, trls_own: str | None) -> None:
-        """Raise where an option would be ignored or would change the loss. trls_own: why that is TRL's, or None."""
+        """Raise ValueError if the option would be ignored or would change the loss. trls_own: why the loss is TRL's."""
         trainer, choice = self.trainer, self.choice
         checks.one_of("zero_advantage", choice, CHOICES)
         if trls_own is not None:
@@ -157,7 +157,7 @@ class ZeroAdvantage:
             checks.require(choice != "drop", "zero_advantage", repr(choice), f"'forward_only' or 'keep' {where}")
             return
         looks = self._why_picks_here()
-        # The cutoff of a window or a generation batch is known before the micro-batch.
+        # With the other scopes the cutoff is known before the micro-batch.
         if trainer.top_entropy_quantile < 1.0 and options(trainer.args).entropy_scope == "microbatch":
             looks = f"top_entropy_quantile={trainer.top_entropy_quantile}"
         checks.require(
@@ -166,8 +166,8 @@ class ZeroAdvantage:
         )  # fmt: skip
 
     def says(self, trls_own: str | None, trls_call: str | None) -> str:
-        """What becomes of completions whose advantage is 0, and why. trls_own, trls_call: why the loss, or the call of
-        the model, is TRL's, or None."""
+        """Describe how completions with advantage 0 run, and why. trls_own, trls_call: why TRL computes the loss, or
+        calls the model, itself; None: it does not."""
         why = f"zero_advantage={self.choice!r}" if self.choice == "keep" else trls_own or self._why_one_call(trls_call)
         of_them = "completions whose advantage is 0"
         if why is not None:
@@ -175,12 +175,12 @@ class ZeroAdvantage:
         return f"{of_them} {'run forward only' if self.choice == 'forward_only' else 'do not run'}"
 
     def look_ahead(self, batches: list[dict]) -> None:
-        """At a new generation batch: learn what every micro-batch has, in one go."""
+        """Read all micro-batches of a new generation batch at once."""
         if self.choice != "keep":
             self.memory.remember(batches, self._agreement(batches))
 
     def apart(self, model: Any, inputs: dict, trls_call: str | None) -> tuple[Any, dict]:
-        """What to call, and the completions to call it with; decided each step: callbacks may change settings."""
+        """Return the model to call and the micro-batch for it. Decided each step: callbacks may change settings."""
         trainer, choice, sees = self.trainer, self.choice, self._sees(inputs)
         together = self._why_compiled() or self._why_together()
         why = trls_call or together or self._why_all_live()
@@ -210,7 +210,7 @@ class ZeroAdvantage:
         return call, inputs
 
     def _agreement(self, batches: list[dict]):
-        """How processes agree which micro-batches they all run in two calls; None: each runs its own in one."""
+        """A function by which processes agree on the micro-batches that all run in two calls. None: not needed."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1 or self.choice != "forward_only":
             return None
@@ -234,12 +234,12 @@ class ZeroAdvantage:
         return trls_call or self._why_compiled() or self._why_together() or self._why_all_live()
 
     def _why_compiled(self) -> str | None:
-        """What makes another graph of a call with another number of rows or columns."""
+        """Why a call with another shape would compile another graph, or None."""
         by_accelerate = self.trainer.accelerator.state.dynamo_plugin.backend != "NO"
         return "torch.compile" if by_accelerate or self._of_model().compiled else None
 
     def _why_together(self) -> str | None:
-        """What makes a completion's log-probabilities depend on what shares its call."""
+        """Why a completion's log-probabilities depend on the other completions of its call, or None."""
         if self.trainer.aux_loss_enabled:
             return "an auxiliary loss"
         if getattr(self.trainer.args, "neftune_noise_alpha", None):
@@ -247,7 +247,7 @@ class ZeroAdvantage:
         return self._of_model().why()
 
     def _why_all_live(self) -> str | None:
-        """What gives every completion a gradient."""
+        """Why every completion has a gradient, or None."""
         if self.trainer.beta != 0.0:
             return f"beta={self.trainer.beta}"
         row = LOSSES.get(self.trainer.loss_type)
@@ -256,7 +256,7 @@ class ZeroAdvantage:
         return "an entropy bonus" if compat.has_entropy_bonus(self.trainer) else None
 
     def _why_picks_here(self) -> str | None:
-        """A loss that picks tokens among those of one micro-batch."""
+        """The loss, if it picks tokens within one micro-batch, or None."""
         settings = given(options(self.trainer.args).covariance) or {}
         row = LOSSES.get(self.trainer.loss_type)
         picks = row is not None and row.picks is not None and settings.get("scope") != "generation"

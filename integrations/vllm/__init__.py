@@ -1,1 +1,1 @@
-"""rlloss with vLLM: sampling."""
+"""rlloss for vLLM: sampling with an entropy-dependent temperature."""

@@ -1,25 +1,26 @@
-"""Entropy-dependent temperature in vLLM, chosen by each request.
+"""Sample with an entropy-dependent temperature in vLLM. Each request chooses its own rule::
 
     LLM(model, logits_processors=["rlloss.integrations.vllm.sampling:EntropyTemperature"])
     SamplingParams(temperature=1.0, extra_args={"entropy_temperature": {"rule": "two_level", "high": 1.2}})
 
-Over HTTP, where extra arguments are flat, the settings are text:
-"vllm_xargs": {"entropy_temperature": "{\\"rule\\": \\"two_level\\", \\"high\\": 1.2}"}.
+Over HTTP extra arguments are flat, so pass the settings as JSON text::
 
-The settings are those of `rlloss.entropy.temperature_rule`. Requests without them are left as they are. vLLM divides
-by the request's own `temperature` afterwards, so sampled is from softmax(z / (T temperature)), and then applies min_p,
-top_k and top_p. A greedy request, which would ignore the rule, is refused. z is what reaches the processor: with the V1
-model runner the logits before, with model runner V2 those after the repetition, presence and frequency penalties.
+    "vllm_xargs": {"entropy_temperature": "{\\"rule\\": \\"two_level\\", \\"high\\": 1.2}"}
 
-vLLM has two interfaces for processors. `EntropyTemperature` fits both and becomes `EntropyTemperatureV1` or
-`EntropyTemperatureV2`, whichever the model runner asks for; name it alone, or install it as an entry point of the group
-"vllm.logits_processors", which reaches engines that somebody else starts. If both are configured, only the last
-processor created for an engine is active.
+The settings are those of `rlloss.entropy.temperature_rule`. Requests without settings are not changed. vLLM divides by
+the request's own `temperature` afterwards, so tokens are sampled from softmax(z / (T * temperature)). Then it applies
+min_p, top_k and top_p. Greedy requests would ignore the rule and are refused. The processor receives z before the
+repetition, presence and frequency penalties with the V1 model runner, and after them with model runner V2.
 
-- Model runner V2 asks `validate_params` of processors that are named, not of entry points alone. There a request with
-  bad settings raises when it enters the batch, which ends the engine: on a server, name the class.
-- With speculative decoding V1 refuses named processors and leaves out entry points; V2 runs them.
-- The log-probabilities that vLLM returns are those before scaling unless logprobs_mode is "processed_logprobs".
+vLLM has two interfaces for processors. `EntropyTemperature` becomes `EntropyTemperatureV1` or `EntropyTemperatureV2`,
+as the model runner requires. Name this class when you create the engine, or install it as an entry point of the group
+"vllm.logits_processors", which also reaches engines that you do not start yourself. If both are configured, only the
+last processor created for an engine is active.
+
+- Model runner V2 calls `validate_params` of named processors only. With an entry point alone, a request with bad
+  settings raises when it enters the batch, and that ends the engine. On a server, name the class.
+- With speculative decoding, V1 refuses named processors and skips entry points. V2 runs both.
+- vLLM returns log-probabilities before scaling, unless logprobs_mode is "processed_logprobs".
 """
 
 import importlib
@@ -36,7 +37,7 @@ from rlloss.entropy.temperature import TemperatureRule, scale_logits, temperatur
 
 
 def _interface(module: str) -> Any:
-    """vLLM's LogitsProcessor of that module, or a base without methods where this vLLM, or all of it, is missing."""
+    """vLLM's LogitsProcessor of this module. If the module is missing, an empty base class."""
     try:
         return importlib.import_module(module).LogitsProcessor
     except (ImportError, AttributeError):
@@ -47,11 +48,21 @@ V1Interface: Any = _interface("vllm.v1.sample.logits_processor")
 V2Interface: Any = _interface("vllm.v1.worker.gpu.sample.logits_processor.interface")
 
 KEY = "entropy_temperature"
-GREEDY = 1e-5  # vLLM samples greedily below it
+GREEDY = 1e-5  # vLLM samples greedily below this temperature
 
 
 def rule_of(sampling_params: Any) -> TemperatureRule | None:
-    """The rule that a request asks for in `extra_args`, None without; ValueError if it cannot be had."""
+    """Return the rule that a request asks for in its `extra_args`.
+
+    Args:
+        sampling_params: vLLM's SamplingParams.
+
+    Returns:
+        The rule, or None if the request has no settings.
+
+    Raises:
+        ValueError: the settings are not a rule, or the request is greedy.
+    """
     settings = (getattr(sampling_params, "extra_args", None) or {}).get(KEY)
     if settings is None:
         return None
@@ -70,17 +81,21 @@ def rule_of(sampling_params: Any) -> TemperatureRule | None:
 
 
 class _Processor:
-    """What both interfaces share."""
+    """The part that both interfaces share."""
 
     _alive: "weakref.WeakSet[_Processor]" = weakref.WeakSet()
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise ValueError for settings that cannot be used."""
+        """Check the settings of a request.
+
+        Raises:
+            ValueError: see `rule_of`.
+        """
         rule_of(sampling_params)
 
     def _register(self, vllm_config: Any) -> None:
-        """Named and installed, the class is loaded twice for an engine; logits must be divided once."""
+        """Switch off the engine's earlier processor: a class both named and installed must not divide twice."""
         self._engine = vllm_config
         self._superseded = False
         for other in list(self._alive):
@@ -94,7 +109,7 @@ def _distinct(rules: Iterable[TemperatureRule | None]) -> list[TemperatureRule]:
 
 
 class EntropyTemperatureV1(_Processor, V1Interface):
-    """For the V1 model runner: row i of the logits is request i of the batch, and the batch says how it changed."""
+    """The processor for the V1 model runner. Row i of the logits belongs to request i of the batch."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self._register(vllm_config)
@@ -103,11 +118,11 @@ class EntropyTemperatureV1(_Processor, V1Interface):
         self._plan: tuple[int, list[tuple[TemperatureRule, Tensor | None]]] | None = None
 
     def is_argmax_invariant(self) -> bool:
-        """False: it does keep the argmax, but those that say so run after the division by `temperature`."""
+        """False, although the argmax stays: vLLM runs invariant processors after the division by `temperature`."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """batch_update: vLLM's BatchUpdate, or None where the batch is as it was."""
+        """Follow a change of the batch. batch_update: vLLM's BatchUpdate, or None if nothing changed."""
         if batch_update is None:
             return
         self._plan = None
@@ -122,14 +137,14 @@ class EntropyTemperatureV1(_Processor, V1Interface):
                 self._place(source, there)
 
     def _place(self, row: int, rule: TemperatureRule | None) -> None:
-        # A request may take the row of another that was not removed before.
+        # A request may take the row of another request without a removal.
         if rule is None:
             self._rules.pop(row, None)
         else:
             self._rules[row] = rule
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits [batch size, V], scaled in place."""
+        """Scale logits `[batch size, V]` in place and return them."""
         if not self._rules or self._superseded:
             return logits
         if self._plan is None or self._plan[0] != len(logits):
@@ -139,7 +154,7 @@ class EntropyTemperatureV1(_Processor, V1Interface):
         return logits
 
     def _masks(self, batch_size: int) -> list[tuple[TemperatureRule, Tensor | None]]:
-        """The rules of the batch, and the rows that each is for; None: all."""
+        """The rules of the batch, each with a mask of its rows. None: all rows."""
         rules = [self._rules.get(row) for row in range(batch_size)]
         masks = []
         for rule in _distinct(rules):
@@ -149,7 +164,7 @@ class EntropyTemperatureV1(_Processor, V1Interface):
 
 
 class EntropyTemperatureV2(_Processor, V2Interface):
-    """For model runner V2: a request keeps a slot, and each step says of which slot every row of logits is."""
+    """The processor for model runner V2. A request keeps one slot, and each step maps rows of logits to slots."""
 
     def __init__(self, vllm_config: Any, req_states: Any):
         self._register(vllm_config)
@@ -160,18 +175,18 @@ class EntropyTemperatureV2(_Processor, V2Interface):
         self._stale = False
 
     def is_argmax_invariant(self) -> bool:
-        """As in V1, for versions of the interface that ask."""
+        """False, as in V1. Some versions of the interface ask."""
         return False
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Put a request into a slot, over whatever was there; True if its logits are scaled."""
+        """Assign a slot to a request, replacing the previous one. Return whether its logits are scaled."""
         rule = rule_of(sampling_params)
         self._stale |= rule != self._rules[req_idx]
         self._rules[req_idx] = rule
         return rule is not None
 
     def apply_staged_writes(self) -> None:
-        """Bring what `add_request` changed to the device."""
+        """Copy the changes of `add_request` to the device."""
         if not self._stale:
             return
         self._stale = False
@@ -180,7 +195,7 @@ class EntropyTemperatureV2(_Processor, V2Interface):
         self._number_of_slot = torch.tensor(numbers).to(self._device)
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """logits [rows, V], scaled in place; ctx: vLLM's LogitsContext. Does not wait for the device."""
+        """Scale logits `[rows, V]` in place and return them, without synchronisation. ctx: vLLM's LogitsContext."""
         if self._superseded:
             return logits
         slots = [slot for slot in ctx.idx_mapping_np.tolist() if slot >= 0]
@@ -191,7 +206,7 @@ class EntropyTemperatureV2(_Processor, V2Interface):
         if len(rules) == 1 and None not in asked:
             scale_logits(logits, rules[0], inplace=True)
             return logits
-        # A row that is padding has slot -1.
+        # Padding rows have slot -1.
         slot_of_row = ctx.expanded_idx_mapping.long()
         number_of_row = torch.where(slot_of_row >= 0, self._number_of_slot[slot_of_row.clamp(min=0)], -1)
         for rule in rules:
@@ -200,9 +215,9 @@ class EntropyTemperatureV2(_Processor, V2Interface):
 
 
 class EntropyTemperature(_Processor, V1Interface, V2Interface):
-    """The processor for either model runner: what is made is an EntropyTemperatureV1 or an EntropyTemperatureV2."""
+    """The processor for both model runners. Creates an `EntropyTemperatureV1` or an `EntropyTemperatureV2`."""
 
     def __new__(cls, vllm_config: Any, *arguments: Any, **named: Any) -> Any:
-        """(vllm_config, device, is_pin_memory) for V1, (vllm_config, req_states) for V2."""
+        """Take (vllm_config, device, is_pin_memory) for V1, or (vllm_config, req_states) for V2."""
         kind = EntropyTemperatureV1 if len(arguments) + len(named) == 2 else EntropyTemperatureV2
         return kind(vllm_config, *arguments, **named)

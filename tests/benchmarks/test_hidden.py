@@ -1,4 +1,4 @@
-"""The benchmarks from hidden states and of an update step: they run, and a wrong contender gets no number.
+"""Test the benchmarks from hidden states and of an update step: they run, and do not time a wrong contender.
 
 No time is checked here.
 """
@@ -45,9 +45,9 @@ def entered(peer, case, expected):
 
 @pytest.fixture(params=["this device", "as on a GPU"])
 def device(request, monkeypatch):
-    """The suite also with what is different on a GPU: TRL leaves padding out, and tiles have other shapes.
+    """Run the suite also as on a GPU, where TRL leaves padding out and tiles have other shapes.
 
-    They are made smaller than the sizes here, as the real ones are than real sizes.
+    The tiles are made smaller than the sizes of this test, as real tiles are smaller than real sizes.
     """
     choice, meta = backends.choice, torch.device("meta")
     monkeypatch.setattr(backends, "choice", lambda name, *of: (512, 1 << 19) if name == "tile" else choice(name, *of))
@@ -119,7 +119,7 @@ def test_the_reference_is_what_autograd_makes_in_fp64(rho):
 
 
 def naive_but(change):
-    """The naive peer, its loss and entropy changed."""
+    """The naive peer with its loss and entropy changed."""
 
     def function(hidden, weight, case):
         return change(*contenders._naive(hidden, weight, case), hidden, weight, case)

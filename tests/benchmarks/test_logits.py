@@ -1,4 +1,4 @@
-"""The benchmark of log-probabilities and entropies from logits: its peers are right, wrong ones get no number."""
+"""Test the benchmark of log-probabilities and entropies from logits: peers are right, wrong peers are not timed."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def test_a_wrong_peer_gets_no_number(case, function, kind, reason):
 
 
 def test_what_has_to_be_moved():
-    """Counted rows read; in a step live rows read again, and the whole gradient written."""
+    """Counted rows are read. In a step live rows are read again, and the whole gradient is written."""
     case = bench.make_case((8, 16), 96, torch.bfloat16, 0.25, 0.5)
     assert bench.ideal_bytes(case, "forward") == 64 * 96 * 2
     assert bench.ideal_bytes(case, "step") == (64 + 16 + 128) * 96 * 2

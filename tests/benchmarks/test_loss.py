@@ -1,4 +1,4 @@
-"""The benchmark of the whole loss from logits: its peers are right, and one that is wrong gets no number."""
+"""Test the benchmark of the whole loss from logits: peers are right, and a wrong peer is not timed."""
 
 import dataclasses
 import functools

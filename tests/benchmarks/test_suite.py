@@ -1,4 +1,4 @@
-"""The benchmark suite: it writes what it measured and what it did not, judges right, and a red test gets no number.
+"""Test the benchmark suite: its files list measured and missing cells, it judges targets, and it stops at a red test.
 
 No time is checked here.
 """
@@ -41,7 +41,7 @@ def file_of(folder, name, body):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(exit code, folder, reports) of a run of everything."""
+    """(exit code, folder, reports) of a complete run."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +142,7 @@ def test_no_time_and_everything_is_not_measured(tmp_path, monkeypatch):
 class TestTime:
     @pytest.fixture
     def clock(self, monkeypatch):
-        """A clock that goes only when told to."""
+        """A clock that the test advances."""
         now = [0.0]
         monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
         return now

@@ -1,4 +1,4 @@
-"""The search for launch shapes: what it takes, what it refuses, and what it writes. No GPU is timed here."""
+"""Test the search for launch shapes: its choice, its errors, and the table that it writes. No GPU is timed here."""
 
 import itertools
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_what_it_writes_is_the_table():
 def test_a_candidate_has_to_be_faster_by_more_than_noise(times, taken):
     samples = {(i,): [t * (1 + 0.001 * k) for k in range(8)] for i, t in enumerate(times)}
     assert tune.better(samples, (0,)) == taken
-    # A median that is lower, under samples that lie apart as far, says nothing.
+    # A lower median is no gain if the spread of the samples is as large as the difference.
     wide = {(0,): [0.8, 1.0, 1.2, 1.0], (1,): [0.6, 0.9, 1.2, 0.9]}
     assert tune.better(wide, (0,)) == (0,)
 

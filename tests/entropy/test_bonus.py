@@ -1,4 +1,4 @@
-"""The adaptive entropy coefficient: by hand, and step by step as TRL's trainer and rlloss's integration run it."""
+"""Test the adaptive entropy coefficient by hand, and step by step against TRL's trainer and rlloss's integration."""
 
 import math
 import random
@@ -19,7 +19,7 @@ def test_by_hand():
     for entropy in (0.1, 0.2, 0.15, 0.3, 0.25, 0.1):
         control.update(entropy)
         seen.append(control.coef)
-    # Behind it: 0.015, 0.02, 0.02 (its maximum), 0.015, 0.01, 0.015; none of it while the entropy is above the target.
+    # The coefficient: 0.015, 0.02, 0.02 (its maximum), 0.015, 0.01, 0.015. While the entropy is above the target, 0.
     assert seen == pytest.approx([0.015, 0.02, 0.02, 0.0, 0.0, 0.015])
 
 
@@ -27,7 +27,7 @@ def test_the_bounds_and_nan():
     assert adapted(0.0, 0.5, 0.2, 0.005, 0.0, 1.0) == 0.0
     assert adapted(0.999, 0.2, 0.2, 0.005, 0.0, 1.0) == 1.0
     assert adapted(0.5, math.nan, 0.2, 0.1, 0.0, 1.0) == pytest.approx(0.4)
-    # A start outside the bounds is led inside step by step, as in TRL.
+    # A start outside the bounds moves inside step by step, as in TRL.
     assert adapted(-0.5, 0.1, 0.2, 0.1, 0.0, 1.0) == pytest.approx(-0.4)
     assert adapted(-0.5, 0.3, 0.2, 0.1, 0.0, 1.0) == 0.0
     assert bonus_now(0.3, 0.2, 0.2) == 0.3
@@ -45,7 +45,7 @@ SETTINGS = [{}, {"coef": 0.3, "delta": 0.07, "maximum": 0.4}, {"coef": 0.02, "mi
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
 @pytest.mark.parametrize("trainer_class", [trl.GRPOTrainer, GRPOTrainer], ids=["trl", "rlloss"])
 def test_equals_the_trainers(trainer_class, given, tmp_path):
-    """One completion token per micro-batch, whose entropy is what a step measures; the bonus shows in the loss."""
+    """One completion token per micro-batch. Its entropy is the entropy of the step, and the bonus shows in the loss."""
     control = AdaptiveEntropyCoef(**given)
     trainer = build_trainer(
         trainer_class, trl.GRPOConfig, tmp_path, use_adaptive_entropy=True, entropy_coef=control._coef,

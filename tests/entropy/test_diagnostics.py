@@ -1,4 +1,4 @@
-"""Gauges: hand-worked numbers, fp64 formulas, any split of a batch, verl's covariance, and the theory behind them."""
+"""Test the gauges against hand-worked numbers, fp64 formulas, splits of a batch, verl's covariance and the theory."""
 
 import itertools
 import math
@@ -131,7 +131,7 @@ def test_a_spread_far_below_the_mean():
 
 
 def test_verls_covariance(verl):
-    """Its Clip-Cov counts the tokens with a covariance above a bound, which gives every token's away by bisection."""
+    """verl's Clip-Cov counts tokens whose covariance exceeds a bound. Bisection of the bound finds each covariance."""
     x = batch(3, B=3, T=5, per_token=True, dtype=torch.float64)
     tokens = int(x["mask"].sum())
 
@@ -158,7 +158,7 @@ def test_verls_covariance(verl):
 
 @pytest.mark.parametrize("gauge, natural", [("cov/logp_advantage", True), ("cov/logp_prob_advantage", False)])
 def test_the_entropy_of_a_softmax_policy_moves_by_minus_eta_times_the_covariance(gauge, natural):
-    """2505.22617, section 3: one state, tokens as often as their probability, advantages around their mean."""
+    """2505.22617, section 3: one state, tokens weighted by their probability, centred advantages."""
     counts = f64([1.0, 2.0, 5.0, 8.0])
     p = counts / counts.sum()
     a = f64([2.0, -1.0, 0.7, -0.2])
@@ -208,7 +208,7 @@ def test_a_quantile_moves_with_the_entropies_and_not_from_bin_to_bin(std):
         found = read(diagnose(zeros, zeros, zeros == 0, entropy=entropy))
         for name, share in {"p50": 0.5, "p80": 0.8, "p95": 0.95}.items():
             exact = np.quantile(entropy.numpy(), share, method="inverted_cdf")
-            # Of the values' own spread: a bin's are taken as spread evenly, which normal ones are not.
+            # The bound is relative to std: values are assumed uniform within a bin, and normal values are not.
             assert abs(found[f"entropy/{name}"] - exact) <= 0.3 * std, (name, mean)
 
 
@@ -333,7 +333,7 @@ def test_trend_by_hand_and_as_numpy():
 
 
 def test_the_error_of_a_trend_knows_that_neighbours_err_alike():
-    """Slopes of noise with correlation 0.6 scatter by their error, within a quarter; without the correction twice."""
+    """With noise of correlation 0.6 the slopes scatter by their error within 25 %; uncorrected by twice the error."""
     g = torch.Generator().manual_seed(0)
     slopes, errors = [], []
     for _ in range(300):

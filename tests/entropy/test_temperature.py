@@ -1,4 +1,4 @@
-"""Entropy-dependent temperature: hand-worked numbers, the fp64 oracle, both backends, the loss side, bad arguments."""
+"""Test entropy-dependent temperature: hand-worked numbers, an fp64 oracle, both backends, the loss, bad arguments."""
 
 import math
 
@@ -57,7 +57,7 @@ def make_logits(kind: str, N: int, V: int, dtype=torch.float32, seed=0) -> torch
 
 
 def oracle(logits: torch.Tensor, rule) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, H) as one would write them down, in fp64; logits [N, V]."""
+    """(T, H) by the formulas, in fp64, for logits [N, V]."""
     z = logits.double()
     H = reference.token_stats(z, z.argmax(-1))[1]
     if rule.name == "two_level":
@@ -166,7 +166,7 @@ def test_in_place_with_and_without_a_mask(backend, dtype, rule):
         assert torch.equal(x, y)
     mask = torch.tensor([[True, False, True], [False, False, True]], device=DEVICE)
     partly = scale_logits(logits.clone(), rule, mask=mask, inplace=True)
-    # torch on a GPU adds up a row in another order where there are fewer rows.
+    # torch on a GPU sums a row in another order if there are fewer rows.
     close = {"rtol": 0, "atol": 0} if backend != "torch" or DEVICE == "cpu" else {"rtol": 1e-2, "atol": 1e-5}
     expected = (
         torch.where(mask[..., None], fresh.logits, logits),
@@ -247,7 +247,7 @@ def test_the_loss_side_sees_the_sampled_distribution(backend, kind, rule):
     sampled = scaled.logits.double().log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
     trained = token_stats(logits, target, temperature=scaled.temperature).logp
     assert_sums_close(trained, sampled, 64, size=1)
-    # and T is had again from the entropies of the unscaled logits
+    # and T follows again from the entropies of the unscaled logits
     candidates = (logits > -INF).sum(-1)
     again = rule.temperature(token_stats(logits, target).entropy, candidates)
     assert_sums_close(again, scaled.temperature, 64)

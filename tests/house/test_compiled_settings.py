@@ -1,4 +1,4 @@
-"""torch.compile of a loss whose settings change: dynamo makes a float that has changed symbolic."""
+"""Test torch.compile of a loss whose settings change: dynamo makes a float symbolic once it has changed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`rlloss doctor`: all is well here, and in a broken environment it says what to do."""
+"""Test `rlloss doctor`: it passes in this environment, and in a broken one it says what to do."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def said(*folders, **environment):
-    """(exit status, output) of the command in a process of its own, which finds `folders` first."""
+    """(exit status, output) of the command in a new process, with `folders` first on its path."""
     path = os.pathsep.join([*map(str, folders), str(ROOT)])
     clean = {name: value for name, value in os.environ.items() if name not in ("RLLOSS_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A newcomer's first hour, from the README's own lines: install into an empty environment, look, train, report."""
+"""Run a newcomer's first hour with the lines of the README: install into an empty environment, look, train, report."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def clone(to):
 
 
 class Newcomer:
-    """A shell in the folder that holds the clone, with nothing of this environment in it."""
+    """A shell in the folder of the clone, without anything of this environment."""
 
     def __init__(self, here):
         self.here, self.said = here, ""
@@ -42,7 +42,7 @@ class Newcomer:
         kept = ("HOME", "LANG", "TMPDIR", *(name for name in os.environ if name.startswith(("PIP_", "SSL_"))))
         self.environment = {name: os.environ[name] for name in kept if name in os.environ}
         self.environment["PATH"] = f"{here / 'env' / 'bin'}:{python.parent}:/usr/local/bin:/usr/bin:/bin"
-        # The versions under test; without them pip takes the newest, among them torch with CUDA.
+        # The versions under test. Otherwise pip installs the newest, including torch with CUDA.
         self.environment["PIP_CONSTRAINT"] = str(here / "rlloss" / "constraints.txt")
 
     def runs(self, script, status=0, timeout=900):
@@ -116,7 +116,7 @@ def test_training_from_the_template_and_a_page_of_two_runs(newcomer):
     filled += "\nmax_steps: 2\nnum_generations: 4\nper_device_train_batch_size: 8\nmax_completion_length: 8\n"
     filled += "use_cpu: true\ntoken_log_steps: 1\nlogging_steps: 1\n"
     names = re.findall(r"^(\w+):", filled, re.M)
-    for name in {name for name in names if names.count(name) > 1}:  # the template sets it: ours counts
+    for name in {name for name in names if names.count(name) > 1}:  # the template sets it too: keep the later line
         filled = re.sub(rf"^{name}:.*\n", "", filled, count=1, flags=re.M)
     (here / "train.yaml").write_text(filled)
     said = [newcomer.runs(line) for line in rest]

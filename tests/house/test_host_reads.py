@@ -1,6 +1,7 @@
-"""With the kernels the logits path asks nothing of the device: a GPU is never waited for, a CUDA graph can hold it.
+"""Test that the logits path with the kernels never reads from the device: no synchronisation, so a CUDA graph can hold
+it.
 
-Counted under the interpreter; on a GPU itself: tests/kernels/test_gpu.py.
+Reads are counted under the interpreter. On a real GPU: tests/kernels/test_gpu.py.
 """
 
 import pytest
@@ -31,7 +32,7 @@ def reads(monkeypatch, config, switches=None, **more):
     logits, target, advantage, given = batch()
     loss_fn = GRPOLoss(config, **(switches or {}))
     with backends.backend(FUSED), host_reads(monkeypatch) as counter:
-        # What a model computed, so that a gradient may be written over it.
+        # The output of an operation, as from a model, so that a gradient may overwrite it.
         loss_fn(logits * 1.0, target, advantage, **given, **more).loss.backward()
     assert logits.grad.isfinite().all()
     return counter.found

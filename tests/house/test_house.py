@@ -1,4 +1,4 @@
-"""The house: every module stands on a floor, imports go down, files stay short, docs/architecture.md has them all."""
+"""Test the architecture: modules have a layer, imports go down, files are short, docs/architecture.md is complete."""
 
 import ast
 import re
@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"kernels": "rlloss.kernels", "rlloss": "rlloss", "integrations": "rlloss.integrations", "benchmarks": None}
-MAX_LINES = 500  # more has a second noun in it
+MAX_LINES = 500  # a longer file has more than one subject
 
-# From the ground up: each imports what stands lower, and of its own folder what does not import it back.
+# From the lowest layer up. A module imports lower layers, and modules of its folder that do not import it back.
 FLOORS = (
     "rlloss.kernels",
     "rlloss.checks",
@@ -30,7 +30,7 @@ FLOORS = (
     "rlloss.logits",
     "rlloss.lm_head",
     "rlloss.modules",
-    "rlloss",  # rlloss/__init__.py: above what it exports, below what uses it
+    "rlloss",  # rlloss/__init__.py: above the modules that it exports, below those that use it
     "rlloss.report",
     "rlloss.integrations.transformers",
     "rlloss.integrations.vllm",
@@ -49,21 +49,21 @@ CORE_LIBRARIES = {"torch", "triton"}
 
 
 def place_of(module):
-    """The file or folder of FLOORS that a dotted module name stands in, or None."""
+    """The file or folder of FLOORS that contains the module, or None."""
     while module and module not in FLOORS:
         module = module.rpartition(".")[0]
     return module or None
 
 
 def floor_of(module):
-    """Its place in FLOORS; None for a file beside those folders, which has to be named itself."""
+    """The module's position in FLOORS. None: a file outside these folders, which FLOORS must name itself."""
     place = place_of(module)
     alone = place == "rlloss" and module != "rlloss"
     return None if place is None or alone else FLOORS.index(place)
 
 
 def files_of(folder):
-    """The folder's .py files, without those behind the symlinks, which belong to another folder."""
+    """The .py files of the folder, without files behind symlinks, which belong to another folder."""
     here = ROOT / folder
     return sorted(p for p in here.rglob("*.py") if p.resolve().is_relative_to(here) and "__pycache__" not in p.parts)
 
@@ -83,13 +83,13 @@ MODULES = package_modules()
 
 
 def resolve(module, name):
-    """What `from module import name` loads: the submodule of that name if there is one, else the module itself."""
+    """The module that `from module import name` loads: the submodule of that name if it exists, else the module."""
     full = f"{module}.{name}"
     return full if full in MODULES or full in FLOORS else module
 
 
 def nodes_of(tree):
-    """All nodes but what only a type checker reads: the names of a folder, which are imported when they are used."""
+    """All nodes except `if TYPE_CHECKING` blocks: the names of a folder, which are imported lazily."""
     for node in ast.iter_child_nodes(tree):
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             yield node
@@ -145,7 +145,7 @@ def test_imports_go_down(module):
 
 
 def reached_from(module):
-    """What a module imports in its own folder, and what that imports there, and so on."""
+    """The modules of its own folder that a module imports, directly or indirectly."""
     found, waiting = set(), [module]
     while waiting:
         module = waiting.pop()
@@ -164,7 +164,7 @@ def is_library(name, *allowed):
     return name.partition(".")[0] in {*CORE_LIBRARIES, *allowed, *sys.stdlib_module_names}
 
 
-# What is asked for: which modules, and whether one of them may import that.
+# Rule -> (whether it concerns a module, whether such a module may import a name).
 RULES = {
     "kernels/ imports torch, triton, the standard library and itself": (
         lambda module: is_within(module, "rlloss.kernels"),
@@ -197,7 +197,7 @@ def test_who_imports_what(rule):
 
 
 def test_the_name_of_a_loss_is_compared_in_the_table_alone():
-    """What tells one loss from another is a column of rlloss/loss_types.py."""
+    """Differences between losses are columns of rlloss/loss_types.py, not comparisons of names."""
     wrong = []
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -211,10 +211,10 @@ def test_the_name_of_a_loss_is_compared_in_the_table_alone():
 
 MAX_PARAMETERS = 8
 MANY_PARAMETERS = {
-    # Public: each is an argument of the user's.
+    # Public: users pass each argument.
     "linear_token_stats", "token_stats", "policy_loss", "explain_plan", "covariance_selection", "head_costs",
     "write_report", "GRPOLoss.forward", "LinearGRPOLoss.forward", "CollapseMonitor.__init__", "TokenLog.write",
-    # Operators take no bundle, and neither does what computes their shapes.
+    # Operators, and the functions that compute their shapes, cannot take bundles.
     "linear_token_stats_op", "_backward_op", "rlloss.logits.statistics._forward", "rlloss.logits.statistics._gradient",
     "rlloss.logits.statistics._fake", "rlloss.losses.fused._run", "rlloss.lm_head.autograd._",
     # TRL calls it.
@@ -265,7 +265,7 @@ def test_every_folder_is_installed(folder):
 
 
 def tree():
-    """{folder: file names} of the annotated tree in docs/architecture.md."""
+    """{folder: file names} in the annotated tree of docs/architecture.md."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     trees = [block for block in blocks if re.search(r"^kernels/(\s|$)", block, flags=re.MULTILINE)]
@@ -288,7 +288,7 @@ def tree():
 def test_the_tree_is_true(folder):
     named = tree().get(folder, [])
     names = {path.relative_to(ROOT / folder).as_posix() for path in files_of(folder)}
-    actual = {name for name in names if not name.endswith("/__init__.py")}  # a folder's line stands for it
+    actual = {name for name in names if not name.endswith("/__init__.py")}  # the line of the folder covers it
     assert len(named) == len(set(named)), (
         f"docs/architecture.md's tree names a file of {folder}/ twice: {sorted(named)}"
     )

@@ -1,4 +1,4 @@
-"""What `rlloss` exports: a dozen names, found when first used; the rest by subject."""
+"""Test the exports of `rlloss`: a dozen names, imported at first use, and the other names in subpackages by subject."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""What an installation holds: the mapped folders as real files, and a core that needs torch and triton only."""
+"""Test the installed package: mapped folders are real files, and the core needs only torch and triton."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ NOT_CORE = ["transformers", "trl", "datasets", "accelerate", "tokenizers", "rich
 
 
 def run(*command, cwd, pythonpath):
-    """Run python on nothing but the given path; its standard output."""
+    """Run python with only the given path, and return its standard output."""
     environment = {**os.environ, "PYTHONPATH": str(pythonpath), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
@@ -136,7 +136,7 @@ def test_installed_core_imports_without_the_extras(built, tmp_path):
 
 @pytest.mark.slow
 def test_an_editable_clone_is_imported_from_its_parent_folder(built, tmp_path):
-    """There the clone itself, a folder `rlloss` without __init__.py, comes first on the path."""
+    """There the clone itself, a folder `rlloss` without __init__.py, is first on the path."""
     *_, editable, tree = built
     with zipfile.ZipFile(editable) as wheel:
         wheel.extractall(tmp_path)
@@ -145,7 +145,7 @@ def test_an_editable_clone_is_imported_from_its_parent_folder(built, tmp_path):
         "import rlloss, rlloss.kernels.launch_table, rlloss.integrations.trl.generation_batch\n"
         "print(rlloss.__version__, rlloss.__file__, rlloss.kernels.launch_table.__file__)\n"
     )
-    # -S: without what else is installed by .pth files, such as this very checkout.
+    # -S: without packages that .pth files install, such as this checkout.
     installed = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
     version, *files = run("-S", "-c", program, tmp_path, cwd=tree.parent, pythonpath=installed).split()
     assert version in editable.name
@@ -187,7 +187,7 @@ for library in ("packaging", "transformers", "accelerate", "datasets", "tokenize
 """
 
 
-# What `rlloss demo` and `rlloss train` run, which look for the libraries first.
+# The commands behind `rlloss demo` and `rlloss train`, which first look for the libraries.
 COMMANDS = {
     *(ROOT / "integrations" / "trl").glob("train_*.py"),
     ROOT / "integrations" / "trl" / "train.py",

@@ -1,4 +1,4 @@
-"""`rlloss plan`: every formula against counted matrix products and the logits that are held."""
+"""Test `rlloss plan`: compare every formula with counted matrix products and with the logits in memory."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ SHAPES = [(1.0, 1.0, True), (0.5, 0.2, True), (0.75, 0.2, False)]
 
 
 class Counted(TorchDispatchMode):
-    """flop: of every product of two matrices. largest: bytes of the largest tensor that holds logits, which here are
-    larger than hidden states, weight and their gradients."""
+    """flop: of all products of two matrices. largest: bytes of the largest tensor of logits. Here logits are larger
+    than hidden states, weight and their gradients."""
 
     def __init__(self, least=2 * V * D):
         super().__init__()
@@ -78,7 +78,7 @@ def test_plain_logits(fill, rho, trained):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("fill, rho, trained", SHAPES)
 def test_trls_head(fill, rho, trained, device):
-    """The function that TRL's fused head calls: on a CPU with every column, on a GPU with those that count."""
+    """The function that TRL's fused head calls: on a CPU with every column, on a GPU with the columns that count."""
     pytest.importorskip("trl")
     logprob = pytest.importorskip("trl.kernels.chunked_logprob")
     from trl.trainer import utils
@@ -122,7 +122,7 @@ def test_ligers_tile(T, V):
 
 
 def test_ligers_recorded_count():
-    """Of a measured run in which Liger was installed."""
+    """The count comes from a run in which Liger was installed."""
     path = Path(__file__).resolve().parents[2] / "benchmarks/results/cpu-2-cores/hidden.json"
     runs = [run for run in json.loads(path.read_text())["results"] if "units" in run.get("peers", {}).get("Liger", {})]
     assert runs
@@ -135,7 +135,7 @@ def test_ligers_recorded_count():
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("fill, rho, trained", SHAPES)
 def test_rllosss_plans(fill, rho, trained, plan):
-    """A share rho of the tokens gets a gradient by its advantage: the loss is one whose plans are all possible."""
+    """The advantage gives a share rho of the tokens a gradient. The loss allows every plan."""
     hidden, weight, target, mask, n, live = case(fill, rho, trained)
     _, ways = costs(fill, rho, trained)
     with backends.backend("torch"), count_products() as products, Counted() as counted:
@@ -157,7 +157,7 @@ def test_the_plan_taken_is_marked_and_forbidden_ones_say_why():
 
 
 def test_the_share_of_the_head_in_a_step():
-    """Counted: a Llama's forward and backward, without what attention's scores take."""
+    """The FLOP of a Llama's forward and backward are counted, without attention scores."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

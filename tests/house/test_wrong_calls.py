@@ -1,7 +1,7 @@
-"""Every public function, every argument, every kind of wrong value: an error that says what was found and expected.
+"""Test that each kind of wrong value of each argument of each public function raises an error with found and expected.
 
-`CALLS` has right calls of each public function, `KINDS` the wrong values of each argument, by its name, which means one
-thing everywhere. A new function needs a right call, a new argument a kind.
+`CALLS` has right calls of each public function. `KINDS` has wrong values for each argument name; a name means the same
+everywhere. A new function needs a right call, a new argument a kind.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def shapes(x):
 
 
 def tensor(*dtypes, shape=shapes, device=True, more=lambda x: []):
-    """Of none of these dtypes; where `shape` is not None its shape follows from other arguments."""
+    """Wrong values of a tensor argument: these dtypes; shapes, if other arguments determine its shape; devices."""
     others = lambda x: [x.to(d) for d in dtypes]  # noqa: E731
     elsewhere = lambda x: [x.detach().to("meta")] if device else []  # noqa: E731
     return lambda x: no_tensor(x) + others(x) + elsewhere(x) + (shape(x) if shape else []) + more(x)
@@ -260,10 +260,10 @@ KINDS = {
     "vespo": these(None, "x", 1.0, {}, VespoConfig, SapoConfig()),
     "covariance": these(None, "x", 1.0, {}, CovarianceConfig, SapoConfig()),
 }  # fmt: skip
-# These the loss does not differentiate: a gradient would be dropped.
+# Arguments that the loss does not differentiate: their gradient would be lost.
 CONSTANT = {"advantage", "old_logp", "ref_logp", "sampler_ratio", "sampler_logp", "denominator", "cutoff"}
 
-# An error names them by the part that is wrong, or as the function that they name.
+# The error names the wrong part of these arguments, or the function that they select.
 NAMED_AS = {"config": "config|loss_type", "settings": "settings|rule|theta", "name": "backend"}
 
 
@@ -429,13 +429,13 @@ CALLS = {
     "backend": [(enter_backend, {"name": "torch"})],
     "choose_backend": [(backends.choose_backend, {"x": logits})],
 }  # fmt: skip
-# Not at the top of the package, and public all the same.
+# Public functions that are not at the top of the package.
 ELSEWHERE = [head_costs, masks.off_policy_mask, diagnostics.pack, diagnostics.unpack]
 ELSEWHERE += [TokenStats, backends.backend, backends.choose_backend]
 
 
 def public():
-    """{name as in CALLS: its signature} of everything that is public and takes arguments."""
+    """{name as in CALLS: its signature} of all public functions that take arguments."""
     subjects = [importlib.import_module(f"rlloss.{name}") for name in ("rewards", "tokens", "entropy", "lm_head")]
     exported = [getattr(module, name) for module in (losses, rlloss) for name in module.__all__]
     exported += [x for module in subjects for x in (getattr(module, name) for name in module.__all__) if callable(x)]
@@ -495,7 +495,7 @@ def wrong_calls(name):
 
 
 def is_shown(value, text):
-    """Whether an error shows what was found of a value; of one that holds others, that may be any part."""
+    """Whether an error shows the wrong value, or any part of a value that contains others."""
     if isinstance(value, torch.Tensor):
         found = ["ensor", value.dtype, tuple(value.shape), list(value.shape), value.device]
         found += [f"{n} rows" for n in value.shape[:1]]
@@ -506,7 +506,7 @@ def is_shown(value, text):
 
 
 def fault(function, given, argument):
-    """What is wrong with the error of a wrong call; None: nothing."""
+    """What is wrong with the error of a wrong call. None: nothing."""
     try:
         function(**given)
     except (ValueError, TypeError) as error:
@@ -525,7 +525,7 @@ def fault(function, given, argument):
 def test_a_wrong_value_is_named():
     faults = []
     for name, function, given, argument in ((of, *call) for of in CALLS for call in wrong_calls(of)):
-        # In one launch the arguments of the loss are checked before it; else after kernels, which the interpreter runs.
+        # One launch: the loss's arguments are checked before it. Otherwise after kernels, which the interpreter runs.
         with contextlib.nullcontext() if name == "GRPOLoss.forward" else backends.backend("torch"):
             said = fault(function, given, argument)
         if said is not None:
@@ -535,7 +535,7 @@ def test_a_wrong_value_is_named():
     assert not faults, f"{len(faults)} wrong calls\n" + "\n".join(faults)
 
 
-# Function, right arguments, what does not fit them or is wrong by itself in a way that no kind has, the error.
+# Function, right arguments, a change that does not fit them or that no kind covers, the error.
 ADVANTAGE, ROW = {"rewards": rewards, "num_generations": G}, {"logits": logits[0], "rule": edt}
 TOGETHER = [
     (rlloss.token_stats, OF_LOGITS, {"logits": logits[..., :0]}, r"logits: found \(2, 3, 0\), expected .*V >= 1"),
@@ -583,7 +583,7 @@ def numbers_of(result):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_right_call_is_none_whatever_the_default_dtype(name):
-    """Which a loader of models sets for the time being, and may leave set."""
+    """Model loaders change torch's default dtype temporarily, and may leave it changed."""
     for function, given in CALLS[name]:
         for backend, *others in ((contextlib.nullcontext(), torch.bfloat16),
                                  (backends.backend("torch"), torch.float64, torch.bfloat16)):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Not collected where Triton is missing: it is published for Linux only."""
+"""Skip these tests if Triton is missing. It is published for Linux only."""
 
 import importlib.util
 

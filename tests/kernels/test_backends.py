@@ -1,4 +1,4 @@
-"""A forced backend holds where it was forced, until it ends, and for the backward of what was computed under it."""
+"""Test that a forced backend is active in its context only, and in the backward of results computed inside it."""
 
 import asyncio
 import contextvars
@@ -92,7 +92,7 @@ def of_loss(leaves, target, mask):
     hidden, weight = leaves
     advantage = torch.ones(2, device=X.device)
     loss = LinearGRPOLoss(plan="gradient_in_forward")(hidden, weight, target, advantage, mask=mask).loss
-    loss.backward(retain_graph=True)  # of what the forward holds; the next one computes its own
+    loss.backward(retain_graph=True)  # the first call's gradient, stored by its forward; the next call computes its own
     for x in leaves:
         x.grad = None
     return loss.unsqueeze(0), None

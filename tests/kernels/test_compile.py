@@ -1,7 +1,7 @@
-"""What the compiler makes of the kernels for GPUs that are not here, by `benchmarks/compiler/report.py`, and how many
-kernels there are to compile.
+"""Compile the kernels for GPUs that are not present, check the result with `benchmarks/compiler/report.py`, and count
+the kernels.
 
-In processes of their own: kernels imported under TRITON_INTERPRET=1 cannot be compiled.
+The tests start new processes, because kernels imported under TRITON_INTERPRET=1 cannot be compiled.
 """
 
 import ast
@@ -22,7 +22,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def run_without_interpreter(*arguments: str, path: Path = ROOT, fails: bool = False) -> str:
-    """What it prints, where it has to fail too."""
+    """Return the output. With `fails` the program must fail."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(path)}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=path, capture_output=True, text=True, timeout=900
@@ -36,7 +36,7 @@ def test_what_the_compiler_makes_of_the_kernels(asked):
     assert ": 0 of " in run_without_interpreter(*REPORT, *asked)
 
 
-# File, what is replaced by what ("": added at its end), the kernel to which that shows, and what the report says.
+# File, text and its replacement ("": append it), the kernel that the fault affects, and the text of the report.
 FAULTS = [
     ("online.py", "    e = tl.exp2(t)\n", "    e = tl.exp2(t) * tl.exp2(0.5 * t)\n", "token_stats_forward",
      "exponentials"),
@@ -56,7 +56,7 @@ FAULTS = [
 @pytest.mark.slow
 def test_a_fault_of_each_kind_is_found(tmp_path):
     for folder in ("rlloss", "benchmarks"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)  # with what the links point to
+        shutil.copytree(ROOT / folder, tmp_path / folder)  # with the targets of the links
     for file, before, after, _, _ in FAULTS:
         path = tmp_path / "rlloss" / "kernels" / file
         text = path.read_text()
@@ -77,7 +77,7 @@ for kernel in {launch.kernel: launch.function for launch in launches("sm_90")}.v
 
 
 def test_a_kernel_has_few_flags():
-    """Settings that a launch can ask for, beside dtype, alignment of rows and size of the vocabulary: less than 64."""
+    """A kernel has fewer than 64 combinations of settings besides dtype, alignment of rows and vocabulary size."""
     lines = (line.split() for line in run_without_interpreter("-c", FLAGS).splitlines())
     found = {name: set(constants) for name, *constants in lines}
     assert found.keys() == {name for name in JITTED if name.endswith("_kernel")} and len(found) >= 12
@@ -98,7 +98,7 @@ JITTED = {
 
 
 def optional(kernel: str) -> set[str]:
-    """Parameters that may be None, by what the kernel or a function that it calls compares with None."""
+    """Parameters that may be None: the kernel, or a function that it calls, compares them with None."""
     found = set()
     for node in ast.walk(JITTED[kernel]):
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
@@ -130,7 +130,7 @@ NESTED = """
 
 def test_loops_are_found_in_a_listing():
     code = assembly.parse_sass(NESTED)
-    # The loop around it, in which the detour to 0xb0 lies, is none of the innermost.
+    # The loop around it, which contains the detour to 0xb0, is not an innermost loop.
     assert assembly.loops(code, "MUFU.EX2") == [assembly.Loop({128: 1}, {}, 1)]
     code[0x50] = code[0x50]._replace(next=(0x60,))
     assert assembly.loops(code, "MUFU.EX2") == [assembly.Loop({128: 1}, {16: 1}, 1)]
@@ -202,7 +202,7 @@ for launch in launches.launches("sm_90"):
 
 def test_no_recompilation_when_rows_lengths_temperature_or_settings_change():
     found = run_without_interpreter("-c", SPECIALISATIONS).split()
-    # The forward exists for whole and for split rows; narrow for the first, a middle and two kinds of last pass.
+    # The forward exists for whole and for split rows, "narrow" for the first, a middle and two kinds of last pass.
     several = {"token_stats_forward_kernel": 2, "entropy_narrow_kernel": 4}
     assert {name: found.count(name) for name in found} == {name: several.get(name, 1) for name in set(found)}
     assert set(found) == {name for name in JITTED if name.endswith("_kernel")}

@@ -1,4 +1,4 @@
-"""On a GPU itself: every kernel at real sizes against fp64, no wait of the host, and a CUDA graph."""
+"""Test on a real GPU: every kernel at real sizes against fp64, no synchronisation with the host, CUDA graphs."""
 
 import contextlib
 import warnings
@@ -36,7 +36,7 @@ def rows_of(N, V, dtype, seed=0, scale=3.0):
 
 
 def close(found, expected, dtype, what):
-    """fp32 arithmetic of the values given; results in a narrower dtype are rounded to it once."""
+    """Allow for fp32 arithmetic, and for one rounding of the results to a narrower dtype."""
     expected = expected.to(found.dtype) if found.dtype != torch.float32 else expected
     narrow = found.dtype in (torch.bfloat16, torch.float16)
     rtol = torch.finfo(found.dtype).eps if narrow else 2e-5
@@ -191,7 +191,7 @@ def sync_mode(mode):
 
 
 def waits(run):
-    """How often the host waited."""
+    """How often the host synchronised with the GPU."""
     with warnings.catch_warnings(record=True) as found, sync_mode("warn"):
         warnings.simplefilter("always")
         run()
@@ -246,7 +246,7 @@ def test_with_a_static_capacity_it_does_not_wait(plan):
 
 
 def captured(step, inputs):
-    """(graph, the tensors that it reads, what it wrote): warmed up on a stream of its own, as capturing wants it."""
+    """(graph, the tensors that it reads, its outputs). The step is warmed up on a side stream, as capture requires."""
     static = [x.clone() for x in inputs]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

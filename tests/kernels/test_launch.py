@@ -1,4 +1,4 @@
-"""The launchers of the vocabulary kernels: chunks, splits, tiles, alignment, targets that no check has seen."""
+"""Test the launchers of the vocabulary kernels: chunks, splits, tiles, alignment, and unchecked targets."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The table of launch shapes: looked up by device, dtype and vocabulary, complete, and what the launchers obey."""
+"""Test the table of launch shapes: lookup by device, dtype and vocabulary, completeness, and its use by launchers."""
 
 import types
 
@@ -17,7 +17,7 @@ LENGTHS = {"statistics": 2, "gradient": 2, "split": 1, "single_launch": 1, "tile
 
 @pytest.fixture
 def table(monkeypatch):
-    """A table of the test's own."""
+    """A table for the test alone."""
     found: dict = {}
     monkeypatch.setattr(launch_table, "TABLE", found)
     look_up.cache_clear()

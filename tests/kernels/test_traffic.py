@@ -1,7 +1,7 @@
-"""What kernels read and write, counted entry by entry in Triton's interpreter.
+"""Count the reads and writes of kernels, entry by entry, in Triton's interpreter.
 
-Each logit is read once forward; live rows are read and written once backward, dead ones only written. Loads that the
-compiler removes, the second of two equal ones, count here.
+The forward reads each logit once. The backward reads and writes live rows once, and only writes dead rows. If the
+compiler removes the second of two equal loads, it still counts here.
 """
 
 import math
@@ -29,7 +29,7 @@ SETTINGS = token_pass.TokenSettings(cispo=0.0, low=0.8, high=1.2, gain=1.2, loss
 
 
 def cases(count, **options):
-    """`count` settings that try every value of every option, each equally often, in random company."""
+    """`count` random settings in which every value of every option occurs equally often."""
     draw = random.Random(0)
     columns = {}
     for name, values in options.items():
@@ -41,7 +41,7 @@ def cases(count, **options):
 
 
 class Rows:
-    """Logits [B, T, V] with strides of a layout, and what belongs to their rows, from a case's options."""
+    """Logits [B, T, V] with the strides of a layout, and the inputs of their rows, from the options of a case."""
 
     def __init__(self, case):
         self.g = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ class Rows:
         self.N = B * T
 
     def reads(self, traffic, times, own_target=False):
-        """Asserts how often each logit is read, by the row; own_target: the target's once more in rows that count."""
+        """Assert how often each row's logits are read. own_target: the target's logit once more in rows that count."""
         found = traffic.of(self.logits, READ)
         if own_target:
             place = self.target.view(*found.shape[:2], 1).long()
@@ -72,7 +72,7 @@ class Rows:
 
 
 def written_once(traffic, x, rows=None):
-    """Asserts that each entry is, of all rows [B, T] or the given ones alone."""
+    """Assert that each entry of all rows [B, T], or of the given rows, is written once."""
     expected = torch.ones_like(traffic.of(x, WRITE))
     if rows is not None:
         expected = rows.long().view(x.shape[:-1])[..., None].expand(x.shape)
@@ -253,8 +253,8 @@ def test_the_token_pass(monkeypatch, case):
     with counted(monkeypatch) as traffic:
         token_pass.token_pass(tensors, settings)
     assert len(traffic.all) == 1
-    # Once, and once more for what a sequence has to know of itself before its tokens can be weighed. What is not given
-    # is read from logp again.
+    # Once, and once more for sums over a sequence that its tokens need. Inputs that are not given are read from logp
+    # again.
     stand_ins = sum(x is None for x in (old, behavior, entropy))
     for x in (logp, old, ref, entropy):
         if x is not None:

@@ -1,4 +1,4 @@
-"""linear_token_stats and LinearGRPOLoss inside autograd: graphs that are kept, checkpoints, autocast, compilers."""
+"""Test linear_token_stats and LinearGRPOLoss in autograd: retained graphs, checkpoints, autocast, torch.compile."""
 
 import math
 
@@ -32,7 +32,7 @@ MASK = torch.arange(T) < torch.tensor([5, 3, 4, 1])[:, None]
 
 
 def loss_of(x: dict, plan: str, advantage=ADVANTAGE, mask=MASK, **settings):
-    """A loss by any plan; "gradient_in_forward" needs LinearGRPOLoss, so all take it."""
+    """A loss with any plan. "gradient_in_forward" needs LinearGRPOLoss, so all plans use it."""
     module = LinearGRPOLoss(LossConfig("grpo", **settings), plan=plan)
     return module(x["hidden"], x["weight"], x["target"], advantage, mask=mask, bias=x.get("bias")).loss
 
@@ -124,13 +124,13 @@ def test_a_scaled_loss_rounds_once_and_does_not_underflow(monkeypatch, plan, dty
         monkeypatch.setattr(vocab_loop, "CPU_ROWS", 64)  # one chunk: nothing has to be added up in fp32
     x = batch(dtype)
     leaves = leaves_of(x)
-    # Advantages so small that the gradients, for a factor of 1, are mostly below fp16's least number.
+    # Without the factor these gradients are mostly below the smallest fp16 number.
     advantage = ADVANTAGE * (1e-6 if factor > 1 else 1.0)
     exact = [v.detach().double().requires_grad_() for v in leaves]
     pairs = (x, leaves, plan), ({**x, **dict(zip(NAMES, exact, strict=True))}, exact, "recompute")
     found, expected = (gradients(loss_of(y, p, advantage) * factor, of) for y, of, p in pairs)
     info = torch.finfo(dtype)
-    # Held in bf16 and then multiplied it is rounded twice; of what is added up in fp32, once.
+    # A gradient held in bf16 and then multiplied is rounded twice, one summed in fp32 once.
     for a, e in zip(found, expected, strict=True):
         assert (a.double() - e).abs().max() <= (1.1 * info.eps + 4e-6) * e.abs().max() + info.smallest_normal * info.eps
         assert factor < 1 or ((a == 0) == (e == 0)).double().mean() > 0.99
@@ -170,7 +170,7 @@ def test_autocast_is_an_explicit_cast(plan):
     found = gradients(loss, leaves)
     assert torch.equal(loss, expected_loss)
     assert all(g.dtype == torch.float32 for g in found)
-    # Cast explicitly, the gradient of hidden and weight is rounded to bf16 on its way; here it is not.
+    # An explicit cast rounds the gradient of hidden and weight to bf16; autocast here does not.
     for a, e in zip(found[:2], expected[:2], strict=True):
         assert_sums_close(a.bfloat16(), e.bfloat16(), 1)
         assert not torch.equal(a, a.bfloat16().float())

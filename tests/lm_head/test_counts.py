@@ -1,4 +1,4 @@
-"""What the kernels really read, write and launch, counted by the interpreter: "one pass over the logits" as a test."""
+"""Count the reads, writes and launches of the kernels in the interpreter: a test of "one pass over the logits"."""
 
 from fractions import Fraction
 
@@ -44,7 +44,7 @@ def test_each_logit_is_read_once_forward_and_live_ones_once_backward(monkeypatch
     with counted(monkeypatch) as traffic:
         logits, (loss, metrics) = forward(LossConfig(**settings), batch, single_launch=False)
     reads = traffic.of(logits, READ)
-    # One more of the target's own logit.
+    # One more read of the target's logit.
     expected = batch["mask"][..., None].expand(B, T, V).long()
     expected = expected.scatter_add(-1, batch["target"][..., None], batch["mask"][..., None].long())
     assert torch.equal(reads, expected)
@@ -74,7 +74,7 @@ def test_the_single_launch(monkeypatch, batch, factor):
         (gradient,) = torch.autograd.grad(loss, logits, factor)
     live = (gradient != 0).any(-1)
     assert live.sum() == metrics["live"]
-    # Once for the statistics, again (from the cache) where the row is live.
+    # Once for the statistics, and again (from the cache) if the row is live.
     expected = (batch["mask"].long() + live)[..., None].expand(B, T, V)
     expected = expected.scatter_add(-1, batch["target"][..., None], batch["mask"][..., None].long())
     assert torch.equal(reads, expected)
@@ -145,6 +145,6 @@ def test_a_plan_costs_what_is_said(monkeypatch, plan, needed, rows, dtype, widen
     read = sum(launch.bytes_of("tile_ptr", READ) for launch in tiles)
     outputs = {"fold_tile_kernel": "tile_ptr", "gradient_tile_kernel": "out_ptr"}
     written = sum(launch.bytes_of(outputs[launch.kernel], WRITE) for launch in tiles)
-    # fp32 tiles; one more entry a row is the target's own. A gradient has the dtype of the products' operands.
+    # fp32 tiles, plus the target's logit of each row. A gradient has the dtype of the products' operands.
     assert read == 4 * n * V + 4 * n + 4 * L * V
     assert written == (4 if widened else dtype.itemsize) * L * V

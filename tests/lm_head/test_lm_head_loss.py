@@ -1,4 +1,4 @@
-"""LinearGRPOLoss against GRPOLoss on explicit logits, by every plan; and the plan that is taken."""
+"""Test LinearGRPOLoss with every plan against GRPOLoss on explicit logits, and test the choice of the plan."""
 
 import contextlib
 import random
@@ -39,7 +39,7 @@ def small_tiles(monkeypatch):
 
 
 def batch(seed=0, dtype=torch.float64, per_token=False, bias=True) -> dict:
-    """A sequence without tokens, one of advantage 0, and with `per_token` zeros among the advantages of the others."""
+    """A batch with an empty sequence, one of advantage 0, and with `per_token` zeros among the other advantages."""
     g = torch.Generator().manual_seed(seed)
     x = problem(N=B * T, V=V, D=D, dtype=dtype, bias=bias, shape=(B, T), seed=seed)
     logits = x["hidden"].double() @ x["weight"].double().T + (x["bias"].double() if bias else 0.0)
@@ -212,7 +212,7 @@ def test_on_policy_every_ratio_is_one(monkeypatch, plan, dtype):
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_the_plans_make_their_logits_in_the_same_products(monkeypatch, batch_invariant):
-    """Their bits may depend on the shape of the product, which on a GPU follows from the number of rows."""
+    """The bits may depend on the shape of the product, which on a GPU depends on the number of rows."""
 
     def tile_shape(rows, V, device, batch_invariant):
         """Of `chunk_rows` rows at most."""
@@ -241,7 +241,7 @@ def test_the_plans_make_their_logits_in_the_same_products(monkeypatch, batch_inv
 
 
 class Products(TorchDispatchMode):
-    """FLOP of every matrix product that torch is asked for."""
+    """Counts the FLOP of all matrix products of torch."""
 
     flop = 0
 
@@ -353,7 +353,7 @@ def test_a_plan_that_does_not_exist_is_named_without_values():
 
 @pytest.mark.parametrize("plan", ["recompute", "keep"])
 def test_fp16_hidden_states_need_a_loss_scale_on_a_gpu(monkeypatch, plan):
-    """Where products take fp16 operands the gradient of a tile is rounded to it; here that is done by hand."""
+    """Products with fp16 operands round the gradient of a tile to fp16. This test rounds it explicitly."""
     exact = logits_tile.gradient_tile
     monkeypatch.setattr(logits_tile, "gradient_tile", lambda *tile: exact(*tile).half().float())
     monkeypatch.setattr(vocab_loop, "CPU_ROWS", 1024)
@@ -394,19 +394,19 @@ def test_budgets_that_just_fit():
         "keep: 3.00 matrix products of 15 rows (2.88e+04 FLOP) expected with 100% of the rows live, 2.34 KiB above "
         "inputs, gradients and a tile of 512 B; no plan has fewer products."
     )
-    # Of 15 rows at most CPU_ROWS = 8 have their logits at a time.
+    # At most CPU_ROWS = 8 of the 15 rows have logits at the same time.
     row_local = chosen(8 * V * 4, config=LossConfig(), advantage=torch.ones(3, 5), mask=None)
     assert row_local.plan == "gradient_in_forward" and row_local.extra_bytes == 8 * V * 4
     assert chosen(8 * V * 4 - 1, config=LossConfig()).plan == "recompute"
     assert chosen(8 * V * 4, config=LossConfig("gspo")).plan == "recompute"
-    # A bf16 weight's gradient is added up in fp32 where there are several chunks of rows.
+    # With several chunks of rows the gradient of a bf16 weight is summed in fp32.
     half = weight.to(torch.bfloat16)
     assert chosen(8 * V * 4 + 2 * V * D, config=LossConfig()).plan == "gradient_in_forward"
     of_half = explain_plan(hidden, half, memory_budget=8 * V * 4 + 2 * V * D - 1, config=LossConfig())
     assert of_half.plan == "recompute"
     with pytest.raises(ValueError, match="plan: found 'keep', expected another one: it needs 2.34 KiB"):
         chosen(kept - 1, plan="keep")
-    assert chosen(None, plan="keep").plan == "keep"  # what is asked for needs no default budget
+    assert chosen(None, plan="keep").plan == "keep"  # an explicit plan needs no default budget
     assert explain_plan(hidden, weight.detach()).products == pytest.approx(2 if kept <= 4 * V * D else 3)
 
 

@@ -1,4 +1,4 @@
-"""linear_token_stats against the fp64 oracle: numbers, bits, plans, counted products and memory."""
+"""Test linear_token_stats against an fp64 oracle: numbers, bits, plans, counted products and memory."""
 
 import math
 
@@ -23,13 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several chunks of rows and blocks of the vocabulary, none of them full at the end."""
+    """Several chunks of rows and blocks of the vocabulary. The last ones are not full."""
     monkeypatch.setattr(vocab_loop, "CPU_ROWS", 8)
     monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 16)
 
 
 def textbook(x: dict, dtype=None, temperature=1.0, softcap=None, logit_scale=1.0):
-    """(logp, entropy, lse) of logits that torch makes in their dtype, or in `dtype`."""
+    """(logp, entropy, lse) of logits that torch computes in their dtype, or in `dtype`."""
     h, w, b = (None if x.get(name) is None else x[name].to(dtype or x[name].dtype) for name in NAMES)
     logits = h @ w.T if b is None else h @ w.T + b
     logits = logits if dtype == torch.float64 else logits.float()
@@ -56,7 +56,7 @@ def run(compute, x: dict, weights, dtype=None):
 
 
 def assert_as_good_as_torch(x: dict, *, live=None, plans=PLANS, **settings) -> None:
-    """At most twice the error of torch's own logits at the same dtype, as to the outputs and every gradient."""
+    """Outputs and gradients have at most twice the error of torch's own logits in the same dtype."""
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(x["target"].shape, generator=g).to(x["target"].device) for _ in range(3)]
     if live is not None:
@@ -331,7 +331,7 @@ def test_the_bits_depend_neither_on_the_plan_nor_on_the_gradient(small_tiles, dt
             found = torch.autograd.grad(stats.logp[live].sum(), (x["hidden"], x["weight"]))
             if share == 0.5:
                 gradients.append(found)
-    # How many rows a product has may change its bits: "recompute" has the live ones only.
+    # The number of rows may change the bits of a product: "recompute" has live rows only.
     assert_sums_close(*gradients, terms=50)
 
 
@@ -375,7 +375,7 @@ def test_batch_invariance_is_as_right_and_has_gradients():
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that what was made inside held at once, and the largest tensor of them, in entries."""
+    """Peak bytes of the tensors created inside, and the number of entries of the largest one."""
 
     def __init__(self):
         super().__init__()
@@ -416,7 +416,7 @@ def test_recompute_holds_nothing_of_rows_times_vocabulary(monkeypatch, dtype):
         # The gradients, hidden widened and its gradient in fp32, 40 numbers a row, and a few tiles.
         assert memory.peak <= 4 * (V * D + 3 * N * D + 40 * N + 6 * tile + 4 * 200 * D)
         peaks[N, V] = memory.peak
-    # What it would be to hold the logits; the rest is linear in N and in V.
+    # The mixed difference isolates memory that grows as N V, as logits do; the rest is linear in N and in V.
     mixed = peaks[1000, 2000] - peaks[1000, 500] - peaks[250, 2000] + peaks[250, 500]
     assert abs(mixed) < 0.01 * 4 * 750 * 1500
     kept = memory_of_a_step("keep", 1000, 2000, D, dtype)
@@ -446,7 +446,8 @@ def test_kept_logits_are_released_block_by_block(monkeypatch, live):
     loss = (ours(x, plan="keep")[0] * (torch.arange(20) < live * 20)).sum()
     assert len(blocks) == 4 and not any(block.expired() for block in blocks)
     loss.backward()
-    # A block's memory is its gradient's until the next one's. Where some rows are live, these were copied before.
+    # The gradient of a block reuses its memory until the next block. If only some rows are live, those were copied and
+    # the blocks freed before.
     assert alive == ([4, 4, 3, 2] if live == 1 else [0] * 4)
     assert all(block.expired() for block in blocks)
 

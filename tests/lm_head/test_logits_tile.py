@@ -1,4 +1,4 @@
-"""Tiles in plain torch: a tile that is folded some rows at a time, as large ones are, gives the same bits."""
+"""Test tiles in plain torch: large tiles are folded a few rows at a time, which must give the same bits."""
 
 import math
 

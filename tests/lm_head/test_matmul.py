@@ -1,4 +1,4 @@
-"""Products in the CPU's bf16 units: nearly the sums of fp32, and the process's setting as it was."""
+"""Test products in a CPU's bf16 units: they are close to fp32 sums, and torch's setting is restored."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_operands_are_rounded_only_where_they_may_be():
     assert error(None, of=torch.float32) < 1e-6
     rounded = error(torch.bfloat16, of=torch.float32)
     assert rounded < 4e-3  # 2^-8: two operands, each off by half a unit in the last place
-    assert (rounded > 1e-4) == products.has_bf16_units()  # the units are really used, or nothing says so
+    assert (rounded > 1e-4) == products.has_bf16_units()  # the units are used if and only if the flag says so
 
 
 class Counted(TorchDispatchMode):
@@ -52,7 +52,7 @@ class Counted(TorchDispatchMode):
 @needs_setting
 @pytest.mark.parametrize("rounds", [True, False])
 def test_the_units_are_found_by_a_product(rounds, monkeypatch):
-    """Also inside autocast, which would round as well, and seen by nobody."""
+    """The probe also works inside autocast, which would round too, and no counter sees it."""
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: mm(a.bfloat16().float(), b) if rounds else mm(a, b))
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):

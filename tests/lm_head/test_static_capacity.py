@@ -1,4 +1,4 @@
-"""Shapes that are fixed beforehand: the same loss and gradient, and nothing is asked of the device."""
+"""Test fixed capacities: they give the same loss and gradient, and nothing is read from the device."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ BACKENDS = ["torch", *(["interpreter"] if backends.triton and not torch.cuda.is_
 
 
 def batch(dtype=torch.float32, seed=0, poison=True):
-    """Two thirds of the tokens count; what stands in the other rows of hidden may not be looked at."""
+    """Two thirds of the tokens count. The other rows of hidden hold NaN and inf, and must not be read."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(B, T, D, generator=g).to(dtype)
     mask = torch.rand(B, T, generator=g) < 0.67
@@ -88,7 +88,7 @@ def test_against_the_formula_in_fp64():
 @pytest.mark.parametrize("plan", ["recompute", "keep"])
 @pytest.mark.parametrize("bias", [300.0, -torch.inf])
 def test_a_row_that_is_none_gives_nothing_whatever_the_bias(bias, plan, backend):
-    """Its logits are the bias alone, whose exponential may overflow."""
+    """The logits of an empty slot are the bias alone, whose exponential may overflow."""
     x = batch()
     x["bias"][3] = bias
     x["bias"][5] = -bias if bias > 0 else 0.0
@@ -123,7 +123,7 @@ def test_what_finds_no_room_is_nan_where_looking_would_stall(plan, monkeypatch):
         values = values.flatten()
         assert values[places[-2:]].isnan().all() and values[places[:-2]].isfinite().all()
         assert (values[~x["mask"].flatten()] == 0).all()
-    # The rows that find no room are of the last sequence, whose advantage of 0 keeps them out of the loss.
+    # The rows that do not fit belong to the last sequence. Its advantage is 0, so the loss does not see them.
     assert step(x, LossConfig(), (counted - 2, counted - 2), plan)[1][1].isnan().all()
     loss, gradients, metrics = step(x, LossConfig(), (counted, 2), plan)
     assert metrics["live"] > 2 and gradients[1].isnan().all() and gradients[2].isnan().all()

@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks gives what the whole gives."""
+"""Test that a vocabulary split over ranks gives the same result as the whole vocabulary."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_two_ranks_give_what_one_gives():
 
 @pytest.fixture
 def dtensor():
-    """A plain tensor -> the same one, as the whole of a mesh of one process."""
+    """A function from a plain tensor to a DTensor with the same data, on a mesh of one process."""
     from torch.distributed.tensor import distribute_tensor
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

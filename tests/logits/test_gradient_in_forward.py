@@ -1,4 +1,4 @@
-"""Forward and gradient in one launch: the same as in two, by the same kernels' formulas, and what it refuses."""
+"""Test forward and gradient in one launch: results equal those of two launches, and unsupported calls raise."""
 
 import math
 import types
@@ -243,7 +243,7 @@ def test_in_place_is_refused_where_autograd_keeps_the_logits(function):
 
 @pytest.mark.parametrize("loss_first", [True, False])
 def test_in_place_beside_another_user_of_the_logits_is_right_or_raises(loss_first):
-    """Autograd runs the later function first: if the other one still needs the logits, its version check says so."""
+    """Autograd runs the later function first. If the earlier one still needs the logits, its version check raises."""
     leaf, target = torch.randn(3, 8, device=DEVICE), torch.arange(3, device=DEVICE)
     expected = leaf.clone().requires_grad_()
     (expected.log_softmax(-1)[target, target].sum() + expected.square().sum()).backward()

@@ -1,4 +1,4 @@
-"""Log-ratios that overflow or are NaN at a token that is taken out: it adds exactly 0 and changes no other bit."""
+"""Test log-ratios that overflow or are NaN at an excluded token: it adds exactly 0 and changes no other bit."""
 
 import math
 
@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(not triton, reason="needs Triton")
 
 
 def run(loss_type, level, log_ratio, sign, on="torch", *, settings=None, **given):
-    """(loss, gradient, live) of three full sequences of ratios near 1, but for one token of the first."""
+    """(loss, gradient, live) of three full sequences. Ratios are near 1, except at one token of the first sequence."""
     config = LossConfig(loss_type, ratio_level=level, **OWN.get(loss_type, {}), **(settings or {}))
     g = torch.Generator().manual_seed(0)
     logp = -2 * torch.rand(3, 4, generator=g)
@@ -50,7 +50,7 @@ def masked(loss_type, level, sign, log_ratio, on):
 
 
 def not_kept(loss_type, level, sign, log_ratio, on):
-    """By its entropy, or by a sampler's ratio of 0; a ratio of the whole sequence holds it all the same."""
+    """Exclude one token by its entropy or by a sampler's ratio of 0. A ratio of the whole sequence still has it."""
     ways = [{"entropy": without(0.0), "settings": {"top_entropy_quantile": 0.5}}]
     ways += [] if loss_type == "vespo" else [{"sampler_ratio": without(0.0)}]
     for way in ways:
@@ -62,7 +62,7 @@ def not_kept(loss_type, level, sign, log_ratio, on):
 
 
 def sequence_dropped(loss_type, level, sign, log_ratio, on):
-    """By a sampler's ratio of 0, or, where the advantage is negative, as off-policy."""
+    """Exclude a sequence by a sampler's ratio of 0, or as off-policy if its advantage is negative."""
     drift = {"settings": {"off_policy_threshold": 0.3}}
     drift["sampler_logp"] = torch.tensor([9.0, -9.0, -9.0])[:, None].expand(3, 4)
     ways = [] if loss_type == "vespo" else [{"sampler_ratio": torch.tensor([[0.0], [1.0], [1.0]])}]

@@ -1,4 +1,4 @@
-"""token_stats against the fp64 oracle, under the interpreter (the Triton kernels) and on the torch backend."""
+"""Test token_stats against an fp64 oracle, for the Triton kernels (in the interpreter) and the torch backend."""
 
 import math
 
@@ -44,7 +44,7 @@ def run(compute, logits, weights):
 
 
 def assert_as_good_as_torch(logits, target, *, seed=0, **settings):
-    """At most twice the error that torch makes in fp32 on the same logits, its gradient rounded to their dtype."""
+    """At most twice the error of torch in fp32 on the same logits, with its gradient rounded to their dtype."""
     names = {"logit_scale": "scale"}
     theirs = {names.get(k, k): v for k, v in settings.items()}
     g = torch.Generator().manual_seed(seed)
@@ -243,7 +243,7 @@ def test_any_strides_and_leading_shapes(backend, kind):
         assert stats.logp.shape == target.shape
         (stats.logp * stats.logp.detach() + stats.entropy).sum().backward()
         results.append((*(s.detach() for s in stats[:3]), leaf.grad))
-    # The kernels add up rows that are aligned in another order than rows that are not.
+    # The kernels sum aligned rows in another order than rows that are not aligned.
     assert_sums_close(*results, terms=64 if len(aligned) > 1 else 0)
 
 

@@ -1,4 +1,4 @@
-"""Settings and arguments that do not fit raise, and the error names what was found."""
+"""Test that wrong settings and arguments raise, and that the error shows the wrong value."""
 
 import math
 
@@ -10,7 +10,7 @@ from rlloss.config import CovarianceConfig, SapoConfig, VespoConfig
 from tests.support.loss_cases import LOSS_TYPES, READ_BY
 
 NO_EFFECT = "it has no effect with"
-# A value of each setting that only some losses read, other than the default.
+# For each setting that only some losses read, a value other than the default.
 OTHER = {
     "ratio_level": "sequence",
     "epsilon_low": 0.1,

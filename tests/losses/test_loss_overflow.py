@@ -1,4 +1,4 @@
-"""Log-ratios that overflow, underflow or are NaN: zeros stay exact, and a bad token touches no other."""
+"""Test log-ratios that overflow, underflow or are NaN: zeros stay exact, and a bad token affects no other."""
 
 import itertools
 import math
@@ -26,19 +26,19 @@ from tests.support.loss_cases import (
     value_and_gradients,
 )
 
-# The log-ratio of one token does not move the pick of another: every token of the band is picked, or none.
+# All tokens of the band are picked, or none: the log-ratio of one token does not change the pick of another.
 NO_CONTEST = {
     "clip_cov": {"covariance": CovarianceConfig(ratio=1.0, low=0.05, selection="top")},
     "kl_cov": {"covariance": CovarianceConfig(at_least_one=False)},
 }
 LOG_RATIOS = [20.0, -20.0, 88.0, -88.0, 100.0, -100.0, math.inf, -math.inf, math.nan]
 BAD = (0, 1)  # the sequence and the token whose log-ratio is bad
-IN_FP64 = 2400.0  # stands for infinity there: e^600, in the mean over 4 tokens too, is finite in fp64 and not in fp32
+IN_FP64 = 2400.0  # replaces infinity in fp64: e^600, also the mean over 4 tokens, is finite in fp64 and not in fp32
 
 
 @pytest.fixture(autouse=True)
 def general_path():
-    """tests/losses/test_token_pass.py does the same sweep for the kernel against this path."""
+    """Use the general path. tests/losses/test_token_pass.py sweeps the kernel against it."""
     with backend("torch"):
         yield
 
@@ -84,14 +84,14 @@ def test_a_bad_token(loss_type, level, log_ratio):
         x = swept(finite, sign, per_token)
         exact_loss, exact, _ = value_and_gradients(partial(textbook, config=config), x, torch.float64)
         assert (gradient[exact == 0] == 0).all(), case
-        # What is beyond fp32 is infinite in it, and what is below it is 0.
+        # In fp32 larger values are infinite, and smaller ones are 0.
         torch.testing.assert_close(gradient.float(), exact.float(), rtol=2e-5, atol=1e-38)
         torch.testing.assert_close(loss.float(), exact_loss.float(), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type, level", TYPES_AND_LEVELS)
 def test_the_sweep_reaches_zeros_and_live_tokens(loss_type, level):
-    """By the formula: of the bad tokens of every loss some are dead and some are not, but for cispo and kl_cov none."""
+    """By the formula some bad tokens of each loss are dead and some are live. With cispo and kl_cov none are dead."""
     compute = partial(textbook, config=make_config(loss_type, level, **NO_CONTEST.get(loss_type, {})))
     cases = [swept(log_ratio, sign, False) for log_ratio in (20.0, -20.0) for sign in (1.0, -1.0)]
     dead = {value_and_gradients(compute, x, torch.float64)[1][BAD].item() == 0 for x in cases}
@@ -203,7 +203,7 @@ EPS = 16 * torch.finfo(torch.float32).eps  # of a few operations
 
 
 def by_both(config: LossConfig, x: dict, on: str, sampled=False) -> list[torch.Tensor]:
-    """Loss and gradient in fp32 as the textbook has them in fp64."""
+    """Compare loss and gradient in fp32 with the textbook in fp64."""
     x = {name: value.float().double() if value.is_floating_point() else value for name, value in x.items()}
     found = value_and_gradients(ours(config, sampled), x, torch.float32, on)[:2]
     exact = value_and_gradients(partial(textbook, config=config, sampled=sampled), x, torch.float64)[:2]
@@ -224,8 +224,8 @@ def two_tokens(**given) -> dict:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("to_ref, log_ratio", [(104, -104), (200, -150), (90, -20), (3, -1), (-104, 80), (50, 20)])
 def test_a_kl_times_its_ratio_where_their_exponents_cancel(to_ref, log_ratio, level, on):
-    """With a ratio of its own, logp is not in e^(ref_logp - old_logp): the slope of the rest is -d e^(log ratio), which
-    fp64 cannot find as a sum of slopes either."""
+    """With a ratio per token, its product with the KL has a term e^(ref_logp - old_logp) without logp. The slope of the
+    rest is -d e^(log ratio), which a sum of slopes loses even in fp64."""
     logp = -300.0
     x = two_tokens(logp=[[-1.0, logp]], old_logp=[[-1.0, logp - log_ratio]], ref_logp=[[-1.0, logp + to_ref]])
     config = LossConfig("bnpo", beta=0.04, kl_bias_correction=True, ratio_level=level)
@@ -282,7 +282,7 @@ def test_a_ratio_times_the_samplers_where_their_exponents_cancel(log_ratio, weig
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_probabilities_of_zero_by_both_agree(estimator, level, on):
-    """The value and the gradients of the others are those of any log-probability that is the same in both."""
+    """Value and other gradients are as for any log-probability that is equal in both."""
     config = LossConfig(beta=0.1, kl_estimator=estimator, kl_bias_correction=True, ratio_level=level)
     x = two_tokens(advantage=[1.0])
     expected = value_and_gradients(ours(config), x, torch.float32, on)[:2]

@@ -1,4 +1,4 @@
-"""What holds for any setting of policy_loss: the live count, finite gradients, splits, permutations, the same bits."""
+"""Test properties of policy_loss for random settings: live count, finite gradients, splits, permutations, bits."""
 
 import math
 import random
@@ -133,7 +133,7 @@ def converted_or_none(x: dict) -> dict:
     "seed", [s for s in range(4 * len(LOSS_TYPES)) if LOSS_TYPES[s % len(LOSS_TYPES)] not in COVARIANCES]
 )
 def test_micro_batches_with_the_whole_denominator_sum_to_the_whole(seed):
-    """The entropy bonus is a mean over each call's own tokens and the selection needs a common cutoff."""
+    """There is no entropy bonus, since it is a mean over each call's own tokens. The selection has a common cutoff."""
     config, x = draw(seed, B=8, T=6)
     changes = {"entropy_coef": 0.0, "exact_k": False, "entropy_bonus_tokens": "kept"}
     config = LossConfig(**{**vars(config), **changes})
@@ -168,7 +168,7 @@ def test_permuting_the_sequences_permutes_the_gradients(seed):
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     plain, permuted = step(config, x), step(config, {k: None if v is None else v[order] for k, v in x.items()})
     assert_sums_close(permuted[0], plain[0], 30, size=1)
-    # The counts that divide a gradient are whole numbers, and no other row enters it: the same bits.
+    # Gradients are divided by whole counts, and no other row enters them: the bits are the same.
     assert torch.equal(permuted[1], plain[1][order]) and torch.equal(permuted[2], plain[2][order])
     assert permuted[3]["live"] == plain[3]["live"]
 

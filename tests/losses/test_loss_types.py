@@ -1,4 +1,4 @@
-"""The table of losses: a loss of one's own is a row and a function."""
+"""Test the table of losses: a row and a function add a new loss."""
 
 import importlib.util
 import math
@@ -65,8 +65,8 @@ def with_slopes(x, config):
 @pytest.mark.parametrize("level", ["token", "sequence", "product"])
 @pytest.mark.parametrize("surrogate", [toy, of_logp, with_slopes])
 def test_slopes_reach_the_tokens_whatever_the_level(monkeypatch, surrogate, level, per_token):
-    """Against autograd through the whole formula. The ratio of a masked token is infinite, one weight is 0, and one
-    log-ratio is beyond the 20 to which a product bounds it."""
+    """Compare with autograd through the whole formula. The ratio of a masked token is infinite, one weight is 0, and
+    one log-ratio is above the bound 20 of a product."""
     monkeypatch.setitem(SURROGATES, "toy", surrogate)
     monkeypatch.setitem(LOSSES, "toy", LossType("toy", frozenset(), level=level, mean_of_sequence=True))
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""policy_loss against the textbook in fp64, hand-worked means, weights and metrics, and the module from logits."""
+"""Test policy_loss against the textbook in fp64 and hand-worked means, weights and metrics. Test the module."""
 
 import itertools
 import math
@@ -33,13 +33,13 @@ MATRIX = [(name, level, settings) for name, level in TYPES_AND_LEVELS for settin
 
 @pytest.fixture(autouse=True)
 def general_path():
-    """What has no kernel and what has one alike; tests of the kernel's path say so."""
+    """Use the general path for all losses, also those with a kernel. Tests of the kernel's path say so."""
     with backend("torch"):
         yield
 
 
 def assert_as_good_as_torch(config, x, sampled, dtype, on="torch"):
-    """Err at most twice what the textbook errs at that dtype."""
+    """The error is at most twice the error of the textbook in this dtype."""
 
     def book(x):
         return textbook(x, config, sampled)
@@ -262,7 +262,7 @@ def test_every_metric_is_what_it_says(loss_type, level, on):
         assert mean["ratio"] == found["ratio"] / found["ratios"]
 
 
-# What the covariance picks depends on the other sequences.
+# The covariance picks depend on the other sequences.
 @pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name not in COVARIANCE])
 def test_the_surrogate_is_the_sum_of_the_token_losses_without_kl(loss_type):
     x = batch(4)
@@ -281,7 +281,7 @@ def test_the_surrogate_is_the_sum_of_the_token_losses_without_kl(loss_type):
 @pytest.mark.parametrize(
     "loss_type, rho, denominator",
     [(loss_type, rho, "all") for loss_type in LOSS_TYPES for rho in (1.0, 0.3)]
-    # Those divided by something other than their tokens have no "kept": see test_loss_config.py.
+    # Losses with another divisor than tokens have no "kept": see test_loss_config.py.
     + [(loss_type, 0.3, "kept") for loss_type in LOSS_TYPES if loss_type not in ("dr_grpo", "luspo")],
 )
 def test_the_module_from_logits_equals_the_textbook(loss_type, rho, denominator):

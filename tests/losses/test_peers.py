@@ -1,7 +1,7 @@
-"""Liger's and verl's own functions, where they define the same loss: one value, one gradient.
+"""Test that Liger's and verl's functions give the same value and gradient if they define the same loss.
 
-Neither is a dependency: `make test-peers` installs them, and without them these tests are skipped. Where a peer's
-definition differs, the test says how and holds the exact relation.
+Neither is a dependency. `make test-peers` installs them; without them these tests are skipped. If the definition of a
+peer differs, the test says how and checks the exact relation.
 """
 
 import importlib
@@ -102,7 +102,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("loss_type, level, settings", LIGER_CASES, ids=str)
 def test_liger(liger, loss_type, level, settings):
-    """Its clip share, of tokens, is taken before delta and so is compared without it."""
+    """Liger computes its clip share before delta, so the shares are compared without delta."""
     config = make_config(loss_type, level, **settings)
     for seed, sampled in ((0, None), (1, "sequence"), (2, "token")):
         x = hidden_batch(seed)
@@ -122,8 +122,8 @@ def test_liger(liger, loss_type, level, settings):
 
 
 def test_ligers_luspo_per_token_counts_masked_columns(liger):
-    """It sums len_i * l_it over all T columns, masked ones too, and divides by B * T; with the ratio of the sequence,
-    one number per sequence, that is ours. Without padding the two agree in both."""
+    """Liger sums len_i * l_it over all T columns, including masked ones, and divides by B * T. With one ratio per
+    sequence this equals rlloss's. Without padding both levels agree."""
     config = make_config("luspo", "token")
     x = hidden_batch(3)
     expected = of_liger(liger, x, config, None)[0]
@@ -137,7 +137,7 @@ def test_ligers_luspo_per_token_counts_masked_columns(liger):
 
 
 def test_ligers_vespo_hides_a_broken_weight(liger):
-    """A NaN weight is 0 to it; to us it shows itself in its own sequence."""
+    """Liger turns a NaN weight into 0. In rlloss its sequence becomes NaN."""
     config = make_config("vespo")
     x = hidden_batch(4)
     x["old_logp"][1, 0] = float("nan")
@@ -148,7 +148,7 @@ def test_ligers_vespo_hides_a_broken_weight(liger):
 
 
 class ActorConfig:
-    """What the functions read of verl's class of this name."""
+    """The fields of verl's class of this name that the functions read."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ def module(name: str, path: Path | None = None, **content) -> types.ModuleType:
 
 @pytest.fixture(scope="module")
 def verl():
-    """verl.trainer.ppo.core_algos alone: its packages' __init__ would import Ray and much else."""
+    """Only verl.trainer.ppo.core_algos: the __init__ of its packages would import Ray and more."""
     spec = importlib.util.find_spec("verl")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("verl is not installed: make test-peers does that")
@@ -205,7 +205,7 @@ def verl():
 
 
 def sequences(x: dict) -> int:
-    """verl divides by the sequences that have a token, rlloss by all: the denominator that makes them one."""
+    """The denominator that makes both equal: verl divides by the sequences with a token, rlloss by all."""
     return int(x["mask"].any(-1).sum())
 
 
@@ -245,7 +245,7 @@ AGGREGATIONS = {
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_verls_ppo_loss(verl, loss_type, sampled, per_token):
-    """Its dual clip bounds the ratio by c where A < 0, as delta does while c is at least 1 + epsilon_high."""
+    """verl's dual clip bounds the ratio by c if A < 0. delta does the same if c is at least 1 + epsilon_high."""
     mode, scale, count = AGGREGATIONS[loss_type]
     for seed, c in itertools.product(range(4), (1.3, 3.0)):
         x = batch(seed, per_token=per_token, spread=0.7)
@@ -256,8 +256,8 @@ def test_verls_ppo_loss(verl, loss_type, sampled, per_token):
 
 
 def test_verls_dual_clip_below_the_upper_bound(verl):
-    """c < 1 + epsilon_high: where A < 0 it still stops at c, and where A > 0 still at 1 + epsilon_high; ours, as
-    2505.07291 writes it, stops at 1 + epsilon_high and at delta."""
+    """With c < 1 + epsilon_high verl's ratio stops at c if A < 0, and at 1 + epsilon_high if A > 0. rlloss's, as in
+    2505.07291, stops at 1 + epsilon_high and at delta."""
     differs = False
     for seed in range(4):
         x = batch(seed, per_token=True, spread=0.7)
@@ -292,8 +292,8 @@ def test_verls_clamp_of_the_log_ratio_is_max_log_ratio(verl):
 
 @pytest.mark.parametrize("mode, loss_type", [("seq-mean-token-mean", "gspo"), ("token-mean", "dapo")])
 def test_verls_gspo(verl, mode, loss_type):
-    """Each token carries the gradient of its own log-probability times the sequence's ratio, and not of all: the same
-    sum while a sequence has one advantage and one weight."""
+    """In verl each token has only the gradient of its own log-probability times the sequence's ratio. The sum is the
+    same if a sequence has one advantage and one weight."""
     for seed, sampled in itertools.product(range(4), (False, True)):
         x = batch(seed, spread=0.7, level="sequence")
         config = make_config(loss_type, "sequence", epsilon_low=0.2, epsilon_high=0.28)
@@ -311,8 +311,8 @@ def test_verls_sapo(verl):
 
 
 def test_verls_cispo(verl):
-    """Its weight has a lower bound too, 1 - clip_ratio_low, which the paper leaves out; from 1 on it is none. With it,
-    a token below the bound is scaled by bound / ratio."""
+    """verl's weight also has a lower bound, 1 - clip_ratio_low, which the paper does not have. clip_ratio_low >= 1
+    disables it. Otherwise a token below the bound is scaled by bound / ratio."""
     for seed, sampled, per_token in itertools.product(range(3), (False, True), (False, True)):
         x = batch(seed, spread=0.7, per_token=per_token)
         config = make_config("cispo", "token", epsilon_high=1.28, max_log_ratio=20.0)
@@ -326,7 +326,7 @@ def test_verls_cispo(verl):
 
 @pytest.mark.parametrize("ratio", [0.01, 0.2, 1.0])
 def test_verls_clip_cov(verl, monkeypatch, ratio):
-    """It draws by torch.randperm among the candidates in their order; here that begins with the largest covariances."""
+    """verl draws candidates by torch.randperm. Here the permutation begins with the largest covariances."""
     c = CovarianceConfig(ratio=ratio, low=0.05, high=2.0, selection="top")
     settings = {"clip_cov_ratio": ratio, "clip_cov_lb": c.low, "clip_cov_ub": c.high}
     picked = 0
@@ -360,7 +360,7 @@ def test_verls_kl_cov(verl, ratio, coef):
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_verls_kl(verl, estimator):
-    """Its k3 is at most 10, without gradient beyond."""
+    """verl's k3 is at most 10, without gradient beyond."""
     x = batch(2)
     x["mask"][:] = True
     x["advantage"][:] = 0.0

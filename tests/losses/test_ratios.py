@@ -1,4 +1,4 @@
-"""sampler_ratio: its four modes by hand and against the textbook, what it ignores, and what it refuses."""
+"""Test sampler_ratio: four modes by hand and against the textbook, ignored tokens, and errors."""
 
 import itertools
 import math
@@ -131,6 +131,6 @@ def test_a_probability_of_zero_by_both_is_equal_and_masked(mode, expected):
     found = sampler_ratio(*given, mode=mode, clip_max=3.0)
     torch.testing.assert_close(found, torch.tensor(expected))
     torch.testing.assert_close(found, reference.sampler_ratio(*given, mode, -math.inf, 3.0))
-    # One by the one, another by the other: the whole sequence has a probability of 0 by both.
+    # One token is impossible under one policy, another under the other: both give the sequence probability 0.
     apart = (torch.tensor([[-math.inf, -1.0]]), torch.tensor([[-1.0, -math.inf]]), mask[:1])
     assert sampler_ratio(*apart, mode=mode, clip_max=3.0).isfinite().all()

@@ -1,4 +1,4 @@
-"""The surrogates by hand, at their corners, and against finite differences in fp64."""
+"""Test the surrogates by hand, at their corners, and against finite differences in fp64."""
 
 import itertools
 import math
@@ -193,7 +193,7 @@ def smooth_batch(seed: int, config: LossConfig, level: str | None, sampled: str 
 
 
 def weights_frozen_at(x: dict, config: LossConfig, sampled):
-    """The textbook of a loss whose weight is a constant, with the weight taken at x and not where it is evaluated."""
+    """The textbook of a loss with a constant weight. The weight is computed at x, not at the point of evaluation."""
     advantage = x["advantage"] if x["advantage"].dim() == 2 else x["advantage"][:, None]
     one = torch.ones_like(x["logp"])  # -w A log pi with A and log pi of 1 is -w
     if config.loss_type == "cispo":
@@ -217,7 +217,7 @@ def weights_frozen_at(x: dict, config: LossConfig, sampled):
 
 
 def kl_alone(x: dict, config: LossConfig):
-    """The KL's part of the textbook, its ratio with gradient."""
+    """The KL term of the textbook. Its ratio has a gradient."""
 
     def compute(logp):
         if config.beta == 0:

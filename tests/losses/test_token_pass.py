@@ -1,4 +1,4 @@
-"""The fused token pass against the general path of policy_loss, which test_losses.py holds against the textbook."""
+"""Test the fused token pass against the general path of policy_loss. test_losses.py tests that path."""
 
 import math
 import random
@@ -88,7 +88,7 @@ def run(backend: str, config: LossConfig, x: dict):
     return loss.detach(), gradients[0], zero if gradients[1] is None else gradients[1], metrics
 
 
-ROUNDING = 32 * torch.finfo(torch.float32).eps  # of sums of some 30 tokens of about 1, or of as many in each block
+ROUNDING = 32 * torch.finfo(torch.float32).eps  # for sums of about 30 tokens of size 1, in all or per block
 
 
 def assert_same(found, expected, setting=None) -> None:

@@ -1,4 +1,4 @@
-"""The state of a token against the definition: live where the loss has a gradient, otherwise why there is none."""
+"""Test the state of a token against its definition: live if the loss has a gradient, otherwise the reason for none."""
 
 import math
 
@@ -72,8 +72,8 @@ def test_as_many_are_live_as_the_loss_counts(loss_type, on):
 
 
 def hand_worked(loss_type="dapo", **settings):
-    """Two sequences of four tokens: A = +1, and A = 0; the ratios of the first are 1, 1.5, 0.5, 1; rho 0.5 keeps
-    the entropies from 0.5 on."""
+    """Two sequences of four tokens, with A = +1 and A = 0. The ratios of the first are 1, 1.5, 0.5, 1. rho = 0.5 keeps
+    entropies of at least 0.5."""
     x = {
         "logp": torch.zeros(2, 4),
         "old_logp": -torch.tensor([[1.0, 1.5, 0.5, 1.0], [1.0, 1.5, 0.5, 1.0]]).log(),

@@ -1,4 +1,4 @@
-"""The sentences at the top of a page: what the metrics say, and nothing of what was not logged."""
+"""Test the sentences at the top of a page: they state the metrics, and nothing that was not logged."""
 
 from rlloss.report.findings import found_in, mean, start_and_end
 from rlloss.report.run_log import RunLog

@@ -1,4 +1,4 @@
-"""The report page: well formed, self-contained, escaped, and honest about what is missing."""
+"""Test the report page: it is well formed, self-contained and escaped, and names missing values."""
 
 import math
 import os
@@ -175,7 +175,7 @@ def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path):
 
 
 def test_no_whole_file_is_written_another_way():
-    """Of the package and the benchmarks; logs are appended to."""
+    """Covers the package and the benchmarks. Logs are appended to."""
     other = re.compile(
         r"\.write_text\(|\.write_bytes\(|savefig\((?!drawn)|open\([^)]*\bmode=|open\(\"[wx]|json\.dump\("
     )

@@ -1,4 +1,4 @@
-"""The page of a run: what was logged is on it, counted right, as text and nothing but text."""
+"""Test the page of a run: it has the logged data with right counts, and logged texts stay plain text."""
 
 import json
 import math
@@ -141,7 +141,7 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
 
 
 @pytest.mark.parametrize("steps, kept", [
-    # First process; second, which was not resumed with it. Each letter is a session of the first.
+    # Lines of the first process, of the second, and the result. Each letter is one session of the first process.
     (["a0 a1 a2 a3 b2 b3", "a0 a1 a2 a3"], "a0 a0 a1 a1 b2 b3"),
     (["a0 a1 a2 a3 b2 b3", "b2 b3"], "a0 a1 b2 b2 b3 b3"),  # it came with the resumption
     (["a1 a2 a3 b2 b3 c0", "a1 a2 a3 b2 b3"], "c0"),

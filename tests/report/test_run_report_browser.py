@@ -1,7 +1,7 @@
-"""The page of a run in a real browser: nothing throws, texts stay texts, and the view follows its controls.
+"""Test the page of a run in a real browser: no script throws, texts stay texts, and the view follows its controls.
 
-Each check runs in a headless Chromium on a copy of the page that ends with a script of the test; what that script finds
-it leaves in the document, which the browser prints. Skipped where there is no Chromium.
+Each check opens a copy of the page in a headless Chromium. The copy ends with a script of the test, which writes its
+findings into the document, and the browser prints the document. Without Chromium these tests are skipped.
 """
 
 import json
@@ -60,9 +60,9 @@ const point = (svg, type, x) => {
 
 
 def look(tmp_path, run, script, *, hash="", clock="--virtual-time-budget=20000", more=()):
-    """What `script` found on the page of a run; nothing may have failed and nothing been requested.
+    """Return the findings of `script` on the page of a run. Errors and network requests fail the test.
 
-    The clock is the browser's own, which does not wait; without it the page is printed once it is loaded.
+    `clock`: the browser's virtual clock, which does not wait. Without it the page is printed as soon as it is loaded.
     """
     page = write_run_report(run)
     source = page.read_text(encoding="utf-8")
@@ -275,7 +275,7 @@ def test_what_teaches_is_seen_and_a_prompts_completions_stand_together(tmp_path)
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
 def test_every_token_is_readable(tmp_path, scheme):
-    """Its text against its background, by WCAG 2: at least 4.5 to 1, also where a click dims it."""
+    """The contrast of text and background by WCAG 2 is at least 4.5 to 1, also after a click dims the text."""
     found = look(tmp_path, groups(tmp_path), """
         const numbers = text => {
           const c = document.createElement("canvas").getContext("2d", {willReadFrequently: true});

@@ -1,4 +1,4 @@
-"""Advantages: hand-worked numbers, a loop oracle in exact arithmetic, and TRL's trainer as an independent witness.
+"""Test advantages against hand-worked numbers, a loop in exact arithmetic, and TRL's trainer.
 
 ``python tests/rewards/test_advantages.py`` prints the Markdown tables of docs/rewards.md.
 """
@@ -30,7 +30,7 @@ def assert_equal(got, want, tol=1e-12):
 
 
 def oracle(rows, G, method, weights, scale="group", eps=EPS, counts=None):
-    """One reward at a time; ``statistics`` averages in exact fractions. ``counts`` repeats each row's value."""
+    """Process one reward at a time. ``statistics`` averages in exact fractions. ``counts`` repeats each row's value."""
 
     def std(values):
         return statistics.stdev(values) if len(values) > 1 else 0.0
@@ -70,7 +70,7 @@ def oracle(rows, G, method, weights, scale="group", eps=EPS, counts=None):
         # Totals 2, 1, 1, 0 and, weighted, 3, 2, 1, 0; less their means.
         ("grpo", [1.0, 1.0], [1, 0, 0, -1], math.sqrt(2 / 3)),
         ("grpo", [2.0, 1.0], [1.5, 0.5, -0.5, -1.5], math.sqrt(5 / 3)),
-        # Two of four succeed in either reward, so both normalise to +-Z: GDPO has nothing to tell them apart by either.
+        # Two of four succeed in each reward, so both normalise to +-Z: GDPO cannot distinguish the two rewards.
         ("gdpo", [1.0, 1.0], [2 * Z, 0, 0, -2 * Z], Z * math.sqrt(8 / 3)),
         ("gdpo", [2.0, 1.0], [3 * Z, Z, -Z, -3 * Z], Z * math.sqrt(20 / 3)),
     ],
@@ -174,7 +174,7 @@ VARIANTS = [("grpo", "group"), ("grpo", "batch"), ("grpo", "none"), ("dr_grpo", 
 def test_oracle(method, scale, table):
     rows, G, weights = table
     got = group_advantage(f64(rows), num_generations=G, method=method, weights=weights, scale=scale)
-    # Weighted sums that are equal on paper may differ by 1e-16, which eps = 1e-4 turns into 1e-12, twice into 1e-8.
+    # Weighted sums that are equal on paper may differ by 1e-16. Dividing by eps = 1e-4 gives 1e-12, twice 1e-8.
     assert_equal(got, oracle(rows, G, method, weights, scale), tol=1e-7)
 
 
@@ -247,7 +247,7 @@ def test_equal_rows_tie_whatever_the_strides(method):
 
 @pytest.mark.parametrize("method, scale", VARIANTS)
 def test_a_constant_added_to_a_group_changes_nothing(method, scale):
-    # Equal shifts for the std of the batch, which sees differences between groups.
+    # The std of the batch depends on differences between groups, so all groups get the same shift.
     shift = f64([5.0, 5.0, 5.0] if scale == "batch" else [5.0, -3.0, 100.0]).repeat_interleave(4)
     rewards = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     rewards[5] = NAN

@@ -1,4 +1,4 @@
-"""The soft overlong penalty: Eq. 13 by hand, and TRL's own reward function."""
+"""Test the soft overlong penalty against Eq. 13 by hand and against TRL's reward function."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""What an advantage keeps of the rewards: hand-worked gauges, an enumeration in 60 digits, TRL's gauge, verl's GDPO.
+"""Test the reward resolution gauges: by hand, by enumeration in 60 digits, against TRL's gauge and verl's GDPO.
 
 ``python tests/rewards/test_resolution.py`` prints the table of distinct advantages as Markdown.
 """
@@ -99,7 +99,7 @@ def test_order_and_rounding_make_no_difference():
     third = torch.tensor([1 / 3, 1 / 3 + 3e-8, 1 / 3, 1.0])[:, None]
     assert third[0] != third[1]
     assert_gauges(reward_resolution(third, num_generations=2), flat_0=0.5, distinct_advantages=2)
-    # A difference of a thousandth of the reward is one.
+    # A difference of a thousandth of the reward counts as a difference.
     small = f64([1000.0, 1001.0])
     assert_gauges(reward_resolution(small, num_generations=2), flat_0=0, zero_advantage_groups=0, weight_0=1)
 
@@ -206,7 +206,7 @@ def test_verls_gdpo_is_ours_by_tokens(verl):
 
 
 def in_sixty_digits(num_rewards: int, G: int) -> tuple[int, ...]:
-    """(groups, GRPO, GRPO without the std, GDPO): the advantages of one group at a time, equal if 40 digits are."""
+    """Numbers of distinct (groups, GRPO advantages, GRPO without the std, GDPO), compared to 40 digits."""
     seen = [set(), set(), set()]
     vectors = list(itertools.product((0, 1), repeat=num_rewards))
     groups = list(itertools.combinations_with_replacement(vectors, G))
@@ -247,7 +247,7 @@ def test_the_table():
     assert [row.dr_grpo for row in rows] == [3, 6, 10, 15, 21, 36, 55]
     assert [row.gdpo for row in rows] == [3, 6, 14, 26, 38, 81, 145]
     assert resolution_table(4, (4,))[0][1:] == (3876, 23, 35, 127)
-    # All groups of a size in one batch: the gauge counts what the table does.
+    # All groups of one size in one batch: the gauge counts the same as the table.
     vectors = f64(list(itertools.product((0.0, 1.0), repeat=2)))
     every = vectors[torch.tensor(list(itertools.combinations_with_replacement(range(4), 6)))].flatten(0, 1)
     found = reward_resolution(every.float(), num_generations=6)

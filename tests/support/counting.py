@@ -1,4 +1,4 @@
-"""What kernels read, write and launch, counted by Triton's interpreter."""
+"""Count the reads, writes and launches of kernels in Triton's interpreter."""
 
 import collections
 import contextlib
@@ -21,7 +21,7 @@ READ, WRITE = 1, 2
 
 @dataclasses.dataclass
 class Launch:
-    """One launch of a kernel. accesses: (addresses, bytes of an entry, READ, WRITE or both), masked ones left out."""
+    """One launch of a kernel. accesses: (addresses, bytes of an entry, READ, WRITE or both), without masked ones."""
 
     kernel: str
     arguments: dict[str, Any]
@@ -33,7 +33,7 @@ class Launch:
         return sum(int(((a >= first) & (a < last)).sum()) * size for a, size, kinds in self.accesses if kinds & kind)
 
     def numbers(self) -> dict[str, Any]:
-        """The arguments that are no tensors, flags as 1 and 0, and `programs`."""
+        """The arguments that are not tensors, with flags as 1 and 0, and `programs`."""
         plain = {name: x for name, x in self.arguments.items() if not isinstance(x, torch.Tensor)}
         return {name: int(x) if isinstance(x, bool) else x for name, x in plain.items()}
 
@@ -46,7 +46,7 @@ class Traffic:
 
     @property
     def launches(self) -> collections.Counter:
-        """By the name of the kernel."""
+        """The number of launches of each kernel."""
         return collections.Counter(launch.kernel for launch in self.all)
 
     def of(self, x: torch.Tensor, kind: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Traffic:
 
 
 def _memory(x: torch.Tensor) -> tuple[int, int]:
-    """Addresses from the first entry of `x` to behind the last one."""
+    """The addresses of the first entry of `x` and after the last one."""
     entries = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.data_ptr(), x.data_ptr() + entries * x.element_size()
 

@@ -1,4 +1,4 @@
-"""Where tests of kernels run."""
+"""Choose the device of the kernel tests."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Hidden states, lm_heads and targets."""
+"""Make hidden states, lm_heads and targets for tests."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Operators by which the host would wait for a GPU, counted on a CPU."""
+"""Count, on a CPU, the operators that would synchronise the host with a GPU."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from rlloss import backends, checks
 from rlloss.rewards import advantages
 from rlloss.torch_kernels import entropy_quantile
 
-# What reads from the device, or has a size that only the device knows; and a constant that is copied to it.
+# Operators that read from the device, whose output size only the device knows, or that copy a constant to it.
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
     "is_nonzero", "lift_fresh",
@@ -17,7 +17,7 @@ WAITING = {
 
 
 class HostReads(TorchDispatchMode):
-    """`found`: the names, in order. Kernel launches are left out: what the interpreter does inside is no operator."""
+    """`found`: the names, in order. Kernel launches are left out, since the interpreter's work is not an operator."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class HostReads(TorchDispatchMode):
 
 @contextlib.contextmanager
 def host_reads(monkeypatch):
-    """Counts inside, with the checks of values left out, as a GPU leaves them out."""
+    """Count inside this context, without checks of values, which are also left out on a GPU."""
     counter = HostReads()
     with monkeypatch.context() as patch:
         for module in (checks, advantages):
@@ -58,7 +58,7 @@ def host_reads(monkeypatch):
                     return launch(self, *args, **kwargs)
 
             patch.setattr(GridExecutor, "__call__", launched)
-        select = entropy_quantile._select  # has a way of its own on a CPU
+        select = entropy_quantile._select  # has a separate path on a CPU
 
         def selected(*args, **kwargs):
             with _disable_current_modes():

@@ -1,4 +1,4 @@
-"""Batches of completions, settings of every loss type, and the loss written down from `rlloss.reference`."""
+"""Make batches of completions and settings of every loss type, and compute the loss from `rlloss.reference`."""
 
 import dataclasses
 import math
@@ -15,10 +15,10 @@ FUSED = "triton" if DEVICE == "cuda" else "interpreter"  # the backend of the ke
 LENGTH = 9  # max_completion_length of dr_grpo
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo")
 BACKENDS = ("torch", FUSED) if triton else ("torch",)
-# Which ratios a loss type can be asked for; gspo and vespo have their own.
+# Loss types that do not allow both ratio levels.
 _OWN_LEVELS = {"gspo": ("sequence",), "vespo": (None,), "clip_cov": ("token",), "kl_cov": ("token",)}
-# Of LossConfig's settings, those that each loss reads. And over what its papers and codes take the mean, written
-# down apart from the table.
+# The settings of LossConfig that each loss reads. Then the denominators of the papers and codes, written independently
+# of the table.
 READ_BY = {name: {x for x in row.reads if "." not in x} for name, row in LOSSES.items()}
 LOSS_TYPES = tuple(LOSSES)
 OVER = {
@@ -28,7 +28,7 @@ OVER = {
     "dr_grpo": "length",
 }
 LEVELS = {name: _OWN_LEVELS.get(name, ("token", "sequence")) for name in LOSS_TYPES}
-# Enough tokens picked in a small batch, and the same ones by whoever picks.
+# Settings that pick enough tokens in a small batch, and always the same ones.
 COVARIANCE = {
     "clip_cov": CovarianceConfig(ratio=0.2, low=0.05, high=2.0, selection="top"),
     "kl_cov": CovarianceConfig(ratio=0.2, kl_coef=0.7),
@@ -37,7 +37,7 @@ TYPES_AND_LEVELS = [(name, level) for name, levels in LEVELS.items() for level i
 
 
 def make_config(loss_type="dapo", level=None, **settings) -> LossConfig:
-    """A LossConfig with what the loss type cannot do without."""
+    """A LossConfig with the settings that the loss type requires."""
     if level is not None:
         settings["ratio_level"] = level
     if loss_type == "dr_grpo":
@@ -50,7 +50,7 @@ def make_config(loss_type="dapo", level=None, **settings) -> LossConfig:
 
 
 def batch(seed: int, B=4, T=7, *, per_token=False, spread=0.4, level="token") -> dict[str, torch.Tensor]:
-    """Everything that `policy_loss` can take, fp64; the first sequence is empty. level: of the sampler's ratio."""
+    """All inputs of `policy_loss`, in fp64. The first sequence is empty. level: level of the sampler's ratio."""
     g = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
@@ -76,7 +76,7 @@ def batch(seed: int, B=4, T=7, *, per_token=False, spread=0.4, level="token") ->
 
 
 def arguments(x: dict, config: LossConfig, sampled=False) -> dict:
-    """What `policy_loss` takes of a batch under `config`; sampled: with what the sampler gave."""
+    """The arguments of `policy_loss` for a batch under `config`. sampled: include those that the sampler gives."""
     names = ["logp", "advantage", "mask", "old_logp", "entropy"]
     names += ["ref_logp"] if config.beta else []
     names += ["sampler_ratio"] if sampled else []
@@ -85,7 +85,7 @@ def arguments(x: dict, config: LossConfig, sampled=False) -> dict:
 
 
 def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
-    """The loss written down from `rlloss.reference`, one formula after the other."""
+    """The loss from `rlloss.reference`, one formula after the other."""
     mask, logp, old_logp = x["mask"], x["logp"], x["old_logp"]
     advantage = x["advantage"] if x["advantage"].dim() == 2 else x["advantage"][:, None]
     sampler_ratio = x["sampler_ratio"] if sampled else None
@@ -134,7 +134,7 @@ def textbook(x: dict, config: LossConfig, sampled=False) -> torch.Tensor:
 
 
 def textbook_pick(x: dict, config: LossConfig, acts: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """The tokens with the largest covariance, one after the other."""
+    """Pick the tokens with the largest covariance, one after the other."""
     c, logp = config.covariance, x["logp"].detach()
     covariance = reference.covariance(logp, advantage, x["mask"])
     ratio = (logp - x["old_logp"]).exp()
@@ -161,7 +161,7 @@ def ours(config: LossConfig, sampled=False, **more):
 
 
 def converted(x: dict, dtype: torch.dtype, on: str = "torch") -> dict:
-    """A copy of a batch, its floats at `dtype`, where the backend `on` runs."""
+    """A copy of a batch with floats of `dtype`, on the device of the backend `on`."""
     device = "cpu" if on == "torch" else DEVICE
     return {k: v.detach().to(device, v.dtype if v.dtype == torch.bool else dtype, copy=True) for k, v in x.items()}
 
@@ -169,7 +169,7 @@ def converted(x: dict, dtype: torch.dtype, on: str = "torch") -> dict:
 def value_and_gradients(
     compute, x: dict, dtype: torch.dtype, on: str = "torch"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, d loss / d logp, d loss / d entropy) at `dtype` by the backend `on`, all returned in fp64."""
+    """(loss, d loss / d logp, d loss / d entropy), computed in `dtype` by the backend `on` and returned in fp64."""
     x = converted(x, dtype, on)
     x["logp"].requires_grad_()
     x["entropy"].requires_grad_()
@@ -207,7 +207,7 @@ _CLIP = [
 
 
 def settings_of(loss_type: str) -> list[dict]:
-    """The settings that the loss type reads, each at some value of interest."""
+    """The settings that the loss type reads, each with some interesting value."""
     kept = [] if loss_type in ("dr_grpo", "luspo") else _KEPT
     if loss_type in COVARIANCE:
         c = COVARIANCE[loss_type]

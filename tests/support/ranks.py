@@ -1,4 +1,4 @@
-"""Processes of one machine that work together."""
+"""Run a function in several processes of one machine, as ranks of a process group."""
 
 import os
 import socket
@@ -8,11 +8,11 @@ import torch
 
 
 def on_ranks(function, count: int, *arguments) -> None:
-    """`function(rank, port, *arguments)` in `count` processes, each on one thread; an error in one is raised here."""
+    """Run `function(rank, port, *arguments)` in `count` processes with one thread each. Raise an error of a process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # Importing torch and TRL once more in each takes longer than all the rest; autograd with a GPU cannot be forked.
+    # Importing torch and TRL again in each process takes longest, so fork. Autograd with a GPU cannot be forked.
     method = "spawn" if torch.cuda.is_available() else "fork"
     torch.multiprocessing.start_processes(_start, (function, count, port, arguments), nprocs=count, start_method=method)
 
@@ -21,7 +21,7 @@ def _start(rank: int, function, count: int, port: int, arguments: tuple) -> None
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
                    "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     torch.set_num_threads(1)
-    if "accelerate" in sys.modules:  # a fork knows what its parent was: one process
+    if "accelerate" in sys.modules:  # a fork inherits its parent's state of one process
         from accelerate.state import AcceleratorState, GradientState
 
         AcceleratorState._reset_state(reset_partial_state=True)

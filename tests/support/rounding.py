@@ -1,4 +1,4 @@
-"""How far two ways to add up the same numbers may be apart, on any CPU."""
+"""Bound the difference between two ways to sum the same numbers, on any CPU."""
 
 import torch
 
@@ -6,11 +6,11 @@ FP32 = torch.finfo(torch.float32).eps
 
 
 def assert_sums_close(found, expected, terms: int, size: float | None = None) -> None:
-    """Sums of `terms` numbers in any order, or lists of such tensors.
+    """Compare sums of `terms` numbers in any order, or lists of such tensors.
 
-    Each addition rounds by eps times a partial sum. That is about `size`: the largest number expected, or what is given
-    where sums cancel. What multiplies a sum rounds too: hence the same bound relative to each number. The sums are in
-    fp32 at least; a narrower result is rounded once.
+    Each addition rounds by eps times a partial sum, which is about `size`: the largest expected number, or for sums
+    that cancel the given size. Multiplications of a sum round too, hence the same bound relative to each number. The
+    sums are in fp32 at least. A narrower result is rounded once.
     """
     if not isinstance(expected, torch.Tensor):
         for f, e in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Runs written by hand, their pages, and what a page holds."""
+"""Write runs by hand, make their pages, and parse a page."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ def completion(tokens=("a", "b"), *, step=1, prompt="p", entropy=None, state=Non
 
 
 def make_run(folder, completions=None, metrics=None):
-    """completions: lines, or {file: lines}; a line is an object, or a text as it stands."""
+    """Write a run. completions: lines, or {file: lines}. A line is an object or a literal text."""
     if completions is not None:
         files = completions if isinstance(completions, dict) else {"process-00000.jsonl": completions}
         (folder / "tokens").mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def _write(path, lines):
 
 
 class Page(HTMLParser):
-    """The elements and texts of a page; what is opened has to be closed, in order. data: what its script reads."""
+    """The elements and texts of a page. Elements must be closed in order. data: the data that its script reads."""
 
     def __init__(self, path):
         super().__init__()
@@ -76,7 +76,7 @@ class Page(HTMLParser):
         return [a for t, a in self.elements if t == tag and all(a.get(k) == v for k, v in attrs.items())]
 
     def completions(self):
-        """The completions, as lines of tokens/*.jsonl; the advantage as the page has it."""
+        """The completions as lines of tokens/*.jsonl, with the advantage as on the page."""
         data, lines = self.data, []
         for step, prompt, advantage, rewards, _, _, tokens, entropy, state, _ in data["completions"]:
             lines.append({

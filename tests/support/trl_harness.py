@@ -1,4 +1,4 @@
-"""Real GRPOTrainers around tiny models, random settings and generation batches, and TRL's loss against ours on them."""
+"""Build real GRPOTrainers with tiny models, random settings and batches, and compare TRL's loss with rlloss's."""
 
 import math
 import random
@@ -16,7 +16,7 @@ from rlloss.integrations.trl.trainer import GRPOTrainer
 
 VOCABULARY = 48
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-# Of an optimizer step; the last two from the third step on.
+# Gauges that an optimizer step logs; the last two from the third step on.
 GAUGES_ALONE = {*GAUGES, "cov/entropy_change_slope", "cov/entropy_change_correlation"}
 OURS_ALONE = {"rlloss/live_share", "rlloss/zero_advantage_share", "entropy/kept_share", "entropy/cutoff", *GAUGES_ALONE}
 CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
@@ -50,7 +50,7 @@ VALUES = {
     "train": [True, True, True, False],
     "spread": [0.05, 0.3, 1.0],
 }
-# A setting in which as little as possible happens.
+# A setting without optional features.
 PLAIN = {
     "level": "token", "beta": 0.0, "delta": None, "rho": 1.0, "sampler": None, "sampler_logp": None,
     "off_policy": None, "entropy": None, "aux_coef": None, "train": True,
@@ -79,7 +79,7 @@ def tiny_model(seed: int = 0) -> Qwen2ForCausalLM:
 
 
 def tiny_moe_model(seed: int = 0) -> Qwen3MoeForCausalLM:
-    """Its router's logits give TRL's auxiliary loss."""
+    """A tiny mixture of experts. The logits of its router give TRL's auxiliary loss."""
     torch.manual_seed(seed)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_COMMON, **experts, router_aux_loss_coef=0.05))
@@ -94,8 +94,8 @@ def build_trainer(trainer_class, config_class, output_dir, reward_funcs=None, mo
     folder = f"{output_dir}/tiny"  # TRL loads the reference model by the policy's name
     if not Path(folder, "config.json").exists():
         model().save_pretrained(folder)
-    # A config resets what accelerate shares, which the trainer then makes anew: one that raises before leaves none, and
-    # other trainers of the test file need it.
+    # A config resets accelerate's shared state, and the trainer creates it again. If the trainer raises before that,
+    # the state is missing, and other trainers of the test file need it.
     shared = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
     try:
         return trainer_class(
@@ -113,7 +113,7 @@ def build_trainer(trainer_class, config_class, output_dir, reward_funcs=None, mo
 
 
 def scored(trainer, rewards, G: int, aggregation: str, weights=None, scale="group"):
-    """The advantages that TRL's own trainer computes from given rewards [N, K], of completions of one token."""
+    """The advantages that TRL's own trainer computes from given rewards [N, K], for completions of one token."""
     N, K = rewards.shape
     trainer._generate = lambda prompts: ([[2]] * N, [[1]] * N, None, ["w2"] * N, None, {}, None, [])
     trainer._calculate_rewards = lambda *_: rewards.clone()
@@ -124,7 +124,7 @@ def scored(trainer, rewards, G: int, aggregation: str, weights=None, scale="grou
 
 
 def build_trainers(trainer_class, config_class, folder) -> dict:
-    """{whether the model has experts: trainer}. beta is set so that TRL builds what a KL needs; the sweep varies it."""
+    """{whether the model has experts: trainer}. beta > 0 makes TRL build the parts for a KL; the sweep varies it."""
     made = {False: tiny_model, True: tiny_moe_model}
     for moe, model in made.items():  # all before the first trainer: once there are ranks, only the first one saves
         model().save_pretrained(f"{folder}/{moe}/tiny")
@@ -141,7 +141,7 @@ def draw_setting(seed: int) -> dict:
 
 
 def apply_setting(trainer, setting: dict, seed: int) -> dict:
-    """Put the options where TRL's `_compute_loss` reads them; returns inputs that fit them."""
+    """Set the options where TRL's `_compute_loss` reads them, and return inputs that fit them."""
     trainer.loss_type = setting["loss_type"]
     trainer.importance_sampling_level = setting["level"]
     trainer.args.delta = setting["delta"]
@@ -189,7 +189,7 @@ def setting_inputs(trainer, setting: dict, seed: int) -> dict:
         if setting["sampler"] == "sequence":
             counted = counted.any(-1, keepdim=True)
         ratio = torch.rand(counted.shape, generator=g) * 2
-        # Exactly 1 where nothing counts, as TRL makes it: its "vespo" adds up every column.
+        # Exactly 1 at tokens that do not count, as in TRL: its "vespo" sums every column.
         inputs["importance_sampling_ratio"] = torch.where(counted, torch.where(ratio < 0.4, 0.0, ratio), 1.0)
     if setting["sampler_logp"] is not None:
         sampler_logp = inputs["ref_per_token_logps"] + 0.1
@@ -201,7 +201,7 @@ def setting_inputs(trainer, setting: dict, seed: int) -> dict:
 
 
 def random_inputs(trainer, *, seed: int, per_token_advantage=False, tool_mask=False, spread=0.3, B=4, P=3, T=7):
-    """A micro-batch as `_prepare_inputs` returns it; old and reference log-probabilities are noisy copies."""
+    """A micro-batch as from `_prepare_inputs`. Old and reference log-probabilities are noisy copies."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, T + 1, (B,), generator=g)
     lengths[0] = T
@@ -227,7 +227,7 @@ def random_inputs(trainer, *, seed: int, per_token_advantage=False, tool_mask=Fa
 
 
 def model_inputs(inputs) -> dict:
-    """What a plain call of the model takes, of a micro-batch."""
+    """The arguments of a plain call of the model, from a micro-batch."""
     return {
         "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
         "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
@@ -249,19 +249,19 @@ def loss_gradients_metrics(trainer, compute_loss, inputs):
 
 
 def end_step(trainer, ends: bool) -> None:
-    """Whether the next micro-batch is the last of an optimizer step."""
+    """Set whether the next micro-batch is the last of an optimizer step."""
     trainer.accelerator.gradient_state._set_sync_gradients(ends)
 
 
 class WithTrlsLoss(GRPOTrainer):
-    """Overrides what TRL's own loss calls, so that it is taken."""
+    """Overrides a function that TRL's loss calls, so that the trainer uses TRL's loss."""
 
     def get_high_entropy_mask(self, *args, **kwargs):
         return super().get_high_entropy_mask(*args, **kwargs)
 
 
 class Rivals:
-    """TRL's loss and ours on one trainer, each with an entropy controller of its own."""
+    """TRL's loss and rlloss's on one trainer, each with its own entropy controller."""
 
     def __init__(self, trainer, our_loss):
         self.trainer, self.our_loss = trainer, our_loss
@@ -288,19 +288,19 @@ class Rivals:
         return result, {name: getattr(self.trainer, name) for name in CONTROLLER}
 
 
-# Of sums over the vocabulary, the longest ones, in the forward and the backward: 1.1e-5.
+# Rounding of the longest sums, those over the vocabulary, in the forward and the backward: 1.1e-5.
 ROUNDING = 2 * VOCABULARY * torch.finfo(torch.float32).eps
 
 
 def assert_same_step(found, expected, note="") -> None:
-    """The loss, a mean of tokens of about 1 that may cancel, and the gradient by its norm."""
+    """Compare the loss, a mean of tokens of size 1 that may cancel, and the gradient relative to its norm."""
     assert abs(found[0] - expected[0]) <= ROUNDING * max(1, abs(expected[0])), f"{note}: loss"
     assert found[1].shape == expected[1].shape
     assert (found[1] - expected[1]).norm() <= ROUNDING * expected[1].norm().clamp(min=1e-3), f"{note}: gradient"
 
 
 def equal(found, expected) -> bool:
-    """To 1e-5, None and NaN like themselves."""
+    """Whether values are equal to 1e-5. None equals None, and NaN equals NaN."""
     if found is None or expected is None:
         return found is expected
     if isinstance(expected, torch.Tensor):
@@ -309,7 +309,7 @@ def equal(found, expected) -> bool:
 
 
 def compare_setting(trainers: dict, our_loss, seed: int, inputs_seed: int | None = None) -> None:
-    """Drawn setting `seed`; with an adaptive bonus four micro-batches over two steps, the third in evaluation."""
+    """Compare on random setting `seed`. With an adaptive bonus: four micro-batches in two steps, the third in eval."""
     setting, inputs_seed = draw_setting(seed), seed if inputs_seed is None else inputs_seed
     trainer = trainers[setting["aux_coef"] is not None]
     inputs = apply_setting(trainer, setting, inputs_seed)

@@ -1,4 +1,4 @@
-"""Micro-batches of which some completions have no advantage, and a stand-in for a model."""
+"""Make micro-batches in which some completions have advantage 0, and a stand-in for a model."""
 
 import torch
 
@@ -9,7 +9,7 @@ DEAD = {"none": [], "half": [0, 2], "all but one": [0, 1, 3], "all": [0, 1, 2, 3
 
 
 def kill(inputs: dict, dead: list[int]) -> dict:
-    """The advantage of these rows is 0 and of the others not; rows with tokens only, so that the others are live."""
+    """Set the advantage of these rows to 0 and of the others to nonzero values. All rows get tokens."""
     live = [i for i in range(4) if i not in dead]
     inputs["completion_mask"][:, 0] = 1
     if "tool_mask" in inputs:
@@ -21,7 +21,7 @@ def kill(inputs: dict, dead: list[int]) -> dict:
 
 
 class Echo:
-    """A stand-in for a model: log-probabilities that are the ids, so that the merge can be read off."""
+    """A stand-in for a model. Its log-probabilities are the ids, which shows how calls are merged."""
 
     def __init__(self):
         self.seen = []

@@ -1,4 +1,4 @@
-"""The tokens that "clip_cov" and "kl_cov" pick: hand-worked, at random, in shards, and however a batch is split."""
+"""Test the tokens that "clip_cov" and "kl_cov" pick: by hand, at random, in shards, and for any split of a batch."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def test_hand_worked_picks_of_kl_cov():
 
 
 def test_hand_worked_losses():
-    """Ratios e^0.1 everywhere; KL-Cov penalises two tokens by 0.5 |0.1|, Clip-Cov leaves them out."""
+    """All ratios are e^0.1. KL-Cov penalises two tokens by 0.5 |0.1|, Clip-Cov leaves them out."""
     old_logp, ratio = LOGP - 0.1, math.exp(0.1)
     logp = LOGP.clone().requires_grad_()
     surrogate = -ratio * (2.5 + 2.5 - 1.5 - 1.5)
@@ -103,7 +103,7 @@ def test_a_token_without_advantage_can_be_penalised():
 
 
 def test_clipped_tokens_are_no_candidates():
-    """A > 0 and a ratio of e^0.5 > 1.28, A < 0 and e^-0.5 < 0.8: their gradient is 0 already."""
+    """Their gradient is 0 already: A > 0 with ratio e^0.5 > 1.28, and A < 0 with ratio e^-0.5 < 0.8."""
     config = LossConfig("clip_cov", covariance=CovarianceConfig(ratio=1.0, selection="top"))
     old_logp = LOGP - torch.tensor([[0.5, 0.0], [0.0, -0.5]])
     metrics = policy_loss(LOGP, ADVANTAGE, ALL, config=config, old_logp=old_logp).metrics
@@ -123,7 +123,7 @@ def test_a_random_pick_is_uniform_and_a_function_of_seed_and_draw():
         picks += pick
     expected = 2000 * k / int(candidates.sum())
     deviation = (picks[candidates] - expected) / math.sqrt(expected)
-    # Of a few hundred Poisson counts: chi^2 per degree of freedom near 1, none beyond 5 sigma.
+    # A few hundred Poisson counts: chi^2 per degree of freedom is near 1, and none is beyond 5 sigma.
     assert int(candidates.sum()) > 100
     assert 0.7 < deviation.square().mean() < 1.3 and deviation.abs().max() < 5
 
@@ -133,7 +133,7 @@ def test_a_random_pick_is_uniform_and_a_function_of_seed_and_draw():
 
 
 def test_without_a_draw_every_batch_has_its_own():
-    """... which the last bits of logp, other from machine to machine, do not move."""
+    """The draw does not depend on the last bits of logp, which differ between machines."""
     logp, advantage, mask, _ = large_batch()
     config = CovarianceConfig(ratio=0.02, low=-9.0, high=9.0)
     one = covariance_selection(logp, advantage, mask, config=config)
@@ -218,7 +218,7 @@ def test_picked_once_the_gradient_does_not_depend_on_the_split(loss_type, parts)
     config = LossConfig(loss_type, covariance=covariance)
     whole, split = gradient(config, 1, selected), gradient(config, parts, selected)
     assert torch.equal(split, whole) and (whole[selected] == 0).any() == (loss_type == "clip_cov")
-    # Picked by each call for itself, it does.
+    # If each call picks for itself, it depends on the split.
     alone = LossConfig(loss_type, covariance=dataclasses.replace(covariance, scope="microbatch"))
     assert parts == 1 or not torch.equal(gradient(alone, parts, None), gradient(alone, 1, None))
 
@@ -273,7 +273,7 @@ PARTS = (5, 0, 11)  # sequences of each process
 
 
 def picked(loss_type, draw, keyed: bool, rows, **group):
-    """Of advantages with ties among the tokens of a sequence."""
+    """The pick for advantages that are tied within a sequence."""
     logp, advantage, mask, _ = (x[rows] for x in large_batch())
     key = {"sequence_key": sequence_key((rows[:, None].expand(mask.shape), mask))} if keyed else {}
     return covariance_selection(

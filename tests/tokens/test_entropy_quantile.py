@@ -1,4 +1,4 @@
-"""The radix select, kernels and torch twin: against torch.quantile and a stable sort, in shards, among ties and NaN."""
+"""Test the radix select (kernels and torch) against torch.quantile and a stable sort, in shards, with ties and NaN."""
 
 import functools
 import math
@@ -51,7 +51,7 @@ CASES = {
 
 
 def as_tokens(values: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values, in order, and among them tokens that do not count: NaN, infinities and numbers without a mask."""
+    """The values in order, mixed with tokens that do not count: NaN, infinities and numbers."""
     g = torch.Generator().manual_seed(seed)
     n = values.numel()
     hidden = n // 3 + 2
@@ -64,7 +64,7 @@ def as_tokens(values: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 
 def cutoffs(entropy: torch.Tensor, mask: torch.Tensor, rho: float) -> torch.Tensor:
-    """The cutoff of both backends, on the CPU, after they were found to have the same bits."""
+    """The cutoff on the CPU. Both backends must give the same bits."""
     found = []
     for name in BOTH:
         with backends.backend(name):
@@ -77,7 +77,7 @@ def cutoffs(entropy: torch.Tensor, mask: torch.Tensor, rho: float) -> torch.Tens
 
 
 def assert_is_the_quantile(cutoff: torch.Tensor, values: torch.Tensor, rho: float) -> None:
-    # + 0.0 makes -0.0 a 0.0: all else is compared by its bits
+    # + 0.0 turns -0.0 into 0.0; the comparison is by bits
     expected = values.cpu().quantile(1 - rho) + 0.0
     same = (cutoff + 0.0).view(torch.int32) == expected.view(torch.int32)
     assert same or (cutoff.isnan() and expected.isnan()), (cutoff, expected)
@@ -161,7 +161,7 @@ def test_half_precision_and_strided_entropies():
 
 
 def exact_k_by_sorting(entropy: torch.Tensor, mask: torch.Tensor, rho: float) -> torch.Tensor:
-    """The top k of those that count, the first of equal ones: a stable descending sort."""
+    """The top k of the counted tokens by a stable descending sort: the first of equal ones is kept."""
     entropy, mask = entropy.cpu(), mask.cpu()
     counted = mask & ~entropy.isnan()
     places = counted.nonzero().squeeze(1)
@@ -216,7 +216,7 @@ def test_more_tiles_than_the_last_tie_takes_in_one_step(monkeypatch):
 
 
 def in_shards(select, shards, rho):
-    """`select` in one thread a shard; the hook adds the histograms up and gives every shard the sum."""
+    """Run `select` with one thread per shard. The hook sums the histograms and gives every shard the sum."""
     waiting = [torch.empty(0) for _ in shards]
     barrier = threading.Barrier(len(shards), timeout=60)
     found = [None] * len(shards)
@@ -257,7 +257,7 @@ def twin_shards(shards, rho):
 
 
 def kernel_shards(shards, rho):
-    """The interpreter changes triton.language for a launch, so threads take turns between two hooks."""
+    """Let threads take turns between two hooks, because the interpreter changes triton.language during a launch."""
     turn = threading.Lock()
 
     def select(entropy, mask, rho, reduce):
@@ -290,10 +290,10 @@ def test_shards_find_the_cutoff_of_the_whole(case, run):
 
 @pytest.mark.parametrize("c", [2**23, 2**30, 2**40])
 def test_more_values_than_fp32_counts(c):
-    """Histograms multiplied by c are those of every value c times: past 2^24 of them positions are fp64 always."""
+    """Multiplying histograms by c repeats every value c times. Above 2^24 values positions are always fp64."""
     values = torch.tensor([1.0, 2.0, 4.0, 8.0], device=DEVICE)
     for module in (backends.triton, entropy_quantile):
-        # Positions 2 c - 1/2, between the last of the twos and the first of the fours, and 3 c - 3/4.
+        # Positions 2 c - 1/2, between the last two and the first four, and 3 c - 3/4.
         for rho, expected in ((0.5, 3.0), (0.25, 5.0)):
             assert module.entropy_quantile(values, None, rho, reduce=lambda h: h.mul_(c), **POSITION) == expected
 
@@ -329,7 +329,7 @@ def test_the_interpolation_is_torchs_for_any_two_values_and_weight():
 
 
 def test_the_interpolated_sum_is_rounded_once():
-    """low + w (high - low) lies above the middle of two fp32 values by less than fp64 can show: A B = 2^47 + small."""
+    """low + w (high - low) exceeds the midpoint of two fp32 values by less than fp64 resolves: A B = 2^47 + small."""
     found = 0
     for A in range(2**23 + 1, 2**23 + 20000, 2):
         B = -(-(2**47) // A)

@@ -1,4 +1,4 @@
-"""Selections of tokens: the entropy cutoff against torch.quantile, ties, NaN, ranks, and more than 2^24 tokens."""
+"""Test selections of tokens: entropy cutoff against torch.quantile, ties, NaN, ranks, and more than 2^24 tokens."""
 
 import math
 from types import SimpleNamespace

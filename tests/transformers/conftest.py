@@ -1,4 +1,4 @@
-"""Not collected where transformers is missing."""
+"""Skip these tests if transformers is missing."""
 
 import importlib.util
 

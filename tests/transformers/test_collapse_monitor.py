@@ -1,4 +1,4 @@
-"""What the monitor says of falling, rising and noisy entropies, on-policy updates and rewards without a signal."""
+"""Test the CollapseMonitor on falling, rising and noisy entropies, on-policy updates and rewards without a signal."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ TRL_ARGS = SimpleNamespace(
 
 
 def watch(series, args=TRL_ARGS, monitor=None, *, main_process=True) -> CollapseMonitor:
-    """A monitor that has seen logs, one a step, from step 1."""
+    """A monitor that has read these logs, one per step from step 1."""
     monitor = monitor or CollapseMonitor()
     for step, logs in enumerate(series, start=1):
         monitor.on_log(args, TrainerState(global_step=step, is_world_process_zero=main_process), None, logs=logs)
@@ -52,7 +52,7 @@ def test_no_alarm_on_noise(spread, correlation):
 
 @pytest.mark.parametrize("scale, late", [(30, 0), (100, 0), (300, 30)])
 def test_alarm_on_a_fall(scale, late):
-    """Before it is there; where it falls slower than it is noisy, at the latest half a window after."""
+    """The alarm comes before the limit, or if the noise hides a slow fall, at most half a window after it."""
     for seed in range(10):
         values = [0.8 * math.exp(-i / scale) * (1 + 0.1 * x) for i, x in enumerate(noise(seed, 6 * scale))]
         monitor = watch(entropies(values))
@@ -63,8 +63,8 @@ def test_alarm_on_a_fall(scale, late):
 def test_the_numbers_of_a_falling_line():
     values = [1.0 - 0.01 * i for i in range(60)]
     found = watch(entropies(values, "entropy/mean")).findings[0]
-    # Start: the mean of the first ten, 0.955; limit 0.2865. The line of n logs from step 1 leads to 1.01 - 0.02 n in n
-    # more: 0.29 at 36, 0.27 at 37; the third in a row is 39.
+    # The start is the mean of the first ten, 0.955, and the limit 0.2865. The line through n logs reaches 1.01 - 0.02 n
+    # after n more logs: 0.29 at 36, 0.27 at 37. The third log in a row is 39.
     assert found.step == 39 and found.kind == "entropy_collapse"
     assert "At the start the mean was 0.955 nats" in found.message
     assert "the last 39 logs stands at 0.62 and leads to 0.23 in 39 more; the limit is 0.287, 30% of" in found.message
@@ -96,7 +96,7 @@ def test_once_per_finding_and_again_after_it_came_back(caplog):
     series = [dead] * 2 + [well] + [dead] * 10 + [well] * 2 + [dead] * 5 + [well] * 3 + [dead] * 4
     with caplog.at_level(logging.WARNING):
         monitor = watch(series)
-    # Two in a row are not three; two without do not take it back.
+    # Two dead logs in a row are not three, and two others do not end the finding.
     assert kinds(monitor) == [(6, "dead_groups"), (26, "dead_groups")]
     assert isinstance(monitor.findings[0], Finding)
     assert [record.message.partition(":")[0] for record in caplog.records] == ["Step 6", "Step 26"]
@@ -164,7 +164,7 @@ def test_rewards_without_a_signal():
         "rewards/judge/v2/mean": 0.25, "rewards/judge/v2/std": 0.0, "rewards/length/std": 0.2,
     }  # fmt: skip
     monitor = watch([logs] * 4)
-    # The gauge of the groups goes before the std of the batch: 'correct' varies in half of its groups.
+    # The gauge of the groups has priority over the std of the batch: 'correct' varies in half of its groups.
     assert kinds(monitor) == [(3, "reward/format"), (3, "reward/judge/v2")]
     assert "'format' carries no signal: in 98.0% of the groups" in monitor.findings[0].message
     assert "its mean is 1." in monitor.findings[0].message and "its mean is 0.25." in monitor.findings[1].message
@@ -191,7 +191,7 @@ def test_missing_metrics_are_no_news():
                "rlloss/zero_advantage_share": "?"}] * 20  # fmt: skip
     assert watch(series).findings == []
     assert watch(series, SimpleNamespace()).findings == []
-    # A gap between the logs that agree, as with logs of an evaluation.
+    # The agreeing logs need not be adjacent: evaluation logs may lie between.
     dead = {"rlloss/zero_advantage_share": 1.0}
     assert kinds(watch([dead, {"eval_loss": 1.0}, dead, {}, dead])) == [(5, "dead_groups")]
 

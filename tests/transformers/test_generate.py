@@ -1,4 +1,4 @@
-"""EntropyTemperatureProcessor in transformers' own `generate`, on a small model."""
+"""Test EntropyTemperatureProcessor in transformers' own `generate`, on a small model."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_the_record_is_the_rule_on_the_models_own_logits(model, rule):
     T, H = processor.temperatures(), processor.entropies()
     assert T.shape == H.shape == (6, 8) and T.dtype == torch.float32
     assert T.max() > T.min() + 0.1
-    # A forward pass of its own, in fp64
+    # A separate forward pass in fp64
     with torch.no_grad():
         z = model(out.sequences).logits[:, ids.shape[1] - 1 : -1].double()
     token = out.sequences[:, ids.shape[1] :]
@@ -66,7 +66,7 @@ def test_the_record_is_the_rule_on_the_models_own_logits(model, rule):
     else:
         exact = 0.3 + 1.3 * (entropy / math.log(V)) ** 2
     torch.testing.assert_close(T.double(), exact, rtol=1e-4, atol=1e-5)
-    # What was sampled from: generate's processed scores. And the loss side gives the same log-probabilities.
+    # The processed scores of generate are the sampled distribution, and the loss gives the same log-probabilities.
     scores = torch.stack(out.scores, 1)
     torch.testing.assert_close(scores, torch.stack(out.logits, 1) / T[..., None], rtol=1e-6, atol=1e-6)
     sampled = scores.log_softmax(-1).gather(-1, token[..., None]).squeeze(-1)

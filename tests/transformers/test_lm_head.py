@@ -1,4 +1,4 @@
-"""From a transformers model to the loss, against the model's own logits; PEFT, DDP and FSDP."""
+"""Test the loss on transformers models against the model's own logits, also with PEFT, DDP and FSDP."""
 
 import copy
 import inspect
@@ -31,7 +31,7 @@ COMMON = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
     "bos_token_id": None, "initializer_range": 0.3,
 }  # fmt: skip
-# Name: what the config gets, and what the head is read as.
+# Name: config entries, and the expected head.
 MODELS = {
     "Qwen2": ({}, {}),
     "Llama": ({"tie_word_embeddings": True}, {}),
@@ -139,7 +139,7 @@ def test_a_model_that_changes_its_logits_unseen_is_noticed():
 
 
 class Adapter(nn.Module):
-    """What a LoRA layer shows of itself."""
+    """The attributes of a LoRA layer."""
 
     def __init__(self, base):
         super().__init__()
@@ -207,7 +207,7 @@ def test_peft(targets, trained):
     "tied, tokens", [(True, [2, 3]), (True, {"embed_tokens": [2, 3]}), (False, {"lm_head": [2, 3]})]
 )
 def test_a_head_with_tokens_that_peft_trains_by_themselves(tied, tokens):
-    """The way out that the error names works, and so does the model without its adapter."""
+    """The workaround in the error message works, and so does the model without its adapter."""
     peft = pytest.importorskip("peft")
     model, (ids, attention, _, _) = build(tie_word_embeddings=tied), batch()
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
@@ -252,7 +252,7 @@ def test_the_wrapper_is_backbone_and_loss():
 
 
 def everything():
-    """(model, batch, loss options) the same on every rank."""
+    """(model, batch, loss options), the same on every rank."""
     model, (ids, attention, mask, advantage) = build("Phi", num_hidden_layers=2), batch()
     module = CausalLMWithLoss(model, LinearGRPOLoss(LossConfig(loss_type="dapo")))
     with torch.no_grad():

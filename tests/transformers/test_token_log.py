@@ -1,4 +1,4 @@
-"""The log of a run: its lines, the texts of tokens that are not whole characters, resuming, and what is not finite."""
+"""Test the log of a run: its lines, texts of tokens that are partial characters, resuming, and non-finite numbers."""
 
 import json
 import math
@@ -20,7 +20,7 @@ EMOJI = ["⟨F0⟩", "⟨9F⟩", "⟨98⟩", "😀"]
 
 
 def byte_level():
-    """A token per byte, as a byte-level BPE has them before its merges, and one merge."""
+    """A byte-level BPE with one token per byte and one merge."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *alphabet, "th"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
@@ -30,7 +30,7 @@ def byte_level():
 
 
 def sentencepiece():
-    """Words behind ▁, and bytes for what is in no word, as the tokenizers of Llama and Gemma."""
+    """Words with the prefix ▁, and bytes for all other text, as in the tokenizers of Llama and Gemma."""
     tokens = [PAD, EOS, "<unk>", "▁the", "▁", "end", "s", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -43,7 +43,7 @@ def ids_of(tokenizer, *tokens):
 
 
 def write(log, ids, *, step=1, prompt=None, **changes):
-    """One batch; everything that is not given is plain."""
+    """Write one batch, with defaults for everything that is not given."""
     B, T = ids.shape
     given = {
         "mask": torch.ones(B, T, dtype=torch.bool),
@@ -222,7 +222,7 @@ def test_metrics_resume(tmp_path):
 
 
 def train(folder, *, processes, begins, steps, every=1, text=5):
-    """As the trainer calls the logs: completions at the steps done so far, metrics once the step is done."""
+    """Call the logs as a trainer does: completions with the number of finished steps, metrics after the step."""
     tokenizer, args = byte_level(), SimpleNamespace(world_size=processes)
     logs = [TokenLog(folder, tokenizer, process_index=n) for n in range(processes)]
     metrics = MetricsLog(folder)
@@ -237,7 +237,7 @@ def train(folder, *, processes, begins, steps, every=1, text=5):
 @pytest.mark.parametrize("processes", [(2, 1), (1, 2), (3, 2, 3, 1)])
 @pytest.mark.parametrize("every", [1, 2])
 def test_what_a_resumed_run_discards_is_left_out_whatever_its_processes(tmp_path, processes, every):
-    """The first run goes beyond its checkpoint after step 2, each later one repeats what it did from there."""
+    """The first run continues beyond its checkpoint after step 2. Each later run repeats the steps from there."""
     for number, count in enumerate(processes):
         # In the first repetition no step goes back: the run was killed in the step after its checkpoint.
         steps = range(5) if number == 0 else range(2, 3 + number)
@@ -284,7 +284,7 @@ def test_a_run_says_what_it_is_and_what_was_found(tmp_path):
             found.append((step, "kind", f"message ⟨{step}⟩"))
         log.on_log(None, state, None, logs={"loss": 1.0})
         log.on_step_end(None, state, None)
-    # Resumed from step 2: what was found in step 3 is found again, or not.
+    # Resumed from step 2: a finding of step 3 may be found again or not.
     again = MetricsLog(tmp_path, lambda: {"model": "m2"}, lambda: [(3, "kind", "another")])
     state.global_step = 2
     again.on_train_begin(None, state, None)

@@ -1,4 +1,4 @@
-"""Not collected where TRL is missing, or what it needs; without the lm_head's tests where TRL has none of ours."""
+"""Skip these tests if TRL or its requirements are missing. Skip tests of the lm_head if TRL's cannot be replaced."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ if not _missing and Version(importlib.metadata.version("trl")) < Version("1.15")
     of_the_head = ("lm_head", "model_card", "options", "remedies*", "run_summary", "zero_advantage*")
     collect_ignore_glob += [f"test_{name}.py" for name in of_the_head]
 
-# What trains with the lm_head: an interpreted program a row takes a while, and tests/lm_head has the kernels.
+# Tests that train with the lm_head run in torch: interpreting kernels is slow, and tests/lm_head tests the kernels.
 IN_TORCH = {
     "test_options", "test_advantages", "test_peft", "test_run_summary", "test_sweep", "test_trainer",
     "test_dynamic_sampling", "test_drop_in", "test_remedies",
@@ -32,7 +32,7 @@ def lm_head_in_torch(monkeypatch, request):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    """Of a tiny model; beta is set so that TRL builds what a KL needs, and `apply_setting` takes it away again."""
+    """A trainer of a tiny model. beta > 0 makes TRL build the parts for a KL; `apply_setting` resets it."""
     from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
     from tests.support.trl_harness import build_trainer
 

@@ -1,4 +1,4 @@
-"""What does not fit in GRPOConfig raises where it is given, or before a model is loaded, and says what was meant."""
+"""Test that wrong options of GRPOConfig raise in the constructor or before a model is loaded, with a helpful error."""
 
 import copy
 import dataclasses
@@ -48,7 +48,7 @@ def test_the_config_raises(tmp_path, options, message):
 
 
 def test_what_is_set_before_loading_is_what_trl_sets(tmp_path):
-    """The options that are checked early are those of the finished trainer."""
+    """The options that are checked early equal those of the finished trainer."""
     options = dict(
         loss_type="grpo", epsilon=0.1, epsilon_high=0.3, beta=0.0, top_entropy_quantile=0.5, delta=2.0,
         importance_sampling_level="sequence", off_policy_mask_threshold=0.5, entropy_coef=0.01,

@@ -1,4 +1,4 @@
-"""The full comparison, small: arms over seeds, paired differences, what is kept, and its report."""
+"""Test a small version of the full comparison: arms over seeds, paired differences, stored results, and the report."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_the_temperature_is_cut_at_the_models_own_percentile(ran):
     _, results, _ = ran
     for result in results["dynamic temperature"]:
         cutoff = result.options["dynamic_temperature"]["cutoff"]
-        # Of the same model's completions of other prompts, sampled at 1 there and by the rule here.
+        # The same model completes other prompts, at temperature 1 for the cutoff and by the rule in the arm.
         assert cutoff == pytest.approx(result.history[0]["entropy/p80"], abs=0.5) and cutoff > 0.1
         assert 0.0 < result.history[0]["sampling/temperature/std"] < 0.15
 

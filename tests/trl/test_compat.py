@@ -1,4 +1,4 @@
-"""The one seam to TRL: what it names is in the installed TRL, and no other file names it."""
+"""Test `compat`, the interface to private parts of TRL: the installed TRL has them, and no other file names them."""
 
 import ast
 import inspect
@@ -33,7 +33,7 @@ def test_what_trl_lacks_is_an_error_that_names_it(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_other_file_names_a_private_part_of_trl(path):
-    """The trainer overrides the hooks: it defines them, calls TRL's own and asks who else overrides them."""
+    """The trainer overrides the hooks: it defines them, calls TRL's own, and asks whether a subclass overrides them."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     named |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -46,7 +46,7 @@ def test_no_other_file_names_a_private_part_of_trl(path):
 
 
 def test_a_private_name_of_trl_is_known():
-    """Whatever private a file reads off a trainer is rlloss's own or stands in the table."""
+    """Every private attribute that a file reads from a trainer is rlloss's own or listed in the table."""
     own = {name for name, _ in inspect.getmembers(GRPOTrainer) if not hasattr(trl.GRPOTrainer, name)}
     source = inspect.getsource(trl.GRPOTrainer)
     for path in FOLDER.rglob("*.py"):

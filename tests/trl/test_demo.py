@@ -1,4 +1,4 @@
-"""The main job, small: it runs end to end, its arms are comparable, and what did nothing is called inactive."""
+"""Test a small demo: it runs end to end, its arms are comparable, and remedies without effect are called inactive."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_a_generation_serves_at_least_four_updates(ran):
     for arm in record["arms"]:
         generated = [row["step"] for row in arm["history"] if "reward" in row]
         assert generated == list(range(1, 11, record["updates_per_generation"]))
-        # The first update meets the weights that generated: no ratio differs from 1. Later ones do.
+        # The first update has the weights that generated, so every ratio is 1. Later updates differ.
         assert arm["history"][0]["clip_ratio/region_mean"] == 0.0
 
 
@@ -208,7 +208,7 @@ def test_the_warm_start_learns_and_repeats():
 
 
 def test_the_warm_start_runs_in_fp32_alone():
-    """A CPU without units for bf16 multiplies it many times slower."""
+    """A CPU without bf16 units multiplies bf16 many times slower."""
     dtypes = set()
 
     class Record(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""A drop-in: what TRL's trainer runs, ours runs, to the same model; where TRL misreads a setting, one warning says so.
+"""Test that rlloss's trainer replaces TRL's: it trains the same model, and warns once if TRL misreads a setting.
 
 The cases are those of TRL's own tests of its GRPO trainer: its loss types at their defaults, with one ratio per token
 and per sequence.
@@ -53,7 +53,7 @@ def test_a_run_with_trls_defaults_moves_every_parameter_to_where_trl_moves_it(tm
         assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
         assert all(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
         ended.append(torch.cat([(q - p).flatten() for p, q in zip(before, after, strict=True)]))
-    # Gradients agree to 1e-5 of their norm (tests/trl/test_sweep.py), and three steps add them up.
+    # Gradients agree to 1e-5 of their norm (tests/trl/test_sweep.py), and three steps add their errors.
     assert (ended[1] - ended[0]).norm() <= 1e-4 * ended[0].norm()
     assert len(warnings_of(caplog)) == (loss_type == "cispo")
 
@@ -69,7 +69,7 @@ def test_the_cap_of_cispo_below_one_is_said_once(tmp_path, caplog):
     assert warnings_of(caplog) == []
 
 
-# What LossConfig refuses and TRL runs.
+# Settings that LossConfig refuses and TRL runs.
 REFUSED = [
     ({"loss_type": "sapo", "sapo_temperature_neg": -1.0}, "sapo.temperature_neg: found -1.0"),
     ({"loss_type": "vespo", "vespo_k_pos": 0.0}, "vespo.k_pos: found 0.0"),

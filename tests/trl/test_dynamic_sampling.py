@@ -1,5 +1,6 @@
-"""Dynamic sampling in real trainers of TRL whose rewards are constant for many prompts. Its parts by hand:
-test_dynamic_sampling_parts.py."""
+"""Test dynamic sampling in real trainers of TRL whose rewards are constant for many prompts.
+
+test_dynamic_sampling_parts.py tests its parts by hand."""
 
 import os
 from typing import Any
@@ -21,12 +22,12 @@ DEAD = PROMPTS[:8]
 
 
 def half(prompts, **_):
-    """Continuous, and the same within a group unless its prompt is alive."""
+    """A continuous reward that is constant within a group unless its prompt is alive."""
     return [0.1 + 0.37 * (prompt in ALIVE) * (i % G) + 0.1 * len(prompt) for i, prompt in enumerate(prompts)]
 
 
 def ending_model():
-    """A quarter of its tokens ends a completion, so that lengths differ."""
+    """A model of whose tokens a quarter ends a completion, so that lengths differ."""
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(1, 48, 4))
     return model
@@ -64,7 +65,7 @@ def prompts_of(trainer, output):
 
 
 def rows_of(output):
-    """Of each completion what the batch holds of it, without padding, as a comparable value."""
+    """The entries of each completion in the batch, without padding, as a comparable value."""
     rows = []
     for i in range(len(output["completion_ids"])):
         of = {"prompt": output["prompt_mask"][i].bool(), "completion": output["completion_mask"][i].bool()}

@@ -1,4 +1,4 @@
-"""The parts of dynamic sampling, by hand: order of prompts, which group replaces which, merging of batches."""
+"""Test the parts of dynamic sampling by hand: order of prompts, replacement of groups, merging of batches."""
 
 import copy
 import itertools

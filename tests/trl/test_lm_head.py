@@ -1,4 +1,4 @@
-"""TRL's own trainers on rlloss's lm_head: the same training, fewer products; and the patch itself."""
+"""Test TRL's own trainers with rlloss's lm_head: the same training with fewer products. Test the patch itself."""
 
 import contextlib
 import itertools
@@ -47,7 +47,7 @@ def batch(B=3, L=9, prompt=4, seed=0):
 
 
 def run(model, ids, labels, weights=None):
-    """(outputs, {parameter: gradient}) of a loss that weighs each output that has a gradient."""
+    """(outputs, {parameter: gradient}) of a weighted sum of all outputs that have a gradient."""
     model.zero_grad(set_to_none=True)
     outputs = model(ids, labels=labels, fused_lm_head=True)
     loss = outputs.log_probs.mul(torch.linspace(-1, 1, outputs.log_probs.numel()).view_as(outputs.log_probs)).sum()
@@ -180,7 +180,7 @@ def test_a_bf16_model_is_closer_to_fp64_than_on_trl(autocast, cast, head_dtype):
 
 
 class Sharded:
-    """A stand-in for ZeRO-3: the parameters are empty but inside the context, where it may be entered again."""
+    """A stand-in for ZeRO-3: parameters are empty outside the context. The context may be entered again."""
 
     def __init__(self, *params):
         self.params = [p for p in params if p is not None]
@@ -227,7 +227,7 @@ def test_a_sharded_head_is_gathered_in_the_forward_and_in_the_backward(monkeypat
         found = []
         for p in head:  # an engine takes the gradient off the parameter before it is accumulated
             p.register_hook(lambda g: found.append(g))
-        # Accumulated into the whole parameter, as the engine's own hooks have it.
+        # Accumulated into the whole parameter, as in the engine's own hooks.
         *grads, _, _ = torch.autograd.grad(loss, [*others.values(), *head])
     assert sharded.entered == 2 and model.lm_head.weight.numel() == 0
     assert_same_gradients(dict(zip(others, grads, strict=True)), {n: gradients[n] for n in others})

@@ -1,4 +1,4 @@
-"""The README.md that a trainer leaves beside its checkpoints."""
+"""Test the README.md that a trainer writes next to its checkpoints."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def test_a_local_model_has_its_name_and_nothing_is_none(tmp_path):
     assert f"Trained with rlloss {__version__}, `loss_type='dapo'`." in text and f"\n- rlloss: {__version__}\n" in text
     assert "\n- Remedies: `epsilon_high=0.28`, `top_entropy_quantile=0.2`\n" in text
     (others,) = re.findall(r"^- Other options that differ from TRL's defaults: (.*)", text, re.M)
-    # build_trainer's own, and none that is at its default.
+    # Options that build_trainer sets, and none with its default value.
     assert set(re.findall(r"`(\w+)=", others)) == {
         "per_device_train_batch_size", "num_generations", "max_completion_length", "temperature", "seed",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every option of rlloss is reachable from GRPOConfig, the command line and YAML, and raises where it has no effect."""
+"""Test that every option of rlloss works in GRPOConfig, on the command line and in YAML, and raises without effect."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.support.trl_harness import WithTrlsLoss, build_trainer
 TWO_LEVEL = {"rule": "two_level", "high": 1.4, "low": 0.8, "cutoff": 3.0}
 BY_ENTROPY = {"top_entropy_quantile": 0.2}
 BONUS = {"entropy_coef": 0.01, "use_adaptive_entropy": False}
-# Option -> (a value, what it needs besides).
+# Option -> (a value, further options that it needs).
 OPTIONS = {
     "epsilon_low": (0.1, {}),
     "entropy_denominator": ("kept", BY_ENTROPY),
@@ -189,7 +189,7 @@ def test_the_monitor_is_there_unless_it_is_not_wanted_or_given(tmp_path, caplog,
 
 
 def test_gauges_by_the_accuracy_of_the_group(tmp_path):
-    """The first reward, where it is an accuracy."""
+    """The accuracy of a group comes from the first reward, if that is an accuracy."""
     right = [lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids], long]
     right[0].__name__ = "right"
     trainer = build_trainer(
@@ -207,7 +207,7 @@ def test_gauges_by_the_accuracy_of_the_group(tmp_path):
 
 
 def test_gauges_basic_and_all(tmp_path):
-    """Each is a part of the next, TRL's own metrics stay, and every log has one order of its keys."""
+    """Gauges "basic" are a part of "all", TRL's own metrics stay, and all logs have the same order of keys."""
     # The second log begins within a generation, so that its metrics come in another order.
     options = {"max_steps": 4, "num_iterations": 3, "logging_steps": 2, "top_entropy_quantile": 0.5}
     logs = {}
@@ -242,7 +242,7 @@ def test_gauges_basic_and_all(tmp_path):
 
 
 def test_a_number_that_is_not_there_is_not_logged(tmp_path, monkeypatch):
-    """A constant reward correlates with nothing."""
+    """A constant reward has no correlation."""
     rewards = [short, lambda completions, **_: [1.0] * len(completions)]
     trainer = build_trainer(GRPOTrainer, GRPOConfig, tmp_path, rewards, gauges="all", max_steps=1)
     empty, bring = set(), trainer._log_order.bring

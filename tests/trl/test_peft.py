@@ -1,4 +1,4 @@
-"""LoRA under the TRL plugin: the same loss and gradients as TRL's, and no product for the gradient of a frozen head."""
+"""Test LoRA in the TRL integration: same loss and gradients as TRL, no product for the gradient of a frozen head."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The remedies against entropy collapse in a trainer of TRL: tokens picked and kept, temperatures by the entropy."""
+"""Test the remedies against entropy collapse in a trainer of TRL: picked and kept tokens, temperatures by entropy."""
 
 import contextlib
 import dataclasses
@@ -103,7 +103,7 @@ def test_the_loss_of_a_micro_batch_is_that_of_the_formula(trainer, monkeypatch, 
 
 
 def test_kl_cov_moves_completions_without_an_advantage(trainer, monkeypatch):
-    """So none of them runs without gradient."""
+    """Therefore none of them may run without gradient."""
     inputs = micro_batch(trainer, 1, on_policy=False, per_token_advantage=False, tool_mask=False)
     inputs["advantages"] = torch.tensor([0.0, -2.0, 0.0, -1.0])  # the mean is below 0: a likely token of those covaries
     trainer.loss_type = "kl_cov"
@@ -169,7 +169,7 @@ def trained(folder, size: int, **options):
 def test_a_global_selection_does_not_depend_on_the_size_of_micro_batches(tmp_path, which):
     whole, logs = trained(tmp_path / "8", 8, **GLOBAL[which])
     split, their_logs = trained(tmp_path / "2", 2, **GLOBAL[which])
-    # Adam's steps are signs at first: an element whose gradient is rounding noise may step the other way.
+    # Adam's first steps are signs: an element whose gradient is rounding noise may move in the other direction.
     assert (split - whole).abs().gt(1e-4).float().mean() < 1e-3
     for ours, theirs in zip(logs, their_logs, strict=True):
         for name in ("cov/logp_advantage", "entropy/p80", "rlloss/abs_log_ratio"):
@@ -212,7 +212,7 @@ def test_what_is_kept_and_picked_is_that_of_the_whole_generation(tmp_path):
 
 
 def test_without_a_pass_of_trls_the_generation_gets_one_of_its_own(tmp_path):
-    """On-policy TRL makes no pass without gradient."""
+    """TRL makes no pass without gradient if updates are on-policy."""
     trainer = build_trainer(
         GRPOTrainer, GRPOConfig, tmp_path, distinct, top_entropy_quantile=0.3, entropy_scope="generation",
         num_generations=4,
@@ -226,7 +226,7 @@ def test_without_a_pass_of_trls_the_generation_gets_one_of_its_own(tmp_path):
 
 
 def model_logits(trainer, inputs):
-    """[B, T, V] of the completions."""
+    """Logits [B, T, V] of the completions."""
     logits = trainer.model(**model_inputs(inputs)).logits
     return logits[:, -inputs["completion_ids"].shape[1] - 1 : -1]
 
@@ -234,7 +234,7 @@ def model_logits(trainer, inputs):
 @pytest.mark.parametrize("rule", [TWO_LEVEL, {"rule": "edt", "base": 1.3, "theta": 6.0},
                                   {"rule": "dynatemp", "low": 0.6, "high": 1.6}])  # fmt: skip
 def test_the_loss_is_at_the_temperatures_that_sampled(tmp_path, monkeypatch, rule):
-    """So the ratio is that of the distribution sampled from, and on-policy it is 1."""
+    """Then the ratio refers to the distribution that was sampled, and on-policy it is 1."""
     trainer = build_trainer(
         GRPOTrainer, GRPOConfig, tmp_path, distinct, dynamic_temperature=rule, num_iterations=2, num_generations=4,
         beta=0.05, top_entropy_quantile=0.4,
@@ -266,7 +266,7 @@ def test_the_loss_is_at_the_temperatures_that_sampled(tmp_path, monkeypatch, rul
     exact = {name: value for name, value in output.items() if name != "old_per_token_logps"}
     *_, metrics = loss_gradients_metrics(trainer, GRPOTrainer._compute_loss, exact)
     assert metrics["rlloss/on_policy_share"] == 1.0
-    # A pass of somebody else's is at temperature 1.
+    # Passes by other callers use temperature 1.
     logp, _ = token_numbers(trainer, output)
     plain = model_logits(trainer, output).log_softmax(-1)
     plain = plain.gather(-1, output["completion_ids"][..., None]).squeeze(-1)

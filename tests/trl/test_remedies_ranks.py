@@ -1,4 +1,4 @@
-"""Two processes select together and log together what one process would."""
+"""Test that two processes together select the same tokens and log the same metrics as one process."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ CASES = {
 
 
 def generation(trainer) -> dict:
-    """B completions as a generation leaves them."""
+    """B completions as after a generation."""
     inputs = random_inputs(trainer, seed=3, B=B, T=T)
     g = torch.Generator().manual_seed(5)
     inputs["rollout_entropy"] = torch.randint(0, 4, (B, T), generator=g) / 4.0  # ties

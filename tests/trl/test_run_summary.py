@@ -1,4 +1,4 @@
-"""What a TRL run says of itself, and that the numbers are those of what ran."""
+"""Test the lines that a TRL run prints about itself, and compare their numbers with counts of the run."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ NAMES = ("rlloss/products", "rlloss/products_plain", "rlloss/logits_mib_avoided"
 
 
 class Watched(GRPOTrainer):
-    """Keeps the micro-batches of the loss, and `pads` their completions by so many columns."""
+    """Stores the micro-batches of the loss, and pads their completions by `pads` columns."""
 
     pads = 0
     seen: list
@@ -38,7 +38,7 @@ class Watched(GRPOTrainer):
 
 
 def half(prompts, completion_ids, **_):
-    """A reward that tells the completions of every other prompt apart."""
+    """A reward that differs between the completions of every other prompt."""
     return [
         float(ids[0]) + 1e-3 * i if int(prompt.split()[0][1:]) % 2 else 1.0
         for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True))
@@ -53,7 +53,7 @@ def trainer_of(folder, rewards=half, pads=0, **options):
 
 
 def plain_flop(trainer, inputs) -> int:
-    """Of the lm_head's products with plain logits of the completions, forward and backward."""
+    """FLOP of the lm_head's products with plain logits of the completions, forward and backward."""
     T = inputs["completion_ids"].shape[1]
     model = trainer.accelerator.unwrap_model(trainer.model)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_products_and_logits_are_those_that_ran(tmp_path, monkeypatch, capsys, n
 
 
 def test_passes_of_the_generation_are_not_counted(tmp_path):
-    """With two iterations the old log-probabilities take a pass of their own."""
+    """With two iterations the old log-probabilities need a separate pass."""
     trainer = trainer_of(tmp_path, num_iterations=2, zero_advantage="keep", loss_type="dapo", lm_head_plan="keep")
     with count_products() as everything:
         trainer.train()
@@ -264,7 +264,7 @@ def test_two_ranks_count_together(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_a_compiled_model_counts_too(tmp_path, monkeypatch):
-    """Its calls say nothing of their plan; what they hold is then at most a tile of the whole micro-batch."""
+    """Compiled calls report no plan. They hold at most one tile of the whole micro-batch."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it; put back at the end
     trainer = trainer_of(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1, pads=20)
     calls = []

@@ -1,4 +1,4 @@
-"""The TRL plugin against TRL itself on random settings: one trainer object, TRL's `_compute_loss` and ours."""
+"""Test the TRL integration against TRL on random settings: one trainer, TRL's `_compute_loss` and rlloss's."""
 
 import contextlib
 import itertools
@@ -43,7 +43,7 @@ def trainers(tmp_path_factory):
 
 
 def backend_of(seed: int):
-    """Four settings of each loss type in the interpreter where there is one, the others in torch, which is faster."""
+    """Four settings of each loss type run in the interpreter if available, the others in torch, which is faster."""
     return contextlib.nullcontext() if seed // len(TRL_LOSS_TYPES) % 10 == 0 else backend("torch")
 
 

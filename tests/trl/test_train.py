@@ -1,4 +1,4 @@
-"""`rlloss train` on a model directory, a JSONL file and a reward module that the user wrote."""
+"""Test `rlloss train` on a model directory, a JSONL file and a reward module of the user."""
 
 import dataclasses
 import json
@@ -302,7 +302,7 @@ NEEDED = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", 
 
 
 def resumed(output_dir, capsys):
-    """(the step that "last" finds, what it says)."""
+    """(the step that "last" finds, the printed text)."""
     found = train.find_checkpoint("last", str(output_dir))
     return int(Path(found).name.removeprefix("checkpoint-")), capsys.readouterr().err
 
@@ -355,7 +355,7 @@ def of_deepspeed(folder):
 
 
 LAYOUTS = {
-    # how it is written: what has to be there
+    # how the checkpoint is written: its required files
     None: NEEDED,
     in_shards: NEEDED - {"model.safetensors"} | {"model.safetensors.index.json", "model-*-of-*.safetensors"},
     as_adapter: NEEDED - {"model.safetensors"} | {"adapter_model.safetensors", "adapter_config.json"},
@@ -367,7 +367,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: getattr(layout, "__name__", "one file"))
 def test_the_newest_complete_checkpoint_is_taken(trained, tmp_path, capsys, layout):
-    """With each of the newest one's files missing or cut off, the one before it."""
+    """If any file of the newest checkpoint is missing or truncated, the one before it is taken."""
     folder, newest = copies(tmp_path, trained, layout)
     capsys.readouterr()  # progress bars
     assert resumed(folder, capsys) == (10, "")
@@ -435,7 +435,7 @@ def test_what_the_trainer_has_not_written_does_not_matter(trained, tmp_path, cap
 
 
 def test_weights_alone_are_complete(trained, tmp_path, capsys):
-    """As save_only_model leaves them; one of the parts alone is missing."""
+    """A checkpoint of save_only_model has only weights and is complete. One that lacks only some parts is not."""
     folder, newest = copies(tmp_path, trained)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (newest / name).unlink()

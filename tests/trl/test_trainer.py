@@ -1,4 +1,4 @@
-"""The TRL plugin in use: options, training, metrics, what it refuses. Its loss against TRL's: test_sweep.py."""
+"""Test the TRL integration in use: options, training, metrics and errors. test_sweep.py tests its loss."""
 
 import importlib.util
 import inspect
@@ -30,7 +30,7 @@ def test_every_setting_that_only_some_losses_read_has_its_option():
     assert set(OPTIONS) == set().union(*READ_BY.values()) - {"max_log_ratio"}  # which TRL has not
 
 
-# Of TRL's; "clip_cov" and "kl_cov" raise instead: tests/trl/test_options.py.
+# TRL's loss types. "clip_cov" and "kl_cov" raise instead: tests/trl/test_options.py.
 @pytest.mark.parametrize("loss_type", [name for name in READ_BY if name not in ("clip_cov", "kl_cov")])
 def test_what_a_loss_does_not_read_is_not_passed(trainer, loss_type):
     setting = draw_setting(0) | PLAIN | {"loss_type": loss_type, "delta": 3.0, "level": "sequence"}

@@ -1,4 +1,4 @@
-"""Completions with zero advantage run without gradient or not at all: same loss, gradient and metrics as TRL's."""
+"""Test that dead completions run without gradient or not at all, with the same loss, gradient and metrics as TRL's."""
 
 import functools
 import logging
@@ -23,7 +23,7 @@ from tests.support.trl_harness import (
 from tests.support.zero_advantage_cases import DEAD, SPLITS, Echo, kill
 
 pytestmark = pytest.mark.usefixtures("on_torch")
-# Of the four micro-batches of a loss type: the dead rows, and the settings that look across a sequence.
+# The four micro-batches of a loss type: dead rows, and settings that read across a sequence.
 CASES = [
     ("half", {"per_token_advantage": False, "tool_mask": False, "on_policy": False}),
     ("all but one", {"rho": 0.5, "per_token_advantage": True, "tool_mask": True, "sampler": "sequence"}),
@@ -34,7 +34,7 @@ CASES = [
 
 @pytest.fixture
 def calls(trainer):
-    """(whether with gradient, hidden states) of every call of the first decoder layer."""
+    """(whether gradients are enabled, hidden states) of every call of the first decoder layer."""
     seen = []
     layer = trainer.model.model.layers[0]
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append((torch.is_grad_enabled(), args[0].detach())))
@@ -48,7 +48,7 @@ def option(trainer, monkeypatch):
 
 
 def rows_of(trainer, inputs: dict, hidden: torch.Tensor) -> list[int]:
-    """Which rows of the micro-batch a call of the first layer had."""
+    """The rows of the micro-batch in a call of the first layer."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[:, : hidden.shape[1]]
     embedded = trainer.model.model.embed_tokens(ids)
     return [next(i for i in range(4) if torch.equal(embedded[i], x)) for x in hidden]
@@ -148,7 +148,7 @@ class OwnCall(GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
 
-# What is said: what of the trainer is set to what.
+# Reason in the log: attribute of the trainer and its value.
 REASONS = {
     "dropout 0.1": lambda t: (t.model.model.layers[0], "act", torch.nn.Dropout(0.1)),
     "attention_dropout=0.2": lambda t: (t.model.model.layers[1].self_attn, "attention_dropout", 0.2),

@@ -1,4 +1,4 @@
-"""Which rows run how, how calls become one output, rows dealt out anew; whole training runs, and two ranks."""
+"""Test how rows are split into calls and merged into one output, reordered rows, training runs, and two ranks."""
 
 import math
 import os
@@ -112,7 +112,7 @@ def test_rows_are_read_once_and_again_where_someone_changed_them(monkeypatch):
 
 
 def half_of_the_groups(prompts, completion_ids, **_):
-    """A reward that teaches something about every other prompt only."""
+    """A reward with a signal for every other prompt only."""
     return [
         float(ids[0]) + 1e-3 * i if int(prompt.split()[0][1:]) % 2 else 1.0
         for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True))
@@ -160,13 +160,13 @@ def test_a_training_run_ends_where_one_without_the_option_ends(runs, name):
 
 
 def _on_a_rank(rank: int, port: int, folder: str) -> None:
-    """Rank 0 has no live row, rank 1 no dead one. DDP broadcasts its buffers at every call: calls have to match."""
+    """Rank 0 has no live row, rank 1 no dead row. DDP broadcasts its buffers at every call, so calls must match."""
 
     def rewards(prompts, **_):
         return [float(rank * i) for i in range(len(prompts))]
 
     weights = []
-    for choice in ("keep", "forward_only"):  # the second trainer stays for what follows
+    for choice in ("keep", "forward_only"):  # the second trainer is used below
         trainer = build_trainer(
             GRPOTrainer, GRPOConfig, f"{folder}/{rank}/{choice}", rewards,
             zero_advantage=choice, max_steps=2, gradient_accumulation_steps=2, learning_rate=1e-2, ddp_timeout=60,
@@ -201,7 +201,7 @@ def _on_a_rank(rank: int, port: int, folder: str) -> None:
             found, made = gradient(model, choice)
             assert made == sequence, (choice, made)
             assert (found - expected).norm() <= 1e-5 * expected.norm(), choice
-        # Agreed once for all micro-batches: afterwards only the metrics are reduced.
+        # The ranks agree once for all micro-batches. Afterwards only the metrics are reduced.
         plan, reduce, counted = trainer._zero_advantage, trainer.accelerator.reduce, []
         trainer.accelerator.reduce = lambda *args, **kwargs: counted.append(1) or reduce(*args, **kwargs)
         trainer.args.zero_advantage = "forward_only"
@@ -215,7 +215,7 @@ def _on_a_rank(rank: int, port: int, folder: str) -> None:
             loss = trainer._compute_loss(model, batch)
             loss.backward()
             assert calls == sequence and len(counted) == 1
-        # Where one rank has images, which are not split, no rank splits.
+        # Images are not split. If one rank has images, no rank splits.
         seeing = inputs | ({"pixel_values": torch.zeros(4, 2)} if rank else {})
         plan.memory.remember([], None)
         assert plan.apart(model, seeing, None)[0].parts == Parts([0, 1, 2, 3], [])

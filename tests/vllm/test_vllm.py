@@ -1,4 +1,4 @@
-"""The processors for vLLM, driven as its two model runners drive them; vLLM itself need not be there."""
+"""Test the processors for vLLM with calls as from its two model runners. vLLM itself need not be installed."""
 
 import abc
 import enum
@@ -69,7 +69,7 @@ def logits_of(rows, seed=0):
 
 
 def expected(logits, settings_of_rows):
-    """Each row alone."""
+    """Expected logits, one row at a time."""
     out = logits.clone()
     for i, settings in enumerate(settings_of_rows):
         if settings is not None:
@@ -96,12 +96,12 @@ def test_v1_follows_the_batch():
     check_v1(processor, [TWO, None, EDT, TWO])
     update(BatchUpdate(4, moved=[(0, 1, MoveDirectionality.SWAP), (2, 3, MoveDirectionality.SWAP)]))
     check_v1(processor, [None, TWO, TWO, EDT])
-    # row 1 ends, the last row takes its place; then both at once with a newcomer
+    # row 1 ends and the last row takes its place; then both in one update, with a new request
     update(BatchUpdate(3, removed=[1], moved=[(3, 1, MoveDirectionality.UNIDIRECTIONAL)]))
     check_v1(processor, [None, EDT, TWO])
     update(BatchUpdate(3, removed=[2], added=[added(2, DYN)], moved=[(2, 0, MoveDirectionality.SWAP)]))
     check_v1(processor, [DYN, EDT, None])
-    # a row without settings takes, or moves to, the place of one with them, which nobody removed
+    # a request without settings takes, or moves to, the row of one with settings that was not removed
     update(BatchUpdate(3, added=[added(0, None)]))
     check_v1(processor, [None, EDT, None])
     update(BatchUpdate(2, moved=[(2, 1, MoveDirectionality.UNIDIRECTIONAL)]))
@@ -119,7 +119,7 @@ def test_v1_against_a_ledger_of_random_batches():
     for step in range(60):
         gone = sorted(g.choice(len(rows), size=g.integers(0, len(rows) + 1), replace=False).tolist(), reverse=True)
         new = [kinds[i] for i in g.integers(0, 4, size=g.integers(0, 4))]
-        # As vLLM does: newcomers fill the gaps from below, then rows from the end fill what is left.
+        # As in vLLM: new requests fill the gaps from below, then rows from the end fill the other gaps.
         gaps, rows, additions, moves = sorted(gone), list(rows), [], []
         for i in gone:
             rows[i] = "gone"
@@ -217,7 +217,7 @@ def test_named_and_installed_it_divides_once():
 
 
 def fake_vllm(monkeypatch, with_v2: bool) -> tuple[Any, Any]:
-    """vLLM's two abstract classes, where vLLM has them."""
+    """Fake modules with vLLM's two abstract classes."""
 
     class V1(abc.ABC):
         @classmethod
@@ -277,7 +277,7 @@ def test_with_vllm_the_class_is_what_both_loaders_want(monkeypatch, with_v2):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # V1's loader, then V2's: a subclass is asked for, and called with what its model runner has.
+    # V1's loader, then V2's: each requires a subclass, and calls it with the arguments of its model runner.
     assert issubclass(module.EntropyTemperature, V1) and issubclass(module.EntropyTemperature, V2) is with_v2
     first = module.EntropyTemperature(object(), DEVICE, False)
     assert isinstance(first, V1) and not first.needs_output_token_ids() and not first.is_argmax_invariant()

@@ -1,1 +1,1 @@
-"""`rlloss demo`: a small model, trained plain and with remedies."""
+"""Implement `rlloss demo`, which trains a small model with plain GRPO and with remedies."""

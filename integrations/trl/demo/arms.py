@@ -1,4 +1,4 @@
-"""The arms that `rlloss demo` compares, what one of them measured, and whether its remedy acted at all."""
+"""Define the arms that `rlloss demo` compares, and store their results. Test whether the remedy of an arm acted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlloss.loss_types import LOSSES
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """A name, the GRPOConfig options in which this arm differs from the others, and what it is."""
+    """An arm: its name, the GRPOConfig options in which it differs from the others, and a description."""
 
     name: str
     options: dict[str, Any]
@@ -39,10 +39,10 @@ ARMS = (
 
 _PLAIN = ARMS[0].options
 _COVARIANCE = {"ratio": 0.02, "scope": "generation"}
-"""2 % of a few thousand tokens. The papers' 2e-4 is of millions, and would be one token here."""
+"""2 %, because the demo picks among a few thousand tokens. The paper's 2e-4 would be one token here."""
 
 PERCENTILE_80 = "80th percentile"
-"""In the place of a temperature's cutoff: that of the warm-started model's entropies."""
+"""Placeholder for a temperature's cutoff: the 80th percentile of the entropies of the warm-started model."""
 
 REMEDIES = {
     "Tokens and clips": [
@@ -75,12 +75,12 @@ REMEDIES = {
         ArmSpec("remedies", ARMS[1].options, "clip-higher, top-entropy and GDPO at once"),
     ],
 }  # fmt: skip
-"""Section of the report -> its arms, each different from plain GRPO in one thing, but for the last."""
+"""Section of the report -> its arms. Each differs from plain GRPO in one thing, except the last arm."""
 
 
 @dataclass
 class ArmResult:
-    """What one arm measured: a dict of metrics per step, held-out scores (mean, standard error) and seconds."""
+    """Results of one arm: a dict of metrics per step, held-out scores (mean, standard error) and seconds."""
 
     name: str
     options: dict[str, Any]
@@ -89,7 +89,7 @@ class ArmResult:
     seconds: float
     inactive: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What the CollapseMonitor found: sentences ("Step 22: the entropy collapses. ..."), or in a comparison over seeds
+    """Findings of the CollapseMonitor: sentences ("Step 22: the entropy collapses. ..."), or in a comparison over seeds
     "step 22: entropy_collapse"."""
 
     @property
@@ -99,12 +99,12 @@ class ArmResult:
 
 
 def _picked(options: dict[str, Any]) -> str | None:
-    """What becomes of the tokens that the loss picks by covariance; None: it picks none."""
+    """How the loss treats the tokens that it picks by covariance. None: it picks none."""
     row = LOSSES.get(options.get("loss_type", ""))
     return None if row is None else row.picked
 
 
-# A remedy's option -> the metric that shows it at work, how it has to differ from a number, and what it is called.
+# Part of an arm -> the metric that shows its effect, a test of that metric, and a test whether the options ask for it.
 _EVIDENCE = {
     "entropy mask": ("entropy/kept_share", lambda v: v < 1.0, lambda o: o.get("top_entropy_quantile", 1.0) < 1.0),
     "covariance": ("cov/selected_share", lambda v: v > 0.0, lambda o: _picked(o) is not None),
@@ -116,11 +116,11 @@ _EVIDENCE = {
 
 
 def what_never_acted(history: Sequence[dict[str, float | None]], options: dict[str, Any]) -> list[str]:
-    """The parts of an arm that changed nothing in any step: comparing it would be comparing nothing.
+    """Return the parts of an arm that had no effect in any step. Comparing such an arm would be meaningless.
 
-    "clip": no token was ever clipped ("ratio", with a loss that does not clip: every ratio was always 1). The others
-    were asked for, but "entropy mask" kept every token of every step, "covariance" picked none, "entropy bonus" had no
-    weight, "temperature" was the same for all tokens.
+    "clip": no token was ever clipped. "ratio": the loss does not clip, and every ratio was always 1. The other parts
+    are listed only if the options ask for them. "entropy mask": every token was kept in every step. "covariance": no
+    token was picked. "entropy bonus": its weight was 0. "temperature": it was the same for all tokens.
     """
 
     def ever(metric: str, acts: Callable[[float], bool]) -> bool:
@@ -138,9 +138,9 @@ def what_never_acted(history: Sequence[dict[str, float | None]], options: dict[s
 
 
 def start_and_end(history: Sequence[dict[str, float | None]], metric: str) -> tuple[float, float]:
-    """Means over the first and the last tenth of the values (at least one); NaN where there are none.
+    """Return the means over the first and the last tenth of the values (at least one value). NaN if there are none.
 
-    Values, not steps: rewards are measured once per generation, which serves `UPDATES_PER_GENERATION` steps.
+    The tenths are of values, not of steps: rewards have one value per generation, for `UPDATES_PER_GENERATION` steps.
     """
     values = [v for row in history if (v := row.get(metric)) is not None]
     if not values:
@@ -150,7 +150,7 @@ def start_and_end(history: Sequence[dict[str, float | None]], metric: str) -> tu
 
 
 def verdict(arms: Sequence[ArmResult]) -> list[str]:
-    """What the first arm and the others came to, a sentence each; nothing is said of what was not measured."""
+    """Compare the first arm and the others, one sentence each. Metrics that were not measured are left out."""
     plain, *others = arms
     said = []
     for arm in others:
@@ -181,6 +181,6 @@ def verdict(arms: Sequence[ArmResult]) -> list[str]:
 
 
 def mean(history: Sequence[dict[str, float | None]], metric: str) -> float | None:
-    """Over the steps that have it; None: none has."""
+    """Mean of a metric over the steps that have it. None: no step has it."""
     values = [v for row in history if (v := row.get(metric)) is not None]
     return sum(values) / len(values) if values else None

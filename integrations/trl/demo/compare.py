@@ -1,8 +1,8 @@
-"""`rlloss demo --full`: every remedy against plain GRPO, over several seeds.
+"""Run `rlloss demo --full`: compare every remedy with plain GRPO, over several seeds.
 
-A seed has its own data, warm start and sampling; within it every arm starts from the same weights with the same
-prompts. So arms are compared by their differences to plain GRPO within a seed. What is done is kept: an interrupted
-comparison goes on where it stopped.
+Each seed has its own data, warm start and sampling. Within a seed all arms start from the same weights and prompts, so
+each arm is compared with plain GRPO of the same seed. Results are stored: an interrupted comparison continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ PANELS = (
     report.Panel("cov/logp_advantage", "Cov(log-probability, advantage)", "nats"),
     report.Panel("rlloss/live_share", "Live: loss gradient not zero", "share of tokens", low=0.0, high=1.0),
 )
-# Two-sided 95 % points of Student's t by degrees of freedom; beyond, that of the normal distribution is near enough.
+# Two-sided 95 % points of Student's t by degrees of freedom. Beyond the table the normal distribution is close enough.
 _T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Difference(NamedTuple):
-    """Of an arm to plain GRPO: mean over seeds, standard error, and whether 0 lies outside the 95 % interval."""
+    """Difference of an arm to plain GRPO: mean over seeds, standard error, and whether the 95 % interval excludes 0."""
 
     mean: float
     error: float
@@ -69,7 +69,7 @@ class Difference(NamedTuple):
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
-    """Paired, seed by seed. One seed has no error, and nothing is distinct."""
+    """Compute the paired difference, seed by seed. With one seed the error is unknown and nothing is distinct."""
     paired = [a - b for a, b in zip(values, base, strict=True)]
     mean, n = statistics.fmean(paired), len(paired)
     if n < 2:
@@ -79,7 +79,7 @@ def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
 
 
 def chosen(names: Sequence[str] | None) -> list[ArmSpec]:
-    """The arms of these names, plain GRPO always first; None: all."""
+    """Return the arms with these names, or all for None. Plain GRPO always comes first."""
     known = {arm.name: arm for arms in REMEDIES.values() for arm in arms}
     for name in names or ():
         if name not in known and name != BASE.name:
@@ -97,10 +97,10 @@ def run_comparison(
     held_out_samples: int = HELD_OUT_SAMPLES,
     console: Console | None = None,
 ) -> dict[str, list[ArmResult]]:
-    """Train every arm with every seed, print a table, write ``comparison.html``, ``.md`` and ``.json``.
+    """Train every arm with every seed, print a table, and write ``comparison.html``, ``.md`` and ``.json``.
 
-    Returns arm -> its results by seed. `arms`: names of `REMEDIES`; None: all. A result in
-    ``output_dir/seed-0/<arm>.json`` with the same settings and versions is taken as it is.
+    Returns the results of each arm by seed. `arms`: names of arms in `REMEDIES`; None: all. A result in
+    ``output_dir/seed-0/<arm>.json`` with the same settings and versions is reused.
     """
     for name, value in (("steps", steps), ("seeds", seeds)):
         if value < 1:
@@ -135,7 +135,7 @@ def run_comparison(
 
 
 class _Start:
-    """One seed's data and warm-started weights."""
+    """The data and the warm-started weights of one seed."""
 
     def __init__(self, seed: int, warm_start_steps: int):
         self.seed = seed
@@ -166,7 +166,7 @@ class _Start:
 
 @torch.no_grad()
 def entropy_percentile(model: Any, tokenizer: Any, problems: list, *, seed: int, share: float = 0.2) -> float:
-    """The entropy that `share` of the tokens exceed where the model samples completions of the problems, in nats."""
+    """Sample completions of the problems, and return the entropy in nats that a `share` of their tokens exceeds."""
     model.eval()
     batch = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True).to(model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -187,20 +187,20 @@ def _read(file: Path, key: dict) -> ArmResult | None:
             return None
         result = ArmResult(**record["result"])
         result.held_out = {name: (mean, error) for name, (mean, error) in result.held_out.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or not one of ours
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # no result yet, or a file of another kind
         return None
     return result
 
 
 def _of_seeds(results: list[ArmResult], of: str) -> list[float]:
-    """One number per seed: a held-out score, or a metric's mean over the last tenth of the steps."""
+    """Return one number per seed: a held-out score, or the mean of a metric over the last tenth of the steps."""
     if of in REWARD_METRICS.values():
         return [result.held_out[of][0] for result in results]
     return [start_and_end(result.history, of)[1] for result in results]
 
 
 def tables(results: dict[str, list[ArmResult]]) -> list[report.Table]:
-    """Held-out scores, the end of training, and whether each remedy acted."""
+    """Make tables of held-out scores, of the end of training, and of whether each remedy acted."""
     held_out = {"answer right": ("answer_right", 3), "format right": ("format_right", 3)}
     training = {"entropy": ("entropy", 3), "its p80": ("entropy/p80", 3), "live share": ("rlloss/live_share", 2)}
     seeds = len(results[BASE.name])
@@ -248,7 +248,7 @@ def _union(results: list[ArmResult], field: str) -> str:
 
 
 def _first_warnings(results: list[ArmResult]) -> str:
-    """Each kind with the first step of every seed. A warning reads "step 22: entropy_collapse"."""
+    """List each kind of warning with its first step in every seed. A warning reads "step 22: entropy_collapse"."""
     first: list[dict[str, str]] = []
     for result in results:
         of_seed: dict[str, str] = {}
@@ -261,7 +261,7 @@ def _first_warnings(results: list[ArmResult]) -> str:
 
 
 def mean_curve(histories: Sequence[Sequence[dict[str, float | None]]], metric: str) -> list[float | None]:
-    """Mean over seeds at each step; None where a seed has no value."""
+    """Mean over seeds at each step. None where a seed has no value."""
     curves = zip(*(plotted(history, metric) for history in histories), strict=True)
     return [None if any(v is None for v in at) else statistics.fmean(at) for at in curves]  # type: ignore[type-var]
 

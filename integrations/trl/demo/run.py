@@ -1,7 +1,7 @@
-"""The main job: GRPO with real generation through TRL, on a policy small enough for two CPU cores.
+"""Run `rlloss demo`: GRPO with real generation through TRL, on a policy small enough for two CPU cores.
 
-One warm start, then the same weights, seed and prompts are trained once per arm: plain GRPO, and GRPO with three
-remedies against early loss of entropy. Whichever arm comes out ahead, the report shows what was measured.
+After one warm start, each arm trains from the same weights with the same seed and prompts: plain GRPO, and GRPO with
+three remedies against early loss of entropy. The report shows the measurements, whichever arm is better.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from rlloss.report.run_report import write_run_report
 
 WARM_START_STEPS, HELD_OUT_SAMPLES = 240, 8
 LOGS = ("run.json", "metrics.jsonl", "findings.jsonl")
-"""Beside tokens/, what a run appends to."""
+"""Files that a run appends to, in addition to those in tokens/."""
 QUICK = {"steps": 60, "warm_start_steps": 120, "held_out_samples": 4}
 STEPS_PER_GENERATION, NUM_ITERATIONS = 4, 2
 UPDATES_PER_GENERATION = STEPS_PER_GENERATION * NUM_ITERATIONS
-"""With one update per generation every ratio is exactly 1 and no clip can act."""
+"""More than 1: with one update per generation every ratio is exactly 1 and no clip can act."""
 
 REWARD_METRICS = {f"rewards/{reward.__name__}/mean": reward.__name__ for reward in task.REWARDS}
 
@@ -70,10 +70,10 @@ def run_demo(
     arms: Sequence[ArmSpec] = ARMS,
     console: Console | None = None,
 ) -> DemoResult:
-    """Warm start, train and score every arm, print a table, write ``report.html`` and ``history.json``.
+    """Warm-start a model, train and score every arm, print a table, and write ``report.html`` and ``history.json``.
 
-    `steps` are optimizer steps per arm; `held_out_samples` completions are drawn per held-out prompt. Runs on CUDA
-    where there is one, else on the CPU; fetches nothing.
+    `steps`: optimizer steps per arm. `held_out_samples`: completions per held-out prompt. The demo runs on CUDA if
+    available, otherwise on the CPU. It downloads nothing.
     """
     for name, value in (
         ("steps", steps),
@@ -135,7 +135,7 @@ def run_demo(
 
 
 def fresh_run_folder(folder: Path) -> Path:
-    """The folder, without the logs of an earlier demo. What else is in it stays."""
+    """Remove the logs of an earlier demo from the folder, and return it. Other files stay."""
     report.make_folder(folder)
     for log in (*LOGS, *(folder / "tokens").glob("process-*.jsonl")):
         (folder / log).unlink(missing_ok=True)
@@ -143,7 +143,7 @@ def fresh_run_folder(folder: Path) -> Path:
 
 
 class Student(NamedTuple):
-    """Who learns, and from what."""
+    """The model to train, with its tokenizer and dataset."""
 
     model: Any
     tokenizer: Any
@@ -153,7 +153,7 @@ class Student(NamedTuple):
 def train_arm(
     student: Student, options, steps, seed, folder, callback, token_log_steps=0
 ) -> tuple[list[dict[str, float | None]], list[Finding]]:
-    """Train in place; (metrics of each step, what the monitor of collapse found)."""
+    """Train the model in place. Return the metrics of each step, and the findings of the CollapseMonitor."""
     model, tokenizer, dataset = student
     monitor = CollapseMonitor()
     settings = {"loss_type": "dapo", **options}
@@ -188,18 +188,18 @@ def train_arm(
         processing_class=tokenizer,
         callbacks=[callback, monitor],
     )
-    for callback_class in (transformers.PrinterCallback, RunSummary):  # the demo says itself what it does
+    for callback_class in (transformers.PrinterCallback, RunSummary):  # the demo prints its own progress
         trainer.remove_callback(callback_class)
     trainer.train()
     history = [_finite(row) for row in trainer.state.log_history if "entropy" in row]
     if options.get("top_entropy_quantile", 1.0) >= 1.0:
-        for row in history:  # no mask: every token is kept by definition
+        for row in history:  # without a mask every token is kept
             row.setdefault("entropy/kept_share", 1.0)
     return history, monitor.findings
 
 
 def _finite(row: dict[str, Any]) -> dict[str, float | None]:
-    """Numbers only, None for what JSON has no number for."""
+    """The row with None for numbers that JSON cannot hold."""
     return {
         key: float(value) if value is not None and math.isfinite(value) else None
         for key, value in row.items()
@@ -227,7 +227,7 @@ def progress_bars(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, and lose much where another process wants the cores."""
+    """Use one thread inside this context. Small matrices gain nothing from more, and lose if the cores are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -238,9 +238,9 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors from transformers, no bars from datasets, none of the warnings these libraries give each other."""
+    """Silence transformers except for errors, the progress bars of datasets, and the warnings of both libraries."""
     verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    monitor = logging.getLogger(CollapseMonitor.__module__)  # what it finds is in the report
+    monitor = logging.getLogger(CollapseMonitor.__module__)  # its findings are in the report
     level = monitor.level
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|datasets|torch)\.")
@@ -293,7 +293,7 @@ def _held_out_table(result: DemoResult) -> report.Table:
 
 
 def plotted(history: Sequence[dict[str, float | None]], metric: str) -> list[float | None]:
-    """One value per step; a generation's rewards hold for all the steps that train on it."""
+    """Return one value per step. The rewards of a generation hold for all steps that train on it."""
     values = [row.get(metric) for row in history]
     if metric in REWARD_METRICS:
         for i in range(1, len(values)):

@@ -1,11 +1,12 @@
-"""A task small enough to train on two CPU cores: add and subtract two numbers, and wrap the answer in a tag.
+"""Define a task small enough for two CPU cores: add or subtract two numbers, and wrap the answer in a tag.
 
-The prompt is ``27+15=`` and the wanted completion ``<a>42</a>``, one token per character. Everything is made here, from
-a seed: tokenizer, model, prompts and the text of the supervised warm start. That text is imperfect on purpose (wrong
-answers, broken tags), so that the policy starts with rewards in the middle of their range and with entropy to lose.
+For the prompt ``27+15=`` the right completion is ``<a>42</a>``, with one token per character. A seed determines
+everything: tokenizer, model, prompts and the text of the supervised warm start. That text has wrong answers and broken
+tags on purpose. The policy therefore starts with medium rewards and with entropy to lose.
 
-The two rewards are independent: a right number in a broken tag earns only `answer_right`, a wrong number in a proper
-tag only `format_right`. That is the case in which summing rewards before normalising them hides which one was earned.
+The two rewards are independent: a right number in a broken tag earns only `answer_right`, and a wrong number in a
+proper tag earns only `format_right`. If such rewards are summed before they are normalised, the sum hides which one was
+earned.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 PAD, EOS = "<pad>", "<eos>"
 ALPHABET = "0123456789+-=<>/a"
 MAX_COMPLETION_LENGTH = 12
-"""Tokens: ``<a>``, up to three digits, ``</a>``, end of text, and one to spare."""
+"""In tokens: ``<a>``, up to three digits, ``</a>``, end of text, and one spare token."""
 
 WRONG_ANSWER_SHARE = 0.15
 BROKEN_FORMAT_SHARE = 0.5
@@ -44,7 +45,7 @@ class Problem:
 
 
 def make_problems(*, operand_limit: int = 25, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
-    """All ``a+b``, and all ``a-b`` that are not negative, with 0 <= a, b < `operand_limit`: (training, held out).
+    """Make all ``a+b``, and all ``a-b`` >= 0, with 0 <= a, b < `operand_limit`. Return (training, held out).
 
     The held-out tenth appears neither in the warm start nor among the prompts of the policy training.
     """
@@ -59,18 +60,18 @@ def make_problems(*, operand_limit: int = 25, seed: int = 0) -> tuple[list[Probl
 
 
 def make_dataset(problems: list[Problem]) -> Dataset:
-    """A `datasets.Dataset` with the columns ``prompt`` (str) and ``answer`` (int), as GRPO trainers take it."""
+    """Make a `datasets.Dataset` with the columns ``prompt`` (str) and ``answer`` (int), as GRPO trainers take it."""
     return Dataset.from_dict({"prompt": [p.prompt for p in problems], "answer": [p.answer for p in problems]})
 
 
 def answer_right(completions: list[str], answer: list[int], **_: object) -> list[float]:
-    """1.0 where the first number in the completion is the answer, whatever surrounds it, else 0.0."""
+    """Return 1.0 for each completion whose first number is the answer, with or without tags, else 0.0."""
     found = (_NUMBER.search(text) for text in completions)
     return [float(match is not None and int(match.group()) == a) for match, a in zip(found, answer, strict=True)]
 
 
 def format_right(completions: list[str], **_: object) -> list[float]:
-    """1.0 where the completion is exactly ``<a>``, one whole number, ``</a>``, right or wrong, else 0.0."""
+    """Return 1.0 for each completion that is exactly ``<a>``, a whole number (right or wrong), ``</a>``, else 0.0."""
     return [float(_WELL_FORMED.fullmatch(text) is not None) for text in completions]
 
 
@@ -78,7 +79,7 @@ REWARDS: tuple[Callable[..., list[float]], ...] = (answer_right, format_right)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of `ALPHABET`, with padding on the left as generation needs it."""
+    """Make a tokenizer with one token per character of `ALPHABET`. It pads on the left, as generation requires."""
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")  # type: ignore[assignment]
@@ -93,7 +94,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(*, seed: int = 0, hidden_size: int = 128, layers: int = 3) -> LlamaForCausalLM:
-    """A fp32 Llama with fresh weights: 0.5 million parameters at the default size."""
+    """Make an fp32 Llama with random weights. It has 0.5 million parameters at the default size."""
     config = LlamaConfig(
         vocab_size=len(ALPHABET) + 2,
         hidden_size=hidden_size,
@@ -113,7 +114,7 @@ def make_model(*, seed: int = 0, hidden_size: int = 128, layers: int = 3) -> Lla
 
 
 def imperfect_completion(problem: Problem, rng: random.Random) -> str:
-    """What the warm start imitates: off by a little in `WRONG_ANSWER_SHARE`, badly wrapped in `BROKEN_FORMAT_SHARE`."""
+    """A warm-start completion, with a wrong number in `WRONG_ANSWER_SHARE`, a broken tag in `BROKEN_FORMAT_SHARE`."""
     number = problem.answer
     if rng.random() < WRONG_ANSWER_SHARE:
         number += rng.choice((-10, -2, -1, 1, 2, 10))
@@ -130,7 +131,7 @@ def warm_start(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Iterator[float]:
-    """Supervised steps on `imperfect_completion`s, in place; yields each step's loss in nats per completion token."""
+    """Train in place on texts of `imperfect_completion`. Yield each step's loss in nats per completion token."""
     rng = random.Random(seed)
     optimizers = _optimizers(model)
     schedules = [
@@ -141,7 +142,7 @@ def warm_start(
         chosen = rng.choices(problems, k=batch_size)
         texts = [p.prompt + imperfect_completion(p, rng) + EOS for p in chosen]
         batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-        # Padding is on the left, so a completion ends at the right edge and its length says where it begins.
+        # Padding is on the left, so each completion ends at the right edge, and its length gives its first column.
         lengths = torch.tensor([len(tokenizer.tokenize(t)) - len(p.prompt) for t, p in zip(texts, chosen, strict=True)])
         positions = torch.arange(batch["input_ids"].shape[1]) - batch["input_ids"].shape[1]
         counts = (positions[None, :] >= -lengths[:, None]).to(model.device)
@@ -155,7 +156,7 @@ def warm_start(
 
 
 def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices: it learns the sums in about half of AdamW's steps."""
+    """AdamW, and Muon for the matrices, which needs about half of AdamW's steps to learn the sums."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         (matrices if "_proj." in name else others).append(parameter)
@@ -163,8 +164,8 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 class _Muon(torch.optim.Optimizer):
-    """torch.optim.Muon without weight decay, in fp32: torch 2.8 has none, and torch's multiplies in bf16, which a CPU
-    without units for it does many times slower. Source: Keller Jordan, kellerjordan.github.io/posts/muon.
+    """Muon without weight decay, in fp32. torch 2.8 has no Muon, and torch.optim.Muon multiplies in bf16, which is many
+    times slower on a CPU without bf16 units. Source: Keller Jordan, kellerjordan.github.io/posts/muon.
     """
 
     @torch.no_grad()
@@ -177,7 +178,7 @@ class _Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix, by five steps of Newton and Schulz."""
+    """Approximate the nearest orthogonal matrix by five Newton-Schulz steps."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -198,7 +199,7 @@ def evaluate(
 ) -> dict[str, tuple[float, float]]:
     """Sample `samples` completions per problem at temperature 1 and score them.
 
-    Returns reward name -> (mean, standard error of the mean over problems); the draw depends on `seed` alone.
+    Returns reward name -> (mean, standard error of the mean over problems). The samples depend on `seed` alone.
     """
     if samples < 1 or not problems:
         raise ValueError(
