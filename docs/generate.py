@@ -7,6 +7,7 @@ A page has `<!-- figures: NAME -->` where a block begins and `<!-- end -->` behi
 """
 
 import ast
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,17 @@ def settings(loss_type: str) -> list[str]:
     return lines
 
 
+def options_of_the_plugin() -> list[str]:
+    """What GRPOConfig has beside TRL's options."""
+    from rlloss.integrations.trl.config import PluginOptions
+
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(PluginOptions):
+        text = field.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {text} |")
+    return lines
+
+
 def groups_of_rewards() -> list[str]:
     from tests.rewards.test_resolution import markdown
 
@@ -93,6 +105,7 @@ def plan_of_qwen() -> list[str]:
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     **TABLES,
     **{f"settings of {name}": (lambda name=name: settings(name)) for name in LOSSES},
+    "options of the plugin": options_of_the_plugin,
     "resolution": groups_of_rewards,
     "advantages of four": lambda: advantages("One group of four"),
     "advantages of three groups": lambda: advantages("Three groups of two"),

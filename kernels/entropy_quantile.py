@@ -1,13 +1,13 @@
-"""The exact order statistic of the token entropies, by radix select.
+"""These Triton kernels find the exact quantile of the token entropies by radix select.
 
 The bits of an fp32 value become an int32 key whose unsigned order is the order of the values; both zeros have one key.
-A wanted rank's key is found from its top in four passes of 8 bits. In each, many programs count the next digit of the
-values that share the bits known so far, and then one program finds the bin that holds the rank. Two ranks are followed
-at once: those next below and above the position that a linear interpolation asks for. Between the two kernels, the
-histograms of several shards may be added up: then all find what one would in all the values.
+The key of a rank is found from its top bits in four passes of 8 bits. In each pass, many programs count the next digit
+of the values that share the bits known so far. Then one program finds the bin that holds the rank. Two ranks are
+followed at once, next below and above the position of a linear interpolation. Between the two kernels the histograms of
+several shards may be added up; every shard then finds the quantile of all values.
 
-Nothing is sorted, counts are int64, and the host learns nothing. Bytes read for N values: 20 N with a mask, 16 N
-without; where single tokens are chosen, one more pass and one tile.
+Nothing is sorted, counts are int64, and nothing is read back to the host. The kernels read 20 N bytes for N values with
+a mask and 16 N without. Choosing single tokens takes one more pass and one tile.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, on_16_bytes, processors
 
-BITS = 8  # a warp counts every bin in its registers: 11 bits would take three passes, and spill
+BITS = 8  # a warp counts every bin in its registers; 11 bits would take three passes but spill
 BINS = 1 << BITS
 BLOCK = 2048
 HISTOGRAM_WARPS, NARROW_WARPS, TIES_WARPS = 16, 4, 8
-SHIFTS = (24, 16, 8, 0)  # of the digit of each pass
-# A state: both keys as far as they are known, both ranks among the values that share those bits, how many values
-# count, and how many of the values that equal the upper one are at or above its rank.
+SHIFTS = (24, 16, 8, 0)  # shift of the digit in each pass
+# A state holds the known bits of both keys, both ranks among the values that share those bits, the number of values
+# that count, and the number of values equal to the upper one that are at or above its rank.
 STATE = 6
 EXACT_IN_FP32 = 1 << 24  # whole numbers up to here are exact in fp32
 SIGN: tl.constexpr = tl.constexpr(-(1 << 31))
@@ -32,11 +32,11 @@ SIGN: tl.constexpr = tl.constexpr(-(1 << 31))
 
 @triton.jit
 def _keys(entropy_ptr, mask_ptr, offsets, N):
-    """(keys, which of them count)."""
+    """Return (keys, bool: the key counts)."""
     inside = offsets < N
     bits = tl.load(entropy_ptr + offsets, mask=inside, other=0.0).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    counted = inside & (magnitude <= 0x7F800000)  # above infinity lies NaN
+    counted = inside & (magnitude <= 0x7F800000)  # NaN has a larger magnitude than infinity
     if mask_ptr is not None:
         counted = counted & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
     bits = tl.where(magnitude == 0, 0, bits)
@@ -45,14 +45,14 @@ def _keys(entropy_ptr, mask_ptr, offsets, N):
 
 @triton.jit
 def _value(key):
-    """The value of a key (an int64 that holds it)."""
+    """Return the value of a key (an int64 that holds it)."""
     key = key.to(tl.int32)
     return (key ^ ((~(key >> 31)) | SIGN)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _position(n, fraction, rounded_up_to):
-    """(n - 1) times the fraction in fp32: in fp64, and rounded to fp32 where n is at most rounded_up_to."""
+    """Return (n - 1) times the fp32 fraction in fp64, rounded to fp32 if n is at most rounded_up_to."""
     last = tl.maximum(n - 1, 0).to(tl.float64)
     position = last * (last * 0.0 + fraction).to(tl.float32).to(tl.float64)
     return tl.where(n <= rounded_up_to, position.to(tl.float32).to(tl.float64), position)
@@ -60,10 +60,10 @@ def _position(n, fraction, rounded_up_to):
 
 @triton.jit
 def _interpolate(low, high, weight):
-    """torch.lerp(low, high, weight) in fp32, which ends in one fused multiply and add.
+    """Return torch.lerp(low, high, weight) in fp32, which ends in one fused multiply-add.
 
-    fp64 holds the product exactly. Rounding its sum to an odd last bit first makes the rounding to fp32 that of the
-    exact sum, where two roundings to nearest might not.
+    fp64 holds the product exactly. Its sum is first rounded to an odd last bit, so that rounding to fp32 gives the
+    result of the exact sum. Two roundings to nearest might not.
     """
     near_low = weight < 0.5
     start = tl.where(near_low, low, high).to(tl.float64)
@@ -79,7 +79,7 @@ def _interpolate(low, high, weight):
 
 @triton.jit
 def _find(counts, rank, BINS: tl.constexpr):
-    """(bin that holds the rank, rank within that bin, values in that bin); ranks begin at 0."""
+    """Return (bin that holds the rank, rank within that bin, number of values in that bin). Ranks start at 0."""
     passed = tl.cumsum(counts, axis=0) <= rank
     found = tl.minimum(tl.sum(passed.to(tl.int32), axis=0), BINS - 1)
     rank -= tl.sum(tl.where(passed, counts, 0), axis=0)
@@ -98,9 +98,9 @@ def entropy_histogram_kernel(
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Any grid: add the digits of the values whose `known` bits are each rank's to histogram [2, BINS].
+    """Any grid. Count, per rank, the digits of the values whose `known` bits equal those of the rank's key.
 
-    As long as both ranks share them, the second histogram stays zero.
+    The counts are added to histogram [2, BINS]. As long as both ranks share the known bits, its second row stays zero.
     """
     key_low = tl.load(state_ptr).to(tl.int32)
     key_high = tl.load(state_ptr + 1).to(tl.int32)
@@ -134,7 +134,7 @@ def entropy_narrow_kernel(
     INTERPOLATE: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Grid (1,): the bin of each rank. The first pass counts the values, the last writes the cutoff."""
+    """Grid (1,). Find the bin of each rank. The first pass counts the values, the last writes the cutoff."""
     bins = tl.arange(0, BINS)
     key_low = tl.load(state_ptr)
     key_high = tl.load(state_ptr + 1)
@@ -176,7 +176,7 @@ def entropy_ties_kernel(
     N: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Grid (tiles,): how many values of each tile equal the upper one."""
+    """Grid (tiles,). Count the values of each tile that equal the upper one."""
     tile = tl.program_id(0).to(tl.int64)
     key, counted = _keys(entropy_ptr, mask_ptr, tile * BLOCK + tl.arange(0, BLOCK), N)  # type: ignore
     equal = counted & (key == tl.load(state_ptr + 1).to(tl.int32))
@@ -194,7 +194,7 @@ def entropy_last_tie_kernel(
     tiles: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Grid (1,): the tile of the last tie to keep, and its place there."""
+    """Grid (1,). Find the tile of the last tie to keep, and the place of the tie in the tile."""
     lanes = tl.arange(0, BLOCK)
     wanted = tl.load(state_ptr + 5)
     tile = tl.zeros((), tl.int64)
@@ -222,24 +222,24 @@ def entropy_quantile(
     rounded_up_to: int,
     reduce: Callable[[torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
-    """The linearly interpolated (1 - rho) quantile as a 0-d fp32 tensor; +inf if nothing counts.
+    """Return the linearly interpolated (1 - rho) quantile as a 0-d fp32 tensor; +inf if nothing counts.
 
-    entropy [N] contiguous fp32; mask [N] contiguous bool or None, True = counts; NaN does not count. The position
-    (1 - rho) (n - 1), with 1 - rho in fp32, is rounded to fp32 where at most `rounded_up_to` values count. `reduce` is
-    called once a pass with the histograms, int64 [2, BINS], to change them in place: their sum over shards gives
-    every shard the quantile of all. Bit for bit torch.quantile of the values that count, but for the sign of a zero.
+    entropy is [N] contiguous fp32. mask is [N] contiguous bool, True: the value counts, or None. NaN does not count.
+    The position (1 - rho) (n - 1), with 1 - rho in fp32, is rounded to fp32 if at most `rounded_up_to` values count.
+    Each pass calls `reduce` with the histograms, int64 [2, BINS], to change them in place. If it sums them over shards,
+    every shard gets the quantile of all. The bits equal torch.quantile of the values that count, except the sign of a
+    zero.
     """
     with device_of(entropy):
         return _select(on_16_bytes(entropy), _flags(mask), rho, rounded_up_to, reduce, interpolate=True)[0]
 
 
 def entropy_top_k(entropy: torch.Tensor, mask: torch.Tensor | None, rho: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cutoff, last): the k-th largest value, 0-d fp32, and the index of the last one equal to it among the top k,
-    0-d int64, the first of equal ones being taken. k = n - ceil((1 - rho) (n - 1)) of n that count, the product rounded
-    to fp32 as far as fp32 counts exactly.
+    """Return (cutoff, last): the k-th largest value, 0-d fp32, and the index of the last tie to keep, 0-d int64.
 
-    The top k are those that count with entropy > cutoff, or entropy == cutoff and index <= last. If nothing counts,
-    (+inf, -1).
+    Of n values that count, k = n - ceil((1 - rho) (n - 1)), where the product is rounded to fp32 as long as fp32 holds
+    n exactly. The top k are the values that count with entropy > cutoff, or entropy == cutoff and index <= last, so the
+    first of equal values are taken. If nothing counts, the result is (+inf, -1).
     """
     entropy, mask, N = on_16_bytes(entropy), _flags(mask), entropy.numel()
     tiles = max(triton.cdiv(N, BLOCK), 1)
@@ -259,7 +259,7 @@ def _flags(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _select(entropy, mask, rho, rounded_up_to, reduce, interpolate) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cutoff, last state)."""
+    """Return (cutoff, last state)."""
     states = torch.zeros((len(SHIFTS) + 1, STATE), dtype=torch.int64, device=entropy.device)
     histograms = torch.zeros((len(SHIFTS), 2, BINS), dtype=torch.int64, device=entropy.device)
     cutoff = torch.empty((), dtype=torch.float32, device=entropy.device)
@@ -294,6 +294,6 @@ def _select(entropy, mask, rho, rounded_up_to, reduce, interpolate) -> tuple[tor
             INTERPOLATE=interpolate and i == len(SHIFTS) - 1,
             BINS=BINS,
             num_warps=NARROW_WARPS,
-            enable_fp_fusion=False,  # position - floor(position) is meant of the rounded position
+            enable_fp_fusion=False,  # position - floor(position) must use the rounded position
         )
     return cutoff, states[-1]

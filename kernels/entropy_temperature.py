@@ -1,10 +1,10 @@
-"""Logits rows -> entropy, the temperature that a rule gives for it, and the row divided by it, in one launch.
+"""This Triton kernel computes each row's entropy, derives a temperature from it, and divides the row by that.
 
 One program takes one row. It reduces the row as `token_stats` does, chunk by chunk and merged in order, so that the
-entropy has the bits of `token_stats`, and scales the row while it is still in the cache.
+entropy has the bits of `token_stats`. It then scales the row while the row is still in the cache.
 
-If the second read of a row hits the cache, each logit is read from memory once and written once, or not where only the
-temperature is asked for; those of a masked row are not touched.
+If the second read of a row hits the cache, each logit is read from memory once. It is written once, or not at all if
+only the temperature is requested. A masked row is neither read nor written.
 """
 
 import torch
@@ -20,7 +20,7 @@ RULES = ("two_level", "edt", "dynatemp")
 
 @triton.jit
 def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(m, s, w, entries above -inf) of entries [start, min(stop, V))."""
+    """Return (m, s, w, number of entries above -inf) of entries [start, min(stop, V))."""
     LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     R: tl.constexpr = BLOCK_V // LANES
     m = tl.full((R,), -float("inf"), tl.float32)
@@ -28,7 +28,7 @@ def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, ALIGNED: tl.c
     w = tl.zeros((R,), tl.float32)
     count = tl.zeros((R,), tl.int32)
     lanes = tile_offsets(R, LANES, ALIGNED)
-    # Full blocks carry no mask: a mask whose bound is not known to be a multiple of 16 would cost the 16-byte loads.
+    # Full blocks carry no mask: a mask with a bound that is not a known multiple of 16 would prevent 16-byte loads.
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
@@ -50,7 +50,7 @@ def _chunk(row_ptr, start, stop, V, stride_v, COUNT: tl.constexpr, ALIGNED: tl.c
 
 @triton.jit
 def _temperature(entropy, count, a, b, c, least, RULE: tl.constexpr):
-    """The rule, and 0 for what is below `least`. A NaN entropy gives NaN."""
+    """Return the temperature of the rule, or 0 if it is below `least`. A NaN entropy gives NaN."""
     if RULE == "two_level":
         t = tl.where(entropy > c, a, b)
         t = tl.where(entropy == entropy, t, entropy)
@@ -59,7 +59,7 @@ def _temperature(entropy, count, a, b, c, least, RULE: tl.constexpr):
         t = tl.where(at_zero, 0.0, a * tl.exp2(b / tl.where(at_zero, 1.0, entropy)))
         t = tl.maximum(t, c, propagate_nan=tl.PropagateNan.ALL)
     else:
-        # One candidate has the entropy 0 of at most 0, which is no share of anything; entropy - entropy keeps a NaN.
+        # One candidate has entropy 0 of at most 0, so the share is 0 / 0. entropy - entropy gives 0 and keeps a NaN.
         several = count > 1
         most = tl.log2(tl.where(several, count, 2).to(tl.float32)) * LN_2
         share = tl.where(several, entropy / most, entropy - entropy)
@@ -76,7 +76,8 @@ def _scaled(u, bound, inverse, out_ptr):
 
 @triton.jit
 def _write_scaled(row_ptr, out_ptr, V, stride_v, out_v, bound, inverse, BLOCK_V: tl.constexpr):
-    """u * inverse, and -inf where u is below the bound. An entry is read before it is written: `out` may be the row."""
+    """Write u * inverse, or -inf where u is below the bound. An entry is read before it is written, so `out` may be the
+    row."""
     lanes = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
     for first in range(0, full, BLOCK_V):
@@ -157,16 +158,16 @@ def entropy_temperature(
     *,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [N, V] with any strides -> (temperature, entropy), both fp32 [N]; the scaled rows go to `out`, if given.
+    """Return (temperature, entropy), both fp32 [N], of logits [N, V] with any strides. `out` receives the scaled rows.
 
-    mask [N] bool, contiguous. out: like logits in shape and dtype, or the logits themselves. With (a, b, c) =
-    constants the temperature is
+    mask is [N] bool, contiguous, or None. out is None, the logits themselves, or a tensor like them. With (a, b, c) =
+    constants the temperature is::
 
         two_level   a where entropy > c, else b
         edt         max(a 2^(b / entropy), c)
         dynatemp    a + b (entropy / log n)^c,   n entries above -inf
 
-    and 0 where it is below `least`: then the largest logits keep their value and all others become -inf.
+    A temperature below `least` becomes 0: then the largest logits keep their value and all others become -inf.
     """
     N, V = logits.shape
     temperature, entropy = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))

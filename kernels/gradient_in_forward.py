@@ -1,12 +1,12 @@
-"""Logits rows -> log-probability, entropy and, in the same launch, the gradient of the loss.
+"""This Triton kernel computes log-probability, entropy and the gradient of the loss of each row in one launch.
 
-For losses whose coefficients are row-local: what a row's gradient is follows from that row alone, so that the program
-which has just reduced it writes the gradient while the row is still in the cache. It is the gradient for an incoming
-gradient of 1; where another one comes in, the backward of `token_stats` writes the live rows anew.
+It serves losses whose coefficients are row-local, so that a row's gradient depends on that row alone. The program that
+has just reduced a row writes its gradient while the row is still in the cache. The gradient is for an incoming gradient
+of 1; for another one, the backward of `token_stats` writes the live rows anew.
 
-Bytes from and to memory for V entries of b bytes, if the second read of a row hits the cache: 2 b V a row that counts,
-b V a masked one; then nothing in the backward, or 2 b V a live row if the incoming gradient is not 1. In two launches:
-3 b V a live row, 2 b V a dead one that counts, b V a masked one.
+Memory traffic for V entries of b bytes, if the second read of a row hits the cache: 2 b V per row that counts and b V
+per masked row in the forward; nothing in the backward, or 2 b V per live row if the incoming gradient is not 1. Two
+launches take 3 b V per live row, 2 b V per dead row that counts and b V per masked row.
 """
 
 from typing import NamedTuple
@@ -25,10 +25,10 @@ from rlloss.kernels.token_stats_forward import chunk_stats
 
 
 class LossTensors(NamedTuple):
-    """Contiguous, fp32. old_logp, ref_logp `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`, cutoff 0-d.
+    """Inputs of the loss, contiguous and fp32.
 
-    weight `[2, B]`: d loss / d (sum over the sequence) of the token losses and, with an entropy bonus, of the
-    entropies.
+    old_logp and ref_logp are `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`, cutoff is 0-d. weight `[2, B]`
+    is d loss / d (sum over the sequence) of the token losses and, with an entropy bonus, of the entropies.
     """
 
     advantage: torch.Tensor
@@ -85,10 +85,10 @@ def gradient_in_forward_kernel(
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,). weight [2, B]: what the coefficients of logp and of entropy in a sequence are multiplied by.
+    """Grid (N,). weight [2, B] multiplies the coefficients of logp and of entropy in a sequence.
 
-    temperature_ptr, softcap and g_entropy_ptr (no entropy bonus) may be None; old_ptr, sampler_ptr and cutoff_ptr are
-    read if their bit is in `given`, ref_ptr with a kl_estimator above 0.
+    temperature_ptr, softcap and g_entropy_ptr (without an entropy bonus) may be None. old_ptr, sampler_ptr and
+    cutoff_ptr are read if their bit is in `given`, ref_ptr if kl_estimator is above 0.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
@@ -144,7 +144,7 @@ def gradient_in_forward_kernel(
         coef = tl.where(coef == 0.0, 0.0, coef * weight)
         if g_entropy_ptr is not None:
             g_entropy = tl.where(kept, tl.load(weight_ptr + tl.num_programs(0) // T + sequence), 0.0)
-    # Before the gradient is written, so that less is held in registers meanwhile.
+    # Stored before the gradient is written, to hold less in registers meanwhile.
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(saved_ptr + row, m)
@@ -172,11 +172,11 @@ def gradient_in_forward(
     *,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
+    """Return (grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
 
-    logits [B, T, V] with N = B T >= 1; target, mask [B, T], contiguous; transform as for
-    `token_stats_forward`. `token_stats_backward` takes the results from saved on. The settings of a sequence and of the
-    denominator are not read: `weight` holds them.
+    logits is [B, T, V] with N = B T >= 1; target and mask are [B, T] and contiguous; transform is as for
+    `token_stats_forward`. `token_stats_backward` reads the results from saved on. Settings of a sequence and of the
+    denominator are not read, because `weight` contains them.
     """
     B, T = mask.shape
     rows = Rows(logits)

@@ -1,4 +1,4 @@
-"""How a launch divides its work: blocks, warps and registers from the launch table, and the device."""
+"""Choose blocks, warps, registers and the device of a kernel launch, from the launch table."""
 
 import contextlib
 
@@ -12,15 +12,15 @@ CHUNK_BLOCKS = 8
 
 
 def launch_shape(kernel: str, x: torch.Tensor, V: int, block_v: int | None = None) -> tuple[int, int, int, int]:
-    """(BLOCK_V, CHUNK_V, chunks, num_warps) of "statistics" or "gradient" over rows like those of x.
+    """Return (BLOCK_V, CHUNK_V, chunks, num_warps) of "statistics" or "gradient" for rows like those of x.
 
-    A function of device, dtype and V alone, so that the bits of a row are.
+    The result depends on device, dtype and V alone, so the bits of a row do too.
     """
     return shape_of(choice(kernel, x.device, x.dtype, V), V, block_v)
 
 
 def shape_of(chosen: tuple[int, ...], V: int, block_v: int | None = None) -> tuple[int, int, int, int]:
-    """`launch_shape` from an entry of the table; a smaller block, of a small vocabulary, has fewer warps."""
+    """Return `launch_shape` from an entry of the table. The smaller block of a small vocabulary has fewer warps."""
     most, warps = chosen
     block_v = block_v or min(most, max(256, triton.next_power_of_2(V)))
     chunk_v = block_v * CHUNK_BLOCKS
@@ -28,17 +28,17 @@ def shape_of(chosen: tuple[int, ...], V: int, block_v: int | None = None) -> tup
 
 
 def registers(x: torch.Tensor, num_warps: int, *, simple: bool) -> dict[str, int]:
-    """Launch options for rows like those of x. simple: aligned rows, and no more computed than a loss asks for.
+    """Return launch options for rows like those of x. simple: rows are aligned, and only a loss's needs are computed.
 
-    Otherwise ptxas, left to itself, takes fewer registers than it needs and spills. It is told how many it may take:
-    three programs of 8 warps still fit a multiprocessor, or four of 4, whose threads may have twice the entries.
+    If not simple, ptxas by default takes too few registers and spills. The limit given here lets three programs of 8
+    warps fit a multiprocessor, or four of 4 warps, whose threads may have twice the entries.
     """
     nvidia = launch_table.generation(x.device).startswith("sm_")
     return {"maxnreg": 80 if num_warps >= 8 else 128} if nvidia and not simple else {}
 
 
 def on_16_bytes(x: torch.Tensor) -> torch.Tensor:
-    """x, or where it begins elsewhere a copy: for kernels that read tile after tile of it by 16 bytes."""
+    """Return x, or a copy if x does not start on 16 bytes, for kernels that read it in 16-byte loads."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -47,7 +47,7 @@ def processors(device: torch.device) -> int:
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Return a context that makes the device of x current. Triton launches on the current device."""
     if x.device.type in ("cuda", "xpu"):
         return getattr(torch, x.device.type).device(x.device)
     return contextlib.nullcontext()

@@ -1,23 +1,23 @@
-"""Launch parameters by (kernel, GPU generation, dtype, V). They are looked up, never tuned at run time.
+"""This table holds the launch parameters of the kernels by (kernel, GPU generation, dtype, V).
 
-kernel, and what its numbers are:
+They are looked up, never tuned at run time. The numbers per kernel are::
 
-    statistics      entries of a block, warps: whoever reduces rows (the same for all, and with it the bits of a row)
-    gradient        entries of a block, warps: whoever writes gradients of logits
-    split           rows a multiprocessor below which the forward gives each chunk of a row a program of its own
+    statistics      entries of a block, warps, for all kernels that reduce rows (so a row has the same bits in all)
+    gradient        entries of a block, warps, for all kernels that write gradients of logits
+    split           rows per multiprocessor below which the forward gives each chunk of a row its own program
     single_launch   percent of the L2 cache that rows in flight may take for forward and gradient in one launch
     tile            rows, entries of a tile of logits from hidden states
 
-An entry holds for vocabularies up to its V, the one with the largest V also beyond. Generations are named as compilers
-name them; "" stands for those that have none of their own. `benchmarks/tune.py --write` measures on the GPU at hand and
-puts what it finds here; `tuned` then says where and when, and is empty where nothing was measured.
+An entry holds for vocabularies up to its V; the one with the largest V also holds beyond. Generations have the names
+that compilers use. "" stands for generations without an entry. `benchmarks/tune.py --write` measures on the present
+GPU and writes its results here. `tuned` then says where and when, and is empty for entries that were not measured.
 
-What was not measured is argued from the compiler's report (`benchmarks/compiler/report.py`): no spills, at most 64
-registers, and of these shapes the one with most resident warps, as long as one block of each resident program holds
-the bytes that the memory's bandwidth times 700 ns of latency asks of a multiprocessor (A100 13 KiB, H100 18, H200 25,
-B200 37, RTX 5090 7): 2,048 entries over 8 warps hold 24 to 64 KiB but for two-byte rows on sm_100, where 8 warps hold
-24 and 4 warps, at twice the entries a thread, 36. On gfx942, whose warps have 64 threads, 4 of them leave each thread
-one 16-byte load of two-byte entries.
+Entries that were not measured follow from the compiler's report (`benchmarks/compiler/report.py`). They have no spills,
+at most 64 registers, and the most resident warps under one condition: one block of each resident program must together
+hold the bytes that the memory bandwidth times 700 ns of latency requires per multiprocessor (A100 13 KiB, H100 18, H200
+25, B200 37, RTX 5090 7). 2,048 entries over 8 warps hold 24 to 64 KiB. For two-byte rows on sm_100, 8 warps hold only
+24 KiB, and 4 warps with twice the entries per thread hold 36. Warps of gfx942 have 64 threads, so 4 warps give each
+thread one 16-byte load of two-byte entries.
 """
 
 import functools
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-LARGEST = 262208  # entries, of the vocabularies that were looked at
+LARGEST = 262208  # entries of the largest vocabulary that was examined
 
 
 class Choice(NamedTuple):
@@ -62,7 +62,7 @@ TABLE: dict[tuple[str, str, str, int], Choice] = {
 
 @functools.cache
 def look_up(kernel: str, generation: str, dtype: str, V: int) -> tuple[int, ...]:
-    """The numbers for a vocabulary of V entries. dtype: "bf16", "fp16" or "fp32"."""
+    """Return the numbers for a vocabulary of V entries. dtype is "bf16", "fp16" or "fp32"."""
     for name in (generation, ""):
         sizes = sorted(key[3] for key in TABLE if key[:3] == (kernel, name, dtype))
         if sizes:
@@ -82,10 +82,10 @@ def _generation(kind: str, index: int | None) -> str:
 
 
 def generation(device: torch.device) -> str:
-    """As compilers name it: "sm_90", "gfx942"; "" where it is none of a GPU."""
+    """Return the compilers' name of a device, such as "sm_90" or "gfx942"; "" if it is no GPU."""
     return _generation(device.type, device.index)
 
 
 def choice(kernel: str, device: torch.device, dtype: torch.dtype, V: int) -> tuple[int, ...]:
-    """What the table says for this device."""
+    """Return the numbers of the table for this device."""
     return look_up(kernel, generation(device), DTYPE_NAMES[dtype], V)

@@ -1,10 +1,11 @@
-"""Tiles of logits, [rows, a block of the vocabulary], as they come from a matrix product: fold one into the running
-statistics of its rows, or turn it into its gradient. These kernels know no RL and no matrix product.
+"""These Triton kernels fold a tile of logits into the running statistics of its rows, or turn it into its gradient.
 
-A row's running statistics are m, s, w, q as in `rlloss.kernels.online`, the sum of u, the largest u before the target
-and the target's own u: state [7, N], fp32. `empty_state` is what they are before the first tile.
+A tile is [rows, a block of the vocabulary], the result of a matrix product. The kernels know no RL and no matrix
+product. A row's running statistics, state [7, N] in fp32, are m, s, w, q of `rlloss.kernels.online`, the sum of u, the
+largest u before the target, and the target's own u. Before the first tile, m and the largest u are -inf and the others
+are 0.
 
-Each entry of a tile is read once; its gradient is written once, in place for fp32.
+Each entry of a tile is read once. Its gradient is written once, in place for fp32.
 """
 
 import torch
@@ -37,7 +38,7 @@ def fold_tile_kernel(
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (R,). V is the width of the tile, `first` its first vocabulary entry, N the distance of state's rows.
+    """Grid (R,). V is the width of the tile, `first` its first vocabulary entry, N the stride of the rows of state.
 
     temperature_ptr and softcap may be None.
     """
@@ -97,7 +98,7 @@ def gradient_tile_kernel(
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (R * chunks,). out may be the tile itself.
+    """Grid (R * chunks,). Write the gradient of the tile to out, which may be the tile itself.
 
     temperature_ptr, softcap and, together, g_entropy_ptr and g_lse_ptr may be None.
     """
@@ -138,9 +139,9 @@ def fold_tile(
 ) -> None:
     """Fold tile [R, C], contiguous fp32, the raw logits of vocabulary entries start .. start + C - 1, into `state`.
 
-    target contiguous [R]; transform (temperature: a number or [R], softcap, logit_scale); state [7, R], contiguous
-    along its rows. extra: q, the sum and the largest before the target too. Only the torch version reads the others:
-    `overwrite` allows it to change the tile; without `entropy` it leaves w alone.
+    target is contiguous [R]. transform is (temperature, softcap, logit_scale), with temperature a number or [R]. state
+    is [7, R], contiguous along its rows. extra also folds q, the sum and the largest u before the target. Only the
+    torch version reads `overwrite`, which lets it change the tile, and `entropy`, without which it does not compute w.
     """
     rows = Rows(tile)
     if rows.N == 0:
@@ -181,10 +182,11 @@ def gradient_tile(
     coefs: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The gradient of the raw logits in `tile` (as for `fold_tile`), in `dtype`: the tile's memory if that is fp32.
+    """Return the gradient of the raw logits in `tile` (as for `fold_tile`), in `dtype`; fp32 overwrites the tile.
 
-    All rows are computed. stats (m, log2 of the sum, entropy, which g_entropy needs) and coefs (g_logp, g_entropy,
-    g_lse; None is 0) are contiguous fp32 [R]. A target outside the vocabulary has no entry of its own.
+    All rows are computed. stats is (m, log2 of the sum, entropy) and coefs (g_logp, g_entropy, g_lse), contiguous fp32
+    [R]. A coefficient of None means 0; the entropy is needed for g_entropy. A target outside the vocabulary has no
+    entry.
     """
     rows = Rows(tile)
     out = tile if dtype == tile.dtype else torch.empty(tile.shape, dtype=dtype, device=tile.device)

@@ -1,20 +1,20 @@
-"""Running softmax statistics: fold logits in, merge partial results, read the answer out.
+"""These helpers of the Triton kernels compute softmax statistics in one pass: fold logits in, merge partial results.
 
 For u = the row's logits (after softcap) and k = log2(e) * scale / temperature > 0, a partial result over some of the
-entries is, in log2 units and relative to the largest u seen so far,
+entries is, in log2 units and relative to the largest u seen so far::
 
     m = max u        s = sum 2^(k (u - m))        w = sum 2^(k (u - m)) k (u - m)
 
 The shift comes before the scale: u - m is exact to half an ulp however large the logits are, so an offset common to
-the row costs no accuracy. With m, s and w of the whole row, in nats,
+the row costs no accuracy. With m, s and w of the whole row, in nats::
 
     lse = m k ln2 + ln s        logp_v = (k (u_v - m) - log2 s) ln2        entropy = (log2 s - w / s) ln2
 
-Exponents are floored at EXP2_FLOOR: 2^-200 is 0 in fp32, and the product w then reads 0 * -200 and not 0 * -inf. The
-floor lets NaN through, so a NaN (or a +inf, through inf - inf) poisons its own row and no other.
+Exponents are floored at EXP2_FLOOR: 2^-200 is 0 in fp32, and w then contains 0 * -200 and not 0 * -inf. The floor lets
+NaN through, so a NaN (or a +inf, through inf - inf) poisons its own row and no other.
 
-Exponentials: one an entry, and the rescales. `fold` of a tile of R running results takes one an entry and R more,
-`collapse` R, `merge` 2; `tanh`, of a softcap, one an entry.
+Number of exponentials: `fold` of a tile into R running results takes one per entry and R more, `collapse` R, `merge` 2.
+`tanh` for a softcap takes one per entry.
 """
 
 import triton
@@ -27,19 +27,19 @@ EXP2_FLOOR: tl.constexpr = tl.constexpr(-200.0)
 
 @triton.jit
 def floored(x):
-    """max(x, EXP2_FLOOR), NaN stays NaN."""
+    """Return max(x, EXP2_FLOOR); NaN stays NaN."""
     return tl.maximum(x, EXP2_FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def finite_shift(m):
-    """The maximum as something that may be subtracted: -inf (no entry above -inf yet) becomes 0."""
+    """Return a maximum that may be subtracted: -inf (no entry above -inf yet) becomes 0."""
     return tl.where(m == -float("inf"), 0.0, m)
 
 
 @triton.jit
 def tanh(x):
-    """tanh to about 1 ulp of the result; an odd polynomial below 0.625, where 1 - 2 / (e^2x + 1) would cancel."""
+    """Return tanh to about 1 ulp. Below 0.625, where 1 - 2 / (e^2x + 1) would cancel, it is an odd polynomial."""
     square = x * x
     tail = -5.70498872745e-3
     tail = tail * square + 2.06390887954e-2
@@ -54,7 +54,7 @@ def tanh(x):
 
 @triton.jit
 def softcapped(logits, softcap, logit_scale):
-    """Raw logits -> u. Without a softcap (None) the logit scale is part of k and nothing is left to do here."""
+    """Return u of raw logits. Without a softcap (None) the logit scale is part of k, so u is the logits."""
     if softcap is not None:
         return softcap * tanh(logits * logit_scale / softcap)
     return logits
@@ -62,7 +62,7 @@ def softcapped(logits, softcap, logit_scale):
 
 @triton.jit
 def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, EXTRA: tl.constexpr):
-    """Two partial results over disjoint entries -> one. EXTRA: q = sum 4^(k (u - m)) rides along for log sum p^2."""
+    """Merge two partial results over disjoint entries. With EXTRA also q = sum 4^(k (u - m)), for log sum p^2."""
     m = tl.maximum(m_a, m_b)
     shift = finite_shift(m)
     d_a = floored((m_a - shift) * k)
@@ -79,7 +79,7 @@ def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, EXTRA: tl.constexpr):
 
 @triton.jit
 def fold(m, s, w, q, u, k, EXTRA: tl.constexpr):
-    """Fold a tile u [R, C] into R running results. With C contiguous entries a thread, nothing crosses a thread."""
+    """Fold a tile u [R, C] into R running results. If a thread has C contiguous entries, no data crosses threads."""
     m_new = tl.maximum(m, tl.max(u, axis=1))
     shift = finite_shift(m_new)
     d_old = floored((m - shift) * k)
@@ -95,7 +95,7 @@ def fold(m, s, w, q, u, k, EXTRA: tl.constexpr):
 
 @triton.jit
 def collapse(m, s, w, q, k, EXTRA: tl.constexpr):
-    """R running results -> one, as scalars."""
+    """Merge R running results into one, as scalars."""
     m_row = tl.max(m, axis=0)
     d = floored((m - finite_shift(m_row)) * k)
     f = tl.exp2(d)

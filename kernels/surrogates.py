@@ -1,38 +1,38 @@
-"""What one token's log-ratio, advantage and entropy make of it: the formulas of the token pass, as jit helpers."""
+"""These jit helpers compute loss, slope, clip flags and KL of one token for the Triton kernels."""
 
 import triton
 import triton.language as tl
 
-FAR: tl.constexpr = tl.constexpr(80.0)  # e^80 and e^-80 are normal numbers
+FAR: tl.constexpr = tl.constexpr(80.0)  # e^80 and e^-80 are normal numbers of fp32
 
 
 @triton.jit
 def clamped(x, low, high):
-    """x within [low, high]; NaN stays NaN, and a bound that is NaN is none."""
+    """Clamp x to [low, high]. NaN stays NaN; a bound of NaN is no bound."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
 @triton.jit
 def minus(a, b):
-    """a - b of log-probabilities, 0 where both are -inf: they agree."""
+    """Return a - b of log-probabilities, with 0 where both are -inf, because they agree there."""
     same = a == b
     return tl.where(same, 0.0, a) - tl.where(same, 0.0, b)
 
 
 @triton.jit
 def free(log_ratio, max_log_ratio):
-    """Where the bound (NaN: none) does not hold the log-ratio; a NaN is free."""
+    """Return where the log-ratio is inside the bound (NaN: no bound). A NaN log-ratio counts as inside."""
     return (tl.abs(log_ratio) >= max_log_ratio) == 0
 
 
 @triton.jit
 def surrogate(log_ratio, logp, advantage, acts, weight, low, gain, loss, max_log_ratio, CISPO: tl.constexpr):
-    """(loss, d loss / d log ratio or for CISPO d loss / d logp, ratio).
+    """Return (loss, d loss / d log ratio or for CISPO d loss / d logp, ratio).
 
-    Clip: the ratio is bounded by `gain` where A > 0, by [low, loss] where A < 0. CISPO: `gain` caps the ratio. Loss and
-    slope are multiplied by `weight`, which may be near 0 where the ratio is beyond fp32: where the ratio moves, their
-    product is that of e^(log ratio within +-FAR) and the rest. A factor of 0 is never multiplied by an overflow, and a
-    NaN ratio or advantage has a slope of NaN.
+    Clip bounds the ratio by `gain` where A > 0 and by [low, loss] where A < 0. CISPO caps the ratio at `gain`. Loss and
+    slope are multiplied by `weight`, which may be near 0 where the ratio is beyond fp32. Where the ratio moves, the
+    product is therefore formed from e^(log ratio within +-FAR) and the rest. A factor of 0 is never multiplied by an
+    overflow. A NaN ratio or advantage gives a slope of NaN.
     """
     ratio = tl.exp(log_ratio)
     weight = tl.where(acts, weight, 0.0)
@@ -61,7 +61,7 @@ def surrogate(log_ratio, logp, advantage, acts, weight, low, gain, loss, max_log
 
 @triton.jit
 def clip_flags(ratio, advantage, low, high, delta, CISPO: tl.constexpr):
-    """(clipped below, clipped above), as the metrics count them; `high` is 1 + epsilon_high, for CISPO the cap."""
+    """Return (clipped below, clipped above) for the metrics. `high` is 1 + epsilon_high, for CISPO the cap."""
     capped = tl.where(ratio > delta, delta, ratio)
     below = (capped < low) & (advantage < 0.0)
     if CISPO:
@@ -71,11 +71,11 @@ def clip_flags(ratio, advantage, low, high, delta, CISPO: tl.constexpr):
 
 @triton.jit
 def divergence(difference, counts, log_ratio, max_log_ratio, estimator, corrected, per_token):
-    """(KL, d KL / d logp, d KL / d log ratio of the sequence) from ref_logp - logp by the estimator k1, k2 or k3.
+    """Return (KL, d KL / d logp, d KL / d log ratio of the sequence) from ref_logp - logp by estimator k1, k2 or k3.
 
-    The difference is within +-max_log_ratio (NaN: none), a constant from there on. corrected: the KL is multiplied by
-    the ratio; if that is the token's own (per_token), the slope is through the ratio too. e^difference may be infinite
-    where the ratio is 0: there their product is formed from the sum of the exponents.
+    The difference is clamped to +-max_log_ratio (NaN: no bound) and is a constant beyond it. With `corrected` the KL is
+    multiplied by the ratio; if that is the token's own (per_token), the slope goes through the ratio too. e^difference
+    may be infinite where the ratio is 0, so their product is formed from the sum of the exponents.
     """
     moves = counts & free(difference, max_log_ratio)
     d = clamped(difference, -max_log_ratio, max_log_ratio)
@@ -100,5 +100,5 @@ def divergence(difference, counts, log_ratio, max_log_ratio, estimator, correcte
 
 @triton.jit
 def is_kept(entropy, index, cutoff, last):
-    """Tokens of the highest entropies, of those at the cutoff up to index `last`; a NaN is kept, so that it shows."""
+    """Return whether a token is above the cutoff, or at the cutoff with an index up to `last`. NaN is kept to show."""
     return (entropy > cutoff) | ((entropy == cutoff) & (index <= last)) | (entropy != entropy)

@@ -1,14 +1,14 @@
-"""The token pass: log-probabilities and advantages of [B, T] tokens -> loss, metrics, and one coefficient per token.
+"""This Triton kernel, the token pass, computes loss, metrics and one coefficient per token from [B, T] tokens.
 
-The kernel that knows reinforcement learning. A program takes a sequence: its ratios, clips, selections, KL, loss and
-metrics. It leaves each token's d loss / d logp, up to the common factor `scale`, for the backward of the vocabulary.
-The program that finishes last adds up what the others left, in the order of the sequences: one launch, no float
-atomics, the same bits every time. It moves a few numbers a token, so that what a loss does not use is decided at run
-time: a new setting compiles nothing.
+It is the kernel that knows reinforcement learning. A program takes one sequence and computes its ratios, clips,
+selections, KL, loss and metrics. It stores each token's d loss / d logp, up to the common factor `scale`, for the
+backward of the vocabulary. The program that finishes last adds up the results of all, in the order of the sequences. So
+there is one launch, no float atomics, and the same bits every time. Little data moves per token, so unused parts of a
+loss are skipped at run time, and a new setting compiles nothing.
 
-Bytes a token: 4 for each of logp, old_logp, ref_logp, sampler_logp, entropy and per-token advantage or sampler ratio
-that is given, 1 for the mask, 4 written, and some of it twice, where a sequence has to know itself before its tokens
-can be weighed.
+Bytes per token: 4 for each of logp, old_logp, ref_logp, sampler_logp, entropy, per-token advantage and per-token
+sampler ratio that is given, 1 for the mask, and 4 written. Some are read twice, if the tokens of a sequence need its
+statistics first.
 """
 
 import math
@@ -23,14 +23,14 @@ from rlloss.kernels.surrogates import clamped, clip_flags, divergence, is_kept, 
 
 BLOCK_T = 512
 NUM_WARPS = 8
-NONE = float("nan")  # a bound that is not there
+NONE = float("nan")  # stands for no bound
 
-# What a sequence leaves, and what their sums are called.
+# Partial results of a sequence, and the names of their sums.
 SUMS = (
     "loss", "surrogate", "kl", "tokens", "sequences", "kept", "live", "ratios", "ratio", "clip_low", "clip_high",
     "clip_region", "entropy", "entropy_kept",
 )  # fmt: skip
-# After the sums: extreme shares of clipped tokens in a sequence, cutoff times tokens, 1 / denominator, 1 / kept tokens.
+# The sums, then extreme shares of clipped tokens in a sequence, cutoff times tokens, 1 / denominator, 1 / kept tokens.
 SUMMARY = (*SUMS, "clip_low_min", "clip_high_max", "entropy_cutoff", "scale", "kept_scale")
 FIELDS = 16  # a power of two that holds the sums and the two shares
 N_SUMS: tl.constexpr = tl.constexpr(len(SUMS))
@@ -58,11 +58,11 @@ EVERY_INDEX: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
 class TokenTensors(NamedTuple):
-    """Contiguous, fp32 where they are floats, B, T >= 1.
+    """Inputs of the token pass, contiguous, floats in fp32, with B, T >= 1.
 
-    logp, old_logp, ref_logp, behavior_logp, entropy `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`, mask
-    `[B, T]` bool. cutoff (0-d) and last (0-d int64, of exact-k) are what selects by entropy, None: every token.
-    denominator: 0-d, or None for that of the settings.
+    logp, old_logp, ref_logp, behavior_logp and entropy are `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`,
+    mask is `[B, T]` bool. cutoff (0-d) and last (0-d int64, of exact-k) select by entropy; None: every token.
+    denominator is 0-d, or None for that of the settings.
     """
 
     logp: torch.Tensor
@@ -79,25 +79,25 @@ class TokenTensors(NamedTuple):
 
 
 class TokenSettings(NamedTuple):
-    """Numbers alone, which an operator takes as one list. A bound of NaN is none."""
+    """Settings as numbers only, so that an operator can take them as one list. A NaN stands for no bound."""
 
     cispo: float
     low: float
     high: float
-    """As the metrics count clipped tokens: 1 - epsilon_low and 1 + epsilon_high, or the cap."""
+    """Bounds beyond which the metrics count a token as clipped, 1 - epsilon_low and 1 + epsilon_high, or the cap."""
     gain: float
-    """The largest ratio where the advantage is above 0, or the cap."""
+    """Largest ratio where the advantage is above 0, or the cap."""
     loss_bound: float
-    """The largest ratio where the advantage is below 0."""
+    """Largest ratio where the advantage is below 0."""
     delta: float = NONE
     max_log_ratio: float = NONE
     sequence: float = 0.0
-    """A sequence has one ratio."""
+    """Not 0 if a sequence has one ratio."""
     mean_of_sequence: float = 0.0
     kept_counts: float = 0.0
-    """The tokens that are divided by are the kept ones."""
+    """Not 0 if means divide by the number of kept tokens; else by the number of tokens that count."""
     denominator: float = 0.0
-    """0: the number of those tokens."""
+    """Divisor of the loss. 0 stands for the number of those tokens."""
     kl_estimator: float = 3.0
     kl_bias_correction: float = 0.0
     beta: float = 0.0
@@ -118,7 +118,7 @@ def _add_up(
     for first in range(0, B, BLOCK_B):
         rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
         inside = rows < B
-        # Other programs wrote these: read them where they arrive, not in a cache of this processor's own.
+        # Other programs wrote these values, so they are read from L2 and not from this processor's own cache.
         tile = partial_ptr + rows[:, None] * FIELDS + fields[None, :]
         sums += tl.load(tile, mask=inside[:, None] & (fields < N_SUMS)[None, :], other=0.0, cache_modifier=".cg")
         share_ptr = partial_ptr + rows * FIELDS
@@ -182,10 +182,10 @@ def token_pass_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B,). Everything [B, T] is contiguous. partial [B, FIELDS] and ticket (0) are scratch.
+    """Grid (B,). All [B, T] tensors are contiguous. partial [B, FIELDS] and ticket (0) are scratch.
 
-    sampler_ptr, cutoff_ptr, last_ptr, denominator_ptr and kept_ptr may be None; kl_estimator 0: ref_ptr is not read.
-    look_ahead: whether a sequence has to know something of itself before its tokens can be weighed.
+    sampler_ptr, cutoff_ptr, last_ptr, denominator_ptr and kept_ptr may be None. With kl_estimator 0 ref_ptr is not
+    read. look_ahead tells whether the tokens of a sequence need its statistics first.
     """
     row = tl.program_id(0).to(tl.int64)
     base = row * T
@@ -271,7 +271,7 @@ def token_pass_kernel(
 
         coef = slope
         if not CISPO:
-            # Each token of a sequence gets the mean of the slopes by its ratio, below.
+            # With one ratio per sequence, each token gets the mean of these slopes; it is added below.
             s_slope += tl.where(per_token, 0.0, slope * share)
             coef = tl.where(per_token, slope, 0.0)
         if kl_estimator > 0:
@@ -300,7 +300,7 @@ def token_pass_kernel(
     ratio_sum = tl.sum(s_ratio, axis=0)
     ratio_count = tokens
     if (sequence != 0) & (advantage_token == 0) & (T != 1):
-        # One ratio and one advantage: the sequence is counted once, also when it is empty.
+        # With one ratio and one advantage the sequence counts once, even if it is empty.
         ratio_sum = tl.exp(sequence_log_ratio)
         below, above = clip_flags(ratio_sum, tl.load(advantage_ptr + row), low, high, delta, CISPO)
         ratio_count = tl.full((), 1, tl.int32)
@@ -340,7 +340,7 @@ def token_pass_kernel(
     tl.store(field_ptr + LOW_SHARE, tl.where(ratio_count > 0, low_count.to(tl.float32) / counted, float("inf")))
     tl.store(field_ptr + HIGH_SHARE, tl.where(ratio_count > 0, high_count.to(tl.float32) / counted, -float("inf")))
 
-    tl.debug_barrier()  # every thread has stored before one of them says so
+    tl.debug_barrier()  # every thread must have stored before the ticket is taken
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         if denominator_ptr is not None:
             denominator = tl.load(denominator_ptr)
@@ -350,7 +350,7 @@ def token_pass_kernel(
 def token_pass(
     tensors: TokenTensors, settings: TokenSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(loss 0-d, summary [len(SUMMARY)], coef [B, T], kept [B, T] bool or None without an entropy bonus).
+    """Return (loss 0-d, summary [len(SUMMARY)], coef [B, T], kept [B, T] bool or None without an entropy bonus).
 
     d loss / d logp = coef * summary["scale"]; d loss / d entropy = -entropy_coef * summary["kept_scale"] where kept.
     """
@@ -366,7 +366,7 @@ def token_pass(
     loss = torch.empty((), dtype=torch.float32, device=logp.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=logp.device)
     look_ahead = s.sequence or s.mean_of_sequence or s.off_policy_threshold < math.inf
-    # What stands for a tensor that is not there makes the log-ratio and the drift 0, and is otherwise not looked at.
+    # logp stands in for a missing tensor: log-ratio and drift become 0, and the value has no other use.
     old_logp, ref_logp, behavior_logp, entropy = (
         logp if x is None else x for x in (old_logp, ref_logp, behavior_logp, entropy)
     )
@@ -388,5 +388,5 @@ def token_pass(
 
 
 def token_strides(x: torch.Tensor | None, T: int) -> tuple[int, int]:
-    """Of [B, T], or of [B, 1] as [B, T]."""
+    """Return the strides of x, with [B, 1] expanded to [B, T]."""
     return (0, 0) if x is None else (T, 1) if x.shape[1] == T and T > 1 else (1, 0)

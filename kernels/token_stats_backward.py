@@ -1,14 +1,14 @@
-"""The gradient of `token_stats`: per-row coefficients -> d loss / d logits. RL reaches this kernel as those numbers.
+"""This Triton kernel computes the gradient of `token_stats`: d loss / d logits from three coefficients per row.
 
-With p = softmax and the incoming g_logp, g_entropy, g_lse of a row,
+The loss enters only through these coefficients. With p = softmax and the incoming g_logp, g_entropy, g_lse of a row::
 
     d loss / d u_v = [ g_logp 1[v = target] + p_v (g_lse - g_logp - g_entropy (entropy + log p_v)) ] / temperature
 
-then the chain rule through softcap and logit scale. A dead row (all three exactly 0, or masked) is written as zeros
+The chain rule through softcap and logit scale follows. A dead row (all three exactly 0, or masked) is written as zeros,
 and its logits are not read.
 
-A live row is read once and written once, a dead one written; with a gradient that is held for a factor of 1
-nothing moves where the factor is 1, and live rows alone where it is not.
+A live row is read once and written once; a dead row is written once. If a gradient for a factor of 1 is held, nothing
+moves if the factor is 1, and only live rows move otherwise.
 """
 
 import torch
@@ -37,11 +37,11 @@ def _gradient(
     logit_scale,
     ENTROPY_GRAD: tl.constexpr,
 ):
-    """d loss / d logits of one tile. `common` = g_lse - g_logp - g_entropy * entropy."""
+    """Return d loss / d logits of one tile. `common` = g_lse - g_logp - g_entropy * entropy."""
     t = floored((u - m) * k - log_s)
     p = tl.exp2(t)
     if ENTROPY_GRAD:
-        # Where p underflows t is floored, and p * t is 0 and not 0 * -inf.
+        # Where p underflows, t is floored, so p * t is 0 and not 0 * -inf.
         grad = p * (common - g_entropy * LN_2 * t)
     else:
         grad = p * common
@@ -57,7 +57,7 @@ def write_gradient(
     row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap,
     logit_scale, ENTROPY_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of entries [start, min(stop, V)) of a row: each logit is read once, each gradient written once."""
+    """Write the gradient of entries [start, min(stop, V)) of a row. Each entry is read once and written once."""
     lanes = tl.arange(0, BLOCK_V)
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     for first in range(start, full, BLOCK_V):
@@ -83,7 +83,7 @@ def write_gradient(
 
 @triton.jit
 def write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V: tl.constexpr):
-    """Entries [start, min(stop, V)) of a dead row."""
+    """Write zeros to entries [start, min(stop, V)) of a dead row."""
     lanes = tl.arange(0, BLOCK_V)
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
@@ -128,8 +128,8 @@ def token_stats_backward_kernel(
 ):
     """Grid (N * chunks,). saved and entropy are the forward's; grad may be the logits themselves.
 
-    temperature_ptr, softcap, factor_ptr and, together, g_entropy_ptr and g_lse_ptr may be None. With a factor, grad
-    holds the gradient for a factor of 1 already: nothing is left to do for that factor, and nothing ever for dead rows.
+    temperature_ptr, softcap, factor_ptr and, together, g_entropy_ptr and g_lse_ptr may be None. With factor_ptr, grad
+    already holds the gradient for a factor of 1. Then a factor of 1 needs no work, and dead rows never do.
     """
     if factor_ptr is not None:
         if tl.load(factor_ptr) == 1.0:
@@ -150,7 +150,7 @@ def token_stats_backward_kernel(
     if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
         g_lse = tl.load(g_lse_ptr + row)
-    # NaN is not 0: a broken coefficient is live and shows itself.
+    # NaN is not 0, so a broken coefficient is live and shows itself.
     dead = (g_logp == 0.0) & (g_entropy == 0.0) & (g_lse == 0.0)
     dead = dead | (tl.load(mask_ptr + row) == 0)
 
@@ -163,7 +163,7 @@ def token_stats_backward_kernel(
         m = tl.load(saved_ptr + row)
         log_s = tl.load(saved_ptr + N + row)
         common = g_lse - g_logp
-        # The forward gave NaN to a target outside the vocabulary; the gradient of that logp is NaN too.
+        # The logp of a target outside the vocabulary is NaN, and its gradient is NaN too.
         common = tl.where((target >= 0) & (target < V) | (g_logp == 0.0), common, float("nan"))
         if g_entropy_ptr is not None:
             common = common - tl.where(g_entropy == 0.0, 0.0, g_entropy * tl.load(entropy_ptr + row))
@@ -176,7 +176,7 @@ def token_stats_backward_kernel(
 def coefficients(
     like: torch.Tensor, g_logp: torch.Tensor | None, g_entropy: torch.Tensor | None, g_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """With zeros where a kernel takes no None: for g_logp, and for the one of the others where there is only one."""
+    """Replace None by zeros where the kernel takes no None: for g_logp, and for the other two if only one is given."""
 
     def filled(g: torch.Tensor | None) -> torch.Tensor:
         return torch.zeros_like(like) if g is None else g
@@ -198,13 +198,12 @@ def token_stats_backward(
     held: tuple[torch.Tensor, torch.Tensor] | None = None,
     block_v: int | None = None,
 ) -> torch.Tensor:
-    """The gradient of logits, shaped and typed like them: contiguous, or with `inplace` the (contiguous) logits'.
+    """Return the gradient of logits, with their shape and dtype, contiguous or, with `inplace`, in the logits' memory.
 
-    held: (the gradient for a factor of 1, by which everything incoming has been multiplied, 0-d fp32): it is corrected
-    in place, where the factor is not 1, and returned.
-
-    target, mask and transform as for `token_stats_forward`, which returned stats (saved, entropy); coefs (g_logp,
-    g_entropy, g_lse) contiguous fp32 with N entries, or None.
+    target, mask and transform are as for `token_stats_forward`, which returned stats (saved, entropy). coefs is
+    (g_logp, g_entropy, g_lse), each contiguous fp32 with N entries, or None. `inplace` needs contiguous logits. held is
+    (gradient for a factor of 1, the factor as 0-d fp32), where coefs already contain the factor. The held gradient is
+    corrected in place if the factor is not 1, and returned.
     """
     rows = Rows(logits)
     if held is not None:

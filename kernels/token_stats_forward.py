@@ -1,10 +1,11 @@
-"""Logits rows -> log-probability, entropy and lse of each. These kernels know no RL.
+"""These Triton kernels compute log-probability, entropy and lse of each row of logits. They know no RL.
 
-Each logit is read from memory once (plus the one logit of the target). A row is a fixed sequence of chunks, each
-reduced on its own and merged in order, whether one program walks the whole row or, when rows are few, one program
-takes one chunk: a row's bits do not depend on the rows around it (on 16-byte alignment they may, through the layout).
+Each logit is read from memory once (plus the one logit of the target). A row is a fixed sequence of chunks. Each chunk
+is reduced on its own, and the results are merged in order. One program walks the whole row; when rows are few, one
+program takes one chunk. Either way a row's bits do not depend on the rows around it. They may depend on 16-byte
+alignment, which changes the layout.
 
-One exponential an entry, and one more for each 16 bytes of entries, the rescale of a running result.
+Each entry takes one exponential. Every 16 bytes of entries take one more, to rescale a running result.
 """
 
 import torch
@@ -32,7 +33,7 @@ def chunk_stats(
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Statistics of entries [start, min(stop, V)): (m, s, w, q, sum u, largest u before the target).
+    """Return (m, s, w, q, sum u, largest u before the target) of entries [start, min(stop, V)).
 
     Without EXTRA the last three are not computed.
     """
@@ -43,11 +44,11 @@ def chunk_stats(
     w = tl.zeros((R,), tl.float32)
     q = tl.zeros((R,), tl.float32)
     total = tl.zeros((R,), tl.float32)
-    rest = tl.zeros((R,), tl.float32)  # of its own: one sum in loop and tail stops a pass of Triton 3.7
+    rest = tl.zeros((R,), tl.float32)  # separate, because one sum in loop and tail breaks a pass of Triton 3.7
     before = tl.full((R,), -float("inf"), tl.float32)
     lanes = tile_offsets(R, LANES, ALIGNED)
 
-    # Full blocks carry no mask: a mask whose bound is not known to be a multiple of 16 would cost the 16-byte loads.
+    # Full blocks carry no mask: a mask with a bound that is not a known multiple of 16 would prevent 16-byte loads.
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
     for first in range(start, full, BLOCK_V):
         offsets = first + lanes
@@ -109,7 +110,7 @@ def _finish(
     if extra_ptr is not None:
         tl.store(extra_ptr + row, total * scale / V)
         tl.store(extra_ptr + N + row, (tl.log2(q) - 2.0 * log_s) * LN_2)
-        # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
+        # argmax is the first maximum, so no equal entry may precede the target. In a NaN row no entry is the argmax.
         first = inside & (u_target >= m) & (before < u_target) & (s == s)
         tl.store(extra_ptr + 2 * N + row, tl.where(first, 1.0, 0.0))
 
@@ -140,9 +141,9 @@ def token_stats_forward_kernel(
     BLOCK_V: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
-    """Grid (N,), or (N * chunks,) if partial [6, N * chunks] is not None: it is left for `token_stats_merge_kernel`.
+    """Grid (N,), or (N * chunks,) with partial [6, N * chunks], which `token_stats_merge_kernel` reads.
 
-    temperature_ptr, softcap and extra_ptr may be None.
+    partial_ptr, temperature_ptr, softcap and extra_ptr may be None.
     """
     EXTRA: tl.constexpr = extra_ptr is not None
     pid = tl.program_id(0).to(tl.int64)
@@ -215,7 +216,7 @@ def token_stats_merge_kernel(
     softcap,
     logit_scale: tl.float32,
 ):
-    """Grid (N,): merge the chunks of each row in the order in which one program would have met them."""
+    """Grid (N,). Merge the chunks of each row, in the order in which a single program would."""
     EXTRA: tl.constexpr = extra_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     if tl.load(mask_ptr + row) == 0:
@@ -255,13 +256,13 @@ def token_stats_forward(
     split: bool | None = None,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits [..., V] -> (logp, entropy, lse, saved, extra).
+    """Return (logp, entropy, lse, saved, extra) of logits [..., V], all in fp32 and 0 where masked.
 
-    target, mask contiguous with N entries; transform: (temperature: a number or as target, softcap, logit_scale).
-    All fp32: logp, entropy and lse [N]; saved [2, N] is (m, log2 s) for the backward; extra [3, N] is (mean logit,
-    log sum p^2, is_top1), or [3, 0]. 0 where masked. The entropy is there also where it is not asked for: it costs no
-    access to memory. `split` gives each chunk of a row a program of its own; None: when there are fewer rows than would
-    fill the device.
+    target and mask are contiguous with N entries. transform is (temperature, softcap, logit_scale), with temperature a
+    number or shaped like target. logp, entropy and lse are [N]. saved [2, N] is (m, log2 s) for the backward. extra is
+    [3, N] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed even if it is not requested, because
+    it costs no memory access. `split` gives each chunk of a row its own program; None: if the rows are too few to fill
+    the device.
     """
     rows = Rows(logits)
     logp, entropy_out, lse = (torch.zeros(rows.N, dtype=torch.float32, device=logits.device) for _ in range(3))

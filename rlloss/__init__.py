@@ -1,9 +1,11 @@
-"""Losses for RL post-training of language models: the textbook loss, paid only for the tokens with a gradient.
+"""rlloss computes losses for RL post-training of language models.
+
+Loss and gradient are those of the textbook formulas. The backward runs only for tokens whose gradient is not zero.
 
 From logits or hidden states to a loss:
     GRPOLoss, LinearGRPOLoss    the loss as a module: from logits, or from hidden states and the lm_head
-    LossConfig                  which loss, and its settings
-    policy_loss                 from log-probabilities
+    LossConfig                  selects the loss and its settings
+    policy_loss                 the loss from log-probabilities
     means                       the metrics of a loss, divided by their counts
 
 Log-probabilities and entropies alone:
@@ -13,22 +15,22 @@ Log-probabilities and entropies alone:
 Around the loss:
     group_advantage             rewards -> advantages: GRPO, Dr. GRPO, RLOO, GDPO
     sampler_ratio               the correction for an inference engine whose log-probabilities differ
-    entropy_cutoff              the entropy from which on a token is kept
-    diagnose                    gauges of entropy collapse
+    entropy_cutoff              the smallest entropy of a kept token
+    diagnose                    sums from which the gauges of entropy collapse are made
 
-What a call costs:
-    explain_plan                which plan LinearGRPOLoss takes, its matrix products and bytes, and why
-    count_products              counts the matrix products that are run
+Cost of a call:
+    explain_plan                the plan of LinearGRPOLoss, its matrix products and bytes, and the reason for it
+    count_products              counts the matrix products that ran
 
 More, by subject:
-    rlloss.losses               the settings of each loss, token states, importance ratios
-    rlloss.rewards              advantages, what they keep of several rewards, the overlong penalty
-    rlloss.tokens               which tokens count, are kept and are picked
+    rlloss.losses               the settings of each loss, the loss and its metrics, importance ratios
+    rlloss.rewards              advantages, reward resolution, the overlong penalty
+    rlloss.tokens               tokens that count, are kept, are picked; the state of each token
     rlloss.entropy              gauges, the adaptive bonus, temperatures that follow the entropy
     rlloss.lm_head              plans and statistics from hidden states
     rlloss.integrations.trl     GRPOConfig, GRPOTrainer and patch_trl: the one import that a TRL user changes
 
-Names are imported when they are first used.
+A name is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING

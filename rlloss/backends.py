@@ -1,8 +1,8 @@
-"""The choice between Triton and plain torch. The only module that imports `rlloss.kernels`.
+"""Choose between the Triton kernels and plain torch. This is the only module that imports `rlloss.kernels`.
 
-Backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under TRITON_INTERPRET=1), "torch"
-(tiled torch, anywhere). The choice is made per call from the tensor, and a backward takes that of its forward;
-RLLOSS_BACKEND or `backend(...)` forces one, and a forced backend that is missing raises.
+There are three backends: "triton" on a GPU, "interpreter" (the same Triton kernels on CPU tensors, under
+TRITON_INTERPRET=1) and "torch" (tiled torch, anywhere). Each call chooses from its tensor; a backward uses the backend
+of its forward. RLLOSS_BACKEND or `backend(...)` forces one. If that backend is missing, the call raises.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor
 from rlloss import checks
 from rlloss.kernels.launch_table import choice as choice
 
-# What the kernels are called, and the file that has each: in kernels/, and as a twin in torch_kernels/.
+# Each kernel and its file. The file exists in kernels/ and, as a twin, in torch_kernels/.
 FILES = {
     "token_stats_forward": "token_stats_forward",
     "token_stats_backward": "token_stats_backward",
@@ -39,7 +39,7 @@ IN_TRITON_ALONE = {
 
 
 class _Kernels:
-    """The functions of `files` as attributes."""
+    """Give access to the functions of `files` as attributes."""
 
     def __init__(self, package: str, files: dict[str, str]):
         self._modules = {name: importlib.import_module(f"{package}.{file}") for name, file in files.items()}
@@ -59,17 +59,18 @@ except ImportError:  # Triton is published for Linux only
 
 BACKENDS = ("triton", "interpreter", "torch")
 
-# Each a list of one name, which `is` tells from the others; empty once its block has ended, in copies of a context too.
+# Each entry is a list of one name, told from the others by `is`. A block empties its list at its end, which also
+# reaches copies of the context.
 _forced: contextvars.ContextVar[tuple[list[str], ...]] = contextvars.ContextVar("forced", default=())
-_anywhere: list[str] = []  # the names forced in all threads
+_anywhere: list[str] = []  # names that are forced in any thread
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend ("triton", "interpreter" or "torch") for the calls inside, in this thread or asyncio task alone.
+    """Force a backend ("triton", "interpreter" or "torch") for the calls inside, in this thread or asyncio task only.
 
-    Under torch.compile the forward and the backward each take the one that is forced where they run; a compiled graph
-    does not notice that another thread forces the same name.
+    Under torch.compile the forward and the backward each use the backend that is forced where they run. A compiled
+    graph does not notice that another thread forces the same name.
     """
     checks.one_of("backend", name, BACKENDS)
     mine = [name]
@@ -90,7 +91,7 @@ def _forced_here() -> str | None:
 
 
 def choose_backend(x: Tensor) -> str:
-    """The backend for a tensor: what is forced, else Triton where it runs, else torch."""
+    """Return the backend for a tensor: the forced one, else Triton where it runs, else torch."""
     checks.of_type("x", x, Tensor, "a tensor")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if x.device.type in ("cuda", "xpu"):
@@ -99,7 +100,7 @@ def choose_backend(x: Tensor) -> str:
         possible = ["interpreter", "torch"] if triton is not None and interpreted else ["torch"]
     if x.dtype == torch.float64:
         possible = ["torch"]
-    # torch.compile cannot trace a ContextVar: its value is a constant to it, guarded by the names in `_anywhere`.
+    # torch.compile cannot trace a ContextVar. It takes the value as a constant, guarded by the names in `_anywhere`.
     forced = _forced_here() if any(name in _anywhere for name in BACKENDS) else None
     forced = forced or os.environ.get("RLLOSS_BACKEND")
     if not forced:
@@ -114,5 +115,5 @@ def choose_backend(x: Tensor) -> str:
 
 
 def of(x: Tensor) -> Any:
-    """The kernels for a tensor: `triton`, also for the interpreter, or `plain`."""
+    """Return the kernels for a tensor: `triton` (also for the interpreter) or `plain`."""
     return plain if choose_backend(x) == "torch" else triton

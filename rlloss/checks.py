@@ -1,4 +1,4 @@
-"""Errors that name the argument, what was found and what was expected."""
+"""Check arguments, and raise errors that name the argument, the value found and the value expected."""
 
 import difflib
 import numbers
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""dtypes of logits, hidden states and weights."""
+"""Allowed dtypes of logits, hidden states and weights."""
 SIZES = {"": 1, "b": 1} | {
     f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")
 }
@@ -17,12 +17,12 @@ SIZES = {"": 1, "b": 1} | {
 
 
 def has_values(x: torch.Tensor) -> bool:
-    """False for a tensor on the "meta" device and for a FakeTensor, which are shapes alone."""
+    """Return False for a FakeTensor and for a tensor on the "meta" device, which have a shape but no values."""
     return not x.is_meta and not hasattr(x, "fake_mode")
 
 
 def values_checked(x: torch.Tensor) -> bool:
-    """Whether looking at the values of `x` is free (CPU) or was asked for (RLLOSS_CHECK=1, which synchronises)."""
+    """Return whether the values of `x` may be read: on a CPU, or with RLLOSS_CHECK=1, which synchronises."""
     if torch.compiler.is_compiling() or not has_values(x):
         return False
     return x.device.type == "cpu" or os.environ.get("RLLOSS_CHECK") == "1"
@@ -34,12 +34,13 @@ def require(condition: bool, name: str, found: object, expected: str) -> None:
 
 
 def fail(name: str, found: object, expected: str) -> NoReturn:
-    """For a message that names a setting: torch.compile makes a float that changes symbolic, and no text of it."""
+    """Raise ValueError. Call it where the message contains a setting: torch.compile makes a changing float symbolic and
+    cannot turn it into text."""
     raise ValueError(f"{name}: found {found}, expected {expected}")
 
 
 def wrong_type(name: str, found: object, expected: str) -> NoReturn:
-    is_short = found is None or isinstance(found, str | numbers.Number) or type(found).__name__ == "bool"  # NumPy's
+    is_short = found is None or isinstance(found, str | numbers.Number) or type(found).__name__ == "bool"  # of NumPy
     said = repr(found) if is_short else type(found).__name__
     raise TypeError(f"{name}: found {said}, expected {expected}")
 
@@ -56,7 +57,7 @@ def one_of(name: str, found: object, allowed: Iterable[object]) -> None:
 
 
 def unknown_option(name: object, known: Iterable[str], otherwise: str = "") -> str:
-    """A message that names the option that may have been meant; `otherwise` where none is near."""
+    """Return a message that suggests the closest known option, or ends in `otherwise` if none is close."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.75)
     return f"unknown option {name}{f', did you mean {near[0]}?' if near else otherwise}"
 
@@ -66,7 +67,7 @@ def flag(name: str, value: object) -> None:
 
 
 def number(name: str, value: object, expected: str = "a number") -> None:
-    """Real and no bool. A NaN is one."""
+    """Require a real number, not a bool. NaN is allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         wrong_type(name, value, expected)
 
@@ -85,7 +86,7 @@ def positive(name: str, value: float) -> None:
 
 
 def whole(name: str, value: int, low: int | None = None, expected: str = "an int") -> None:
-    """An integer and no bool."""
+    """Require an integer, not a bool."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         wrong_type(name, value, expected)
     if low is not None and value < low:
@@ -93,7 +94,7 @@ def whole(name: str, value: int, low: int | None = None, expected: str = "an int
 
 
 def scalar(name: str, value: Any) -> None:
-    """A number, or a tensor that holds one."""
+    """Require a number, or a tensor that holds one."""
     if not isinstance(value, torch.Tensor):
         number(name, value, "a number, or a tensor that holds one")
         return
@@ -102,7 +103,7 @@ def scalar(name: str, value: Any) -> None:
 
 
 def cutoff(value: Any) -> None:
-    """An entropy, as a number or as a tensor; no NaN, where looking is free."""
+    """Require an entropy, as a number or as a tensor. NaN raises if the value may be read (see `values_checked`)."""
     scalar("cutoff", value)
     if not isinstance(value, torch.Tensor) or values_checked(value):
         require(bool(value == value), "cutoff", value, "a number")
@@ -115,7 +116,7 @@ def denominator(value: Any) -> None:
 
 
 def memory_budget(name: str, value: int | str | None) -> int | None:
-    """A size in bytes: a whole number, or a text such as "1GiB" or "500 MB"."""
+    """Return a size in bytes, given as a whole number or as a text such as "1GiB" or "500 MB"."""
     expected = 'a whole number of bytes, a size such as "1GiB" or "500 MB", or None'
     if value is None or not isinstance(value, str):
         if value is not None:
@@ -137,7 +138,7 @@ def process_group(name: str, group: object) -> None:
 
 
 def tensors(name: str, found: Mapping[str, torch.Tensor], keys: Iterable[str]) -> None:
-    """A mapping that has a tensor under each of these keys."""
+    """Require a mapping that has a tensor under each of these keys."""
     of_type(name, found, Mapping, "a mapping of names to tensors")
     for key in keys:
         require(key in found, name, f"no {key!r} in it", "a mapping that has one")
@@ -156,7 +157,7 @@ def same_device(name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) 
 
 
 def local(name: str, x: object, ways_out: str) -> None:
-    """Refuse a DTensor, by what it can do: importing its class takes as long as importing torch."""
+    """Refuse a DTensor. It is recognised by its methods, because importing its class takes as long as torch itself."""
     if isinstance(x, torch.Tensor) and hasattr(x, "full_tensor"):
         placements = getattr(x, "placements", None)
         raise TypeError(f"{name}: found a DTensor with {placements}, expected a plain tensor: {ways_out}")
@@ -190,7 +191,7 @@ def token_ids(name: str, x: torch.Tensor) -> None:
 
 
 def constant(name: str, x: torch.Tensor) -> None:
-    """Not differentiated by the loss: a gradient would be lost without a word."""
+    """Refuse a tensor that requires a gradient where the loss gives it none: the gradient would be lost silently."""
     if x.requires_grad:
         fail(
             name, "a tensor that requires a gradient", f"one that does not, as the loss gives it none: {name}.detach()"
@@ -198,7 +199,7 @@ def constant(name: str, x: torch.Tensor) -> None:
 
 
 def advantage(x: torch.Tensor, shape: Iterable[int], narrow: str = "[B]") -> None:
-    """`[B]` (or, if said, `[B, 1]`) or `[B, T]`."""
+    """Require an advantage of shape `[B, T]`, or `[B]`, or with narrow="[B, 1]" that shape instead of `[B]`."""
     floating("advantage", x)
     B, T = shape
     narrow_shape = (B,) if narrow == "[B]" else (B, 1)
@@ -209,7 +210,7 @@ def advantage(x: torch.Tensor, shape: Iterable[int], narrow: str = "[B]") -> Non
 
 
 def tokens(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, narrow: str = "[B]") -> None:
-    """logp and mask `[B, T]`, and their advantages."""
+    """Require logp and mask of shape `[B, T]`, and advantages that fit them."""
     floating("logp", logp)
     require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
     boolean("mask", mask)
@@ -220,7 +221,7 @@ def tokens(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, nar
 
 
 def target_in_range(target: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
-    """Raise at the first target of an unmasked row that is not a vocabulary entry."""
+    """Raise if the target of an unmasked row is not a vocabulary entry; the error names the first such target."""
     bad = (target < 0) | (target >= V)
     if mask is not None:
         bad &= mask

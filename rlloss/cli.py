@@ -1,4 +1,4 @@
-"""The command `rlloss`. Nothing heavy is imported before a command needs it."""
+"""The command line `rlloss`. It imports torch and other heavy modules only when a command needs them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 NEEDED = ("trl", "transformers", "datasets", "accelerate", "tokenizers", "packaging", "yaml", "rich")
-"""What `demo` and `train` import beyond rlloss itself: the extra [trl]."""
+"""Modules that `demo` and `train` import beyond rlloss itself. The extra [trl] installs them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 something is not installed or does not fit, 2 bad input."""
+    """Run a command and return its exit status: 0 success, 1 a library is missing or does not fit, 2 bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:  # its options are TRL's to parse, --help included
+    if argv[:1] == ["train"]:  # TRL parses its options, --help included
         return _train(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)

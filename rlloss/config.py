@@ -1,4 +1,4 @@
-"""The settings of a loss."""
+"""These dataclasses hold the settings of a loss and check them."""
 
 import math
 from dataclasses import dataclass, fields
@@ -18,13 +18,13 @@ COVARIANCE_PENALTIES = ("abs", "k3")
 
 @dataclass(frozen=True)
 class SapoConfig:
-    """Steepness of the soft gate of "sapo" (2511.20347 Eq. 5); above 0."""
+    """Steepness of the soft gate of "sapo" (2511.20347 Eq. 5). A value that is not above 0 raises ValueError."""
 
     temperature_pos: float = 1.0
-    """Where the advantage is positive."""
+    """Steepness where the advantage is positive."""
 
     temperature_neg: float = 1.05
-    """Where it is not: steeper, so that the gradient fades faster."""
+    """Steepness elsewhere. The default is larger than `temperature_pos`, so the gradient fades faster."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -33,19 +33,20 @@ class SapoConfig:
 
 @dataclass(frozen=True)
 class VespoConfig:
-    """Gamma weight e^lambda w^k e^(-lambda w) of a sequence whose importance weight is w (2602.10693); all above 0."""
+    """Gamma weight e^lambda w^k e^(-lambda w) of "vespo" (2602.10693), where w is the importance weight of a sequence.
+    A value that is not above 0 raises ValueError."""
 
     k_pos: float = 2.0
-    """Exponent where the advantage is not negative: how fast small weights fade."""
+    """Exponent k where the advantage is not negative. A larger one suppresses small weights more."""
 
     lambda_pos: float = 3.0
-    """Decay where the advantage is not negative: how fast large weights fade."""
+    """Decay lambda where the advantage is not negative. A larger one suppresses large weights more."""
 
     k_neg: float = 3.0
-    """Exponent where the advantage is negative."""
+    """Exponent k where the advantage is negative."""
 
     lambda_neg: float = 2.0
-    """Decay where the advantage is negative."""
+    """Decay lambda where the advantage is negative."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -54,39 +55,44 @@ class VespoConfig:
 
 @dataclass(frozen=True)
 class CovarianceConfig:
-    """Which tokens "clip_cov" and "kl_cov" pick by (logp - mean logp) (A - mean A) (2505.22617 Eq. 10)."""
+    """How "clip_cov" and "kl_cov" pick tokens by covariance (logp - mean logp) (A - mean A) (2505.22617 Eq. 10).
+    A value out of its range raises ValueError."""
 
     ratio: float = 2e-4
-    """Share of the tokens in the scope that is picked, in (0, 1]; the paper takes 2e-3 for KL-Cov on a 7B model."""
+    """Share of the tokens in the scope that is picked, in (0, 1]. The paper uses 2e-3 for KL-Cov on a 7B model."""
 
     low: float = 1.0
-    """"clip_cov" picks among tokens with a covariance of at least this (2505.22617 Eq. 11)."""
+    """Smallest covariance of the tokens among which "clip_cov" picks (2505.22617 Eq. 11)."""
 
     high: float = 5.0
-    """... and of at most this."""
+    """Largest covariance of the tokens among which "clip_cov" picks."""
 
     kl_coef: float = 1.0
-    """Weight of the penalty of "kl_cov" (the paper's 1; verl's YAML sets 0.1); above 0."""
+    """Weight of the penalty of "kl_cov", above 0. The paper uses 1, verl's YAML 0.1."""
 
     penalty: str = "abs"
-    """"abs": |log ratio|, as verl and the authors' code have it. "k3": ratio - 1 - log ratio, the estimate from the
-    sampled token of the paper's KL(pi_old || pi) (Eq. 14)."""
+    """Penalty of "kl_cov", "abs" or "k3".
+
+    "abs" is abs(log ratio), as in verl and in the authors' code. "k3" is ratio - 1 - log ratio, which estimates the
+    paper's KL(pi_old, pi) (Eq. 14) from the sampled token."""
 
     scope: str = "microbatch"
-    """"microbatch": means and share are those of this call's tokens, as in verl: eight calls pick at least eight tokens
-    where one call picks one. "generation": the tokens are picked once, from the log-probabilities of the whole batch
-    (`rlloss.tokens.covariance_selection`), and given as `selected`: the result does not depend on how the batch is
-    split."""
+    """Tokens over which means and share are taken, "microbatch" or "generation".
+
+    "microbatch" uses the tokens of this call, as verl does: eight calls pick at least eight tokens where one call picks
+    one. With "generation" you pick the tokens once, from the log-probabilities of the whole batch
+    (`rlloss.tokens.covariance_selection`), and pass them as `selected`. The result then does not depend on how the
+    batch is split."""
 
     selection: str = "random"
-    """Among the tokens between `low` and `high`: "random", as the paper, or "top", those with the largest covariance.
+    """Pick among the tokens between `low` and `high` at "random", as the paper does, or the "top" ones by covariance.
     "kl_cov" always takes the largest."""
 
     seed: int = 0
-    """Of the random selection, which is a function of it and of the batch."""
+    """Seed of the random selection. The same seed and batch give the same selection."""
 
     at_least_one: bool = True
-    """Pick a token even where `ratio` of the tokens is less than one (verl); False: the paper's floor(ratio N)."""
+    """Pick one token even if `ratio` times their number is below 1 (verl). False gives the paper's floor(ratio N)."""
 
     def __post_init__(self) -> None:
         for name in ("ratio", "low", "high"):
@@ -103,82 +109,96 @@ class CovarianceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What `policy_loss`, `GRPOLoss` and the integrations compute. A setting without effect raises when it is made."""
+    """Settings of the loss that `policy_loss`, `GRPOLoss`, `LinearGRPOLoss` and the integrations compute.
+
+    Raises:
+        ValueError, TypeError: a value does not fit, or a setting has no effect together with the others; the error
+            names it.
+    """
 
     loss_type: str = "dapo"
     """The surrogate, and how token losses become one number.
 
-    Clipped ratio times advantage (`epsilon_low`, `epsilon_high`, `delta`): "grpo" mean over each sequence, then over
-    sequences (2402.03300); "bnpo" mean over this call's tokens; "dr_grpo" sum over B * max_completion_length
-    (2503.20783); "dapo" mean over all tokens, of all micro-batches when `denominator` is given (2503.14476); "gspo"
-    is "grpo" with one ratio per sequence, whatever `ratio_level` (2507.18071); "luspo" sum over each sequence, then
-    mean over sequences, in the paper with ratio_level="sequence" (2602.05261).
+    These clip the ratio and multiply it by the advantage (`epsilon_low`, `epsilon_high`, `delta`):
 
-    "cispo": the capped ratio is a weight without gradient on the log-probability (2506.13585), mean over tokens as
-    "dapo". "sapo": a soft gate instead of the clip (2511.20347), mean as "grpo". "vespo": one Gamma weight per
-    sequence without gradient on the log-probability (2602.10693), mean over tokens as "dapo".
+    - "grpo": mean over each sequence, then over sequences (2402.03300).
+    - "bnpo": mean over this call's tokens.
+    - "dr_grpo": sum over all tokens, divided by B * max_completion_length (2503.20783).
+    - "dapo": mean over all tokens (2503.14476); pass `denominator` to take it over all micro-batches.
+    - "gspo": as "grpo", with one ratio per sequence whatever `ratio_level` is (2507.18071).
+    - "luspo": sum over each sequence, then mean over sequences (2602.05261, which uses ratio_level="sequence").
 
-    Against the collapse of entropy (2505.22617), mean over tokens as "dapo": "clip_cov" is "dapo" without the tokens
-    that `covariance` picks; "kl_cov" is ratio times advantage, not clipped, with a penalty on the ratio of those."""
+    These weight the tokens in another way:
+
+    - "cispo": the capped ratio is a weight without gradient on the log-probability (2506.13585); mean as "dapo".
+    - "sapo": a soft gate replaces the clip (2511.20347); mean as "grpo".
+    - "vespo": one Gamma weight per sequence, without gradient, on the log-probability (2602.10693); mean as "dapo".
+
+    These counter entropy collapse (2505.22617); mean as "dapo":
+
+    - "clip_cov": "dapo" without the tokens that `covariance` picks.
+    - "kl_cov": ratio times advantage without a clip, plus a penalty on the ratio of the tokens that it picks."""
 
     ratio_level: str = "token"
-    """"token": one importance ratio per token. "sequence": the geometric mean over a sequence (GSPO, 2507.18071)."""
+    """Take one importance ratio per "token", or per "sequence" the geometric mean (GSPO, 2507.18071)."""
 
     epsilon_low: float = 0.2
-    """Ratios below 1 - epsilon_low are clipped where the advantage is negative. At least 0; from 1 on, none are."""
+    """Clip ratios below 1 - epsilon_low where the advantage is negative. At least 0; 1 or more clips none."""
 
     epsilon_high: float = 0.28
-    """Ratios above 1 + epsilon_high are clipped where the advantage is positive; 0.28 is DAPO's clip-higher. At least
-    0; inf clips none. For "cispo" it is the cap of the ratio itself: to be given, at least 1."""
+    """Clip ratios above 1 + epsilon_high where the advantage is positive. At least 0; inf clips none. 0.28 is DAPO's
+    clip-higher. For "cispo" it is the cap of the ratio itself, at least 1, and you have to set it."""
 
     delta: float | None = None
-    """Two-sided clipping (2505.07291): ratios are at most delta also where the advantage is negative. Meant to be
-    above 1 + epsilon_high."""
+    """Cap the ratio at delta where the advantage is negative too (two-sided clipping, 2505.07291). It should be above
+    1 + epsilon_high."""
 
     max_log_ratio: float | None = None
-    """Bound of |log ratio| before the exponential, and of |ref_logp - logp| before the KL; outside it they are
-    constants without gradient. None: the formulas as they are, which may be infinite. For "vespo" of the KL alone."""
+    """Bound of abs(log ratio) before the exponential, and of abs(ref_logp - logp) before the KL. Values outside it
+    become constants without gradient. With None the formulas have no bound and may overflow. "vespo" applies it to
+    the KL only."""
 
     top_entropy_quantile: float = 1.0
-    """rho (2506.01939): the surrogate keeps the tokens whose entropy is at or above the (1 - rho) quantile. 1.0 keeps
-    all, 0.0 only the highest-entropy token. KL acts on every token all the same."""
+    """Share rho (2506.01939). The surrogate keeps the tokens whose entropy is at or above the (1 - rho) quantile.
+    1.0 keeps all, 0.0 only the highest-entropy token. The KL acts on every token in any case."""
 
     entropy_denominator: str = "all"
-    """What the surrogate is divided by with rho < 1: "all" tokens (as TRL), or the "kept" ones (2506.01939 Eq. 6)."""
+    """Divisor of the surrogate with rho < 1, "all" tokens (as TRL) or the "kept" ones (2506.01939 Eq. 6)."""
 
     exact_k: bool = False
-    """Keep n - ceil((1 - rho) (n - 1)) of n tokens, the first of equal ones, instead of every tie at the cutoff."""
+    """Keep exactly n - ceil((1 - rho) (n - 1)) of n tokens, the first of equal ones, not every tie at the cutoff."""
 
     beta: float = 0.0
     """Weight of the KL to the reference policy."""
 
     kl_estimator: str = "k3"
-    """"k1", "k2" or "k3" (http://joschu.net/blog/kl-approx.html), in nats per token."""
+    """Estimator of the KL in nats per token, "k1", "k2" or "k3"
+    (http://joschu.net/blog/kl-approx.html)."""
 
     kl_bias_correction: bool = False
     """Multiply the KL by the importance ratio, gradient included (2512.02556)."""
 
     off_policy_threshold: float | None = None
-    """Sequences with a negative advantage whose mean sampler_logp - logp (old_logp - logp without a sampler_logp)
-    exceeds this carry no surrogate (2512.02556 Eq. 9)."""
+    """Drop the surrogate of a sequence with a negative advantage if its mean sampler_logp - logp exceeds this value
+    (2512.02556 Eq. 9). Without a sampler_logp, old_logp - logp is used."""
 
     entropy_coef: float = 0.0
-    """Weight of the mean entropy of the kept tokens, subtracted from the loss; the entropy must carry a gradient."""
+    """Weight of the mean entropy, which is subtracted from the loss as a bonus. The entropy must carry a gradient."""
 
     entropy_bonus_tokens: str = "kept"
-    """Whose mean entropy the bonus is: of the "kept" tokens (as TRL), or of "all"."""
+    """Tokens whose mean entropy is the bonus, the "kept" ones (as TRL) or "all"."""
 
     max_completion_length: int | None = None
-    """The constant length of "dr_grpo"; for the others it has no effect and raises."""
+    """Constant length of "dr_grpo". With another loss it has no effect and raises."""
 
     sapo: SapoConfig = SapoConfig()
-    """The gate of "sapo"; for the others it has no effect and raises."""
+    """Gate of "sapo". With another loss it has no effect and raises."""
 
     vespo: VespoConfig = VespoConfig()
-    """The weight of "vespo"; for the others it has no effect and raises."""
+    """Weight of "vespo". With another loss it has no effect and raises."""
 
     covariance: CovarianceConfig = CovarianceConfig()
-    """Which tokens "clip_cov" and "kl_cov" pick; for the others it has no effect and raises."""
+    """How "clip_cov" and "kl_cov" pick tokens. With another loss it has no effect and raises."""
 
     _least_cap: ClassVar[float] = 1.0
 
@@ -262,7 +282,10 @@ class LossConfig:
             )  # fmt: skip
 
     def _also_read(self) -> set[str]:
-        """What is read besides: the KL's bound, the ratio of its bias correction; and a level may say what it is."""
+        """Return settings that are read beyond `LossType.reads`: the KL's bound and the ratio of its bias correction.
+
+        A `ratio_level` that repeats the fixed level of the loss is allowed.
+        """
         read = {"max_log_ratio"} if self.beta != 0.0 else set()
         corrected = self.beta != 0.0 and self.kl_bias_correction and self._row.level == "product"
         if corrected or self._row.level == self.ratio_level:

@@ -1,4 +1,4 @@
-"""rlloss doctor: whether this machine and its libraries fit, whether the results are right here, and how fast it is."""
+"""`rlloss doctor` checks versions, device and results on this machine, and times one step for the user."""
 
 import importlib
 import importlib.metadata
@@ -30,7 +30,7 @@ CONSTRAINTS = 'pip install "./rlloss[trl]", or with the versions that the tests 
 
 
 class Check(NamedTuple):
-    """name, text: what was looked at and what was found. remedy: what to do about it; None: nothing, it is well."""
+    """One check: its name, a text with the finding, and a remedy, which is None if nothing is wrong."""
 
     name: str
     text: str
@@ -38,7 +38,7 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `doctor` found; str() of it is the text of the command."""
+    """Result of `doctor`. Its str() is the text that the command prints."""
 
     checks: tuple[Check, ...]
 
@@ -64,9 +64,9 @@ class Report(NamedTuple):
 
 
 def doctor(*, benchmark: bool = True, seconds: float = 8.0) -> Report:
-    """Look at versions, device, backend and results, and time a step. seconds: the benchmark takes at most.
+    """Check versions, device, backend and results, and time a step. seconds limits the benchmark's time.
 
-    Raises nothing: what goes wrong is a check with a remedy.
+    It raises nothing: a failure becomes a check with a remedy.
     """
     checks: list[Check] = [_rlloss(), _installation(), _torch(), *_libraries(), _trl(), _device()]
     chosen = _backend()
@@ -79,7 +79,7 @@ def doctor(*, benchmark: bool = True, seconds: float = 8.0) -> Report:
 
 
 def _requirements() -> dict[str, str]:
-    """{library: the lowest version} that rlloss asks for, extras included."""
+    """Return {library: lowest version} that rlloss requires, extras included."""
     try:
         lines = importlib.metadata.requires("rlloss") or []
     except importlib.metadata.PackageNotFoundError:
@@ -105,7 +105,7 @@ def _rlloss() -> Check:
 
 
 def _installation() -> Check:
-    """How pip installed it, and whether Python imports that copy."""
+    """Report how pip installed rlloss, and whether Python imports that copy."""
     here = Path(__file__).resolve().parent
     try:
         installed = importlib.metadata.distribution("rlloss")
@@ -115,7 +115,7 @@ def _installation() -> Check:
     editable = bool(origin.get("dir_info", {}).get("editable"))
     root = Path(url2pathname(urlsplit(origin["url"]).path)) if editable else Path(str(installed.locate_file("")))
     text = f"{'editable, of' if editable else 'in'} {root}"
-    # A finder is asked after the path, where a clone seen from its parent is a package without __init__.py.
+    # Python asks a finder after the path. On the path, a clone seen from its parent is a package without __init__.py.
     if any("__editable___rlloss" in getattr(finder, "__module__", "") for finder in sys.meta_path):
         for folder in dict.fromkeys([Path.cwd(), *map(Path, sys.path)]):
             if (folder / "rlloss").is_dir() and not (folder / "rlloss" / "__init__.py").exists():
@@ -225,7 +225,7 @@ def _backend() -> Check:
 
 
 def _backends() -> list[str]:
-    """Those that run here, the one that is used first."""
+    """Return the backends that run here; the first is the one in use."""
     used = backends.choose_backend(torch.zeros(1, device=_place()))
     return [used] if used == "torch" else [used, "torch"]
 
@@ -244,8 +244,8 @@ def _case() -> dict[str, Tensor]:
 
 
 def _by_formula(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(loss, gradients of hidden and weight) of the formulas of `rlloss.reference`, by autograd."""
-    # The inputs are those of fp32 in either case.
+    """Return (loss, gradients of hidden and weight) from the formulas of `rlloss.reference` and autograd."""
+    # Both dtypes start from the fp32 inputs.
     x = {name: v.to(dtype) if v.is_floating_point() else v for name, v in _case().items()}
     hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
     logp, _, _ = reference.token_stats(hidden @ weight.T, x["target"])
@@ -267,13 +267,13 @@ def _by_rlloss(name: str, linear: bool) -> tuple[Tensor, ...]:
 
 
 def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest difference, in units of the largest entry."""
+    """Return the largest difference, divided by the largest entry."""
     pairs = zip(found, exact, strict=True)
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def _self_check(name: str) -> Check:
-    """Loss and gradients in fp32 against fp64: at most twice what plain torch is off, and a few roundings."""
+    """Compare loss and gradients in fp32 with fp64. Bound: twice the error of plain torch plus a few roundings."""
     label = f"results of {name}"
     try:
         exact = _by_formula(torch.float64)
@@ -285,15 +285,15 @@ def _self_check(name: str) -> Check:
     bound = 2 * plain + 8 * torch.finfo(torch.float32).eps
     text = ", ".join(f"from {way} {error:.1e}" for way, error in errors.items())
     text = f"relative error against fp64: {text}; at most {bound:.1e}, from plain torch's {plain:.1e}"
-    if not all(error <= bound for error in errors.values()):  # a NaN is not
+    if not all(error <= bound for error in errors.values()):  # a NaN fails here too
         return Check(label, text, "report it with this output; do not train with it")
     return Check(label, text)
 
 
 def _benchmark(seconds: float) -> Check:
-    """Forward and backward from hidden states: rlloss against plain logits, in turns.
+    """Time forward and backward from hidden states, rlloss and plain logits in turns.
 
-    On a CPU with one thread: several wait for each other where other programs run, the more so the smaller the tiles.
+    A CPU uses one thread. If other programs run, several threads wait for each other, and small tiles suffer most.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -333,7 +333,7 @@ def _compare(seconds: float) -> Check:
         for name, step in (("rlloss", ours), ("plain logits", plain)):
             times[name].append(_timed(step, cuda))
         rounds += 1
-        if rounds == 1:  # the first one warms up
+        if rounds == 1:  # the first round warms up
             for found in times.values():
                 found.clear()
         hidden.grad = weight.grad = None

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Import the names of a package when they are first used."""
 
 import importlib
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Any
 def attach(
     package: str, modules: dict[str, str], folders: tuple[str, ...] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """(`__getattr__`, `__dir__`, `__all__`) of a package (PEP 562). modules: {name: the module that has it}. folders:
-    packages inside it."""
+    """Return (`__getattr__`, `__dir__`, `__all__`) for a package (PEP 562). modules maps a name to the module that
+    defines it; folders are the packages inside it."""
 
     def get(name: str) -> Any:
         if name in folders:
@@ -17,7 +17,7 @@ def attach(
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         found = getattr(importlib.import_module(modules[name]), name)
-        setattr(importlib.import_module(package), name, found)  # the next time it is found at once
+        setattr(importlib.import_module(package), name, found)  # the next access does not come here
         return found
 
     return get, lambda: sorted({*vars(importlib.import_module(package)), *modules, *folders}), list(modules)

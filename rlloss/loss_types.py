@@ -1,7 +1,7 @@
-"""The losses as a table: a row has all that tells one loss from another.
+"""This table defines every loss in one row; no other code compares the name of a loss or of a surrogate.
 
-To add a loss: a row here, a function in `rlloss.losses.surrogates`, its formula in `rlloss.reference`, a line in
-docs/losses.md. Nothing else compares the name of a loss or of a surrogate with anything.
+To add a loss, add a row here, a function in `rlloss.losses.surrogates`, its formula in `rlloss.reference` and a page
+docs/losses/<name>.md.
 """
 
 from collections.abc import Mapping
@@ -9,50 +9,51 @@ from typing import NamedTuple
 
 
 class LossType(NamedTuple):
-    """One loss. Papers and formulas are in `LossConfig` and `rlloss.reference`."""
+    """One loss. `LossConfig` and `rlloss.reference` give its paper and formula."""
 
     surrogate: str
-    """What a token's ratio and advantage make of its loss: a name in `rlloss.losses.surrogates.SURROGATES`."""
+    """Name of the token's loss in `rlloss.losses.surrogates.SURROGATES`."""
 
     reads: frozenset[str]
-    """Of the settings that only some losses read, those that it reads; "covariance.x": x of CovarianceConfig."""
+    """Settings that this loss reads, of those that only some losses read. "covariance.x" is x of CovarianceConfig."""
 
     level: str | None = None
-    """Of the importance ratio: "token", "sequence", "product" (of a sequence); None: `LossConfig.ratio_level`."""
+    """Level of the importance ratio, "token", "sequence" or "product" (over a sequence), or None if
+    `LossConfig.ratio_level` decides."""
 
     mean_of_sequence: bool = False
-    """Token losses are averaged over their sequence first."""
+    """Whether token losses are averaged over their sequence first."""
 
     divided_by: str = "tokens"
-    """What their sum is then divided by: "tokens", "sequences", or "length" (sequences * max_completion_length)."""
+    """Divisor of their sum, "tokens", "sequences" or "length" (sequences * max_completion_length)."""
 
     own_token_count: bool = False
-    """The tokens of the call, also where a trainer knows those of the whole batch."""
+    """Whether to divide by this call's own token count even if a trainer knows the count of the whole batch."""
 
     row_local: bool = True
-    """A token's coefficient depends on no other token, as long as the ratio is per token and no selection looks at
-    others."""
+    """Whether a token's coefficient depends on no other token, given a ratio per token and no selection that looks at
+    other tokens."""
 
     silent_without_advantage: bool = True
-    """An advantage of 0 silences a token."""
+    """Whether an advantage of 0 silences a token."""
 
     caps_ratio: bool = False
-    """`epsilon_high` is the largest ratio itself, and not 1 less."""
+    """Whether `epsilon_high` is the largest ratio itself. Otherwise the largest ratio is 1 + `epsilon_high`."""
 
     picks: str | None = None
-    """By covariance it picks tokens "between" two bounds, or those with the "largest"; None: none."""
+    """Which tokens the loss picks by covariance, those "between" two bounds, the "largest", or None."""
 
     picked: str | None = None
-    """What becomes of them: "left out" or "penalised"."""
+    """Effect on picked tokens, "left out" or "penalised"."""
 
     kernel: str | None = None
-    """The form in which the Triton kernels know it: "clip" or "cispo"; None: plain torch alone."""
+    """Form of the loss in the Triton kernels, "clip" or "cispo"; None if only plain torch computes it."""
 
     logs: Mapping[str, str] = {}
-    """What it counts, and the name under which a trainer of TRL logs it."""
+    """Maps each count of the loss to the name under which TRL's trainer logs it."""
 
     in_trl: bool = True
-    """TRL has a loss of that name."""
+    """Whether TRL has a loss of that name."""
 
 
 _RATIO = frozenset({"ratio_level", "max_log_ratio"})
@@ -96,5 +97,5 @@ LOSSES: dict[str, LossType] = {
 
 
 def read_by_some(setting: str) -> bool:
-    """Whether it is a setting that only some losses read."""
+    """Return whether only some losses read this setting."""
     return any(setting in row.reads for row in LOSSES.values())

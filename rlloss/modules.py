@@ -1,4 +1,4 @@
-"""Drop-in loss modules: from logits, or from hidden states, to the loss."""
+"""These `nn.Module` classes compute the loss of a training step from logits, or from hidden states and the lm_head."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ from rlloss.losses.metrics import PolicyLoss
 
 
 def _config(config: LossConfig | str | None, settings: dict[str, Any]) -> LossConfig:
-    """The config, or the one that a `loss_type` and settings are short for."""
+    """Return the config, or make one from a `loss_type` and settings."""
     if isinstance(config, LossConfig):
         checks.require(not settings, "config", "a LossConfig", f"a loss_type or nothing beside {', '.join(settings)}")
         return config
@@ -29,21 +29,24 @@ def _config(config: LossConfig | str | None, settings: dict[str, Any]) -> LossCo
 
 
 class GRPOLoss(nn.Module):
-    """The loss of `config` from logits: `token_stats` and `policy_loss`, which have the full description.
+    """Compute the loss of `config` from logits, as `token_stats` followed by `policy_loss` do.
 
-    Rows that carry no gradient (masked, clipped, of low entropy, advantage 0) are not read in the backward. Where the
-    Triton kernels run, the losses that clip and "cispo" take one launch between the two passes over the logits.
+    The backward does not read rows without a gradient (masked, clipped, of low entropy, advantage 0). With the Triton
+    kernels, "cispo" and the losses that clip need one launch between the two passes over the logits.
 
     Args:
-        config: a `LossConfig`, or a loss_type, which settings as keywords may follow: `GRPOLoss("grpo", beta=0.04)` is
-            `GRPOLoss(LossConfig("grpo", beta=0.04))`. `LossConfig()` if None.
-        inplace_grad: write the gradient over the logits in the backward, as `token_stats` does, with its conditions.
-        single_launch: let the forward write the gradient too, while a row is in the cache; the loss and the gradient
-            are the same. It takes settings by which a token's coefficient depends on no other token: a ratio per
-            token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`; eager Triton. The gradient is held until
-            the backward. It pays where the incoming gradient is 1, and costs where it is not: rather than dividing
-            the loss by a number of micro-batches, put that into the `denominator`. None: where the settings allow it
-            and the rows in flight fit the GPU's cache. True: an error where the settings forbid it.
+        config: a `LossConfig`, or a loss_type with its settings as keywords: `GRPOLoss("grpo", beta=0.04)` is
+            `GRPOLoss(LossConfig("grpo", beta=0.04))`. None: `LossConfig()`.
+        inplace_grad: write the gradient over the logits in the backward, under the conditions of `token_stats`.
+        single_launch: let the forward also write the gradient, while a row is in the cache. Loss and gradient do not
+            change. It needs eager Triton, and settings under which a token's coefficient depends on no other token: a
+            ratio per token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`. The gradient is held until the
+            backward. It saves time if the incoming gradient is 1 and costs time otherwise, so do not divide the loss by
+            the number of micro-batches; put that number into `denominator`. None: used if the settings allow it and
+            the rows in flight fit the GPU's cache. True: raise if the settings forbid it. False: never used.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the error names it.
     """
 
     def __init__(
@@ -88,32 +91,31 @@ class GRPOLoss(nn.Module):
         kept: Tensor | None = None,
         selected: Tensor | None = None,
     ) -> PolicyLoss:
-        """The loss of a batch of completions from its logits.
+        """Compute the loss of a batch of completions from its logits. `policy_loss` describes the arguments at length.
 
         Args:
-            logits: `[B, T, V]`, those that predict the completion (shifted already); any float dtype, any strides.
+            logits: `[B, T, V]` that predict the completion (already shifted); any float dtype, any strides.
             target: `[B, T]` int64, the token ids of the completion.
             advantage: `[B]`, or `[B, T]` for one per token.
-            mask: `[B, T]` bool, True: the token counts. What stands in other columns is never looked at.
+            mask: `[B, T]` bool, True: the token counts. Other columns are never read.
             old_logp: `[B, T]` log-probability in nats under the policy that sampled. None: every ratio is 1.
-            ref_logp: `[B, T]` under the reference; needed if and only if `config.beta` is not 0.
-            sampler_ratio: `[B, T]` or `[B, 1]`, the weight that `rlloss.sampler_ratio` makes.
-            sampler_logp: `[B, T]` under the inference engine, for `config.off_policy_threshold`.
+            ref_logp: `[B, T]` log-probability under the reference; needed if and only if `config.beta` is not 0.
+            sampler_ratio: `[B, T]` or `[B, 1]`, weight of the surrogate, from `rlloss.sampler_ratio`.
+            sampler_logp: `[B, T]` log-probability under the inference engine, for `config.off_policy_threshold`.
             temperature: float, or `[B, T]`: logits are divided by it, as in sampling.
-            softcap, logit_scale: logits are softcap * tanh(logit_scale * logits / softcap); softcap None: no bound.
+            softcap, logit_scale: logits become softcap * tanh(logit_scale * logits / softcap); softcap None: no tanh.
             cutoff: keep tokens with entropy >= cutoff; None: this call's own quantile.
             denominator: divisor of the summed loss. Pass the count of the whole batch when you accumulate over
                 micro-batches or ranks. None: this call's own count: tokens, kept tokens, B, or
                 B * max_completion_length.
-            kept, selected: `[B, T]` bool, tokens kept by entropy or picked by covariance, of a batch that was split.
+            kept: `[B, T]` bool, the tokens kept by entropy, if the batch was split.
+            selected: `[B, T]` bool, the tokens picked by covariance, if the batch was split.
 
         Returns:
-            `PolicyLoss(loss, metrics)`: a 0-d loss with gradient; detached sums, which `rlloss.means` divides.
+            `PolicyLoss(loss, metrics)`: a 0-d loss with gradient, and detached sums for `rlloss.means`.
 
         Raises:
-            ValueError, TypeError: an argument does not fit, is missing or would have no effect; it is named.
-
-        `policy_loss` has the same arguments in more words.
+            ValueError, TypeError: an argument does not fit, is missing or would have no effect; the error names it.
         """
         checks.floating("logits", logits)
         checks.require(logits.dim() == 3, "logits", f"shape {tuple(logits.shape)}", "[B, T, V]")
@@ -138,25 +140,28 @@ class GRPOLoss(nn.Module):
 
 
 class LinearGRPOLoss(nn.Module):
-    """The loss of `config` from hidden states and the lm_head: `linear_token_stats` and `policy_loss`, which have the
-    full description.
+    """Compute the loss of `config` from hidden states and the lm_head, as `linear_token_stats` and `policy_loss` do.
 
-    There are no `[B, T, V]` logits. Matrix products are run for tokens that count, in the forward, and for those that
-    get a gradient (not masked, clipped, of low entropy or of advantage 0), in the backward.
+    The `[B, T, V]` logits never exist as a whole. The forward runs matrix products for tokens that count. The backward
+    runs them for tokens with a gradient (not masked, not clipped, not of low entropy, advantage not 0).
 
     Args:
         config: as for `GRPOLoss`.
-        plan: "recompute", "keep" (see `linear_token_stats`), or "gradient_in_forward": the gradients of hidden and
-            weight are made in the forward and held, 1 + 2r products, the logits of a chunk of rows at a time; for
-            settings by which a token's coefficient depends on no other token (a ratio per token, no off-policy mask,
-            top_entropy_quantile=1 or a `cutoff`). "auto": the one with the fewest products whose memory fits.
-            `explain_plan` says which.
-        memory_budget: bytes that a plan may take above inputs, gradients and one tile, also as a size such as "1GiB".
+        plan: "recompute" and "keep" are described at `linear_token_stats`. "gradient_in_forward" computes the gradients
+            of hidden and weight in the forward, from the logits of one chunk of rows at a time, and holds them: 1 + 2r
+            products for a share r of live rows. It needs settings under which a token's coefficient depends on no other
+            token (a ratio per token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`). "auto" takes the plan
+            with the fewest products whose memory fits. `explain_plan` tells you which one.
+        memory_budget: bytes that a plan may take beyond inputs, gradients and one tile, or a size such as "1GiB".
             None: 2 V D.
-        batch_invariant: the bits of a row's logp do not depend on the rows around it.
+        batch_invariant: make the bits of a row's logp independent of the rows around it.
         vocab_group: process group over which the vocabulary is split, as for `linear_token_stats`.
-        static_capacity: (rows, live), room for so many tokens that count and so many with a gradient, as for
-            `linear_token_stats`: no host sync, and fit for a CUDA graph. Not for the plan "gradient_in_forward".
+        static_capacity: (rows, live), the fixed numbers of tokens that count and of tokens with a gradient, as for
+            `linear_token_stats`. A call then does not synchronise and can be captured in a CUDA graph. Not possible
+            with the plan "gradient_in_forward".
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the error names it.
     """
 
     def __init__(
@@ -198,34 +203,36 @@ class LinearGRPOLoss(nn.Module):
         kept: Tensor | None = None,
         selected: Tensor | None = None,
     ) -> PolicyLoss:
-        """The loss of a batch of completions from its hidden states and the lm_head.
+        """Compute the loss of a batch of completions from its hidden states and the lm_head.
+
+        `policy_loss` describes most of the arguments at length.
 
         Args:
-            hidden: `[B, T, D]`, the states that predict the completion (shifted already), as `completion_inputs` gives.
-            weight: `[V, D]`, the lm_head's.
+            hidden: `[B, T, D]` that predict the completion (already shifted), as `completion_inputs` returns them;
+                bf16, fp16, fp32 or fp64.
+            weight: `[V, D]`, the weight of the lm_head.
             target: `[B, T]` int64, the token ids of the completion.
             advantage: `[B]`, or `[B, T]` for one per token.
             bias: `[V]`, or None.
-            mask: `[B, T]` bool, True: the token counts. What stands in other columns is never looked at.
+            mask: `[B, T]` bool, True: the token counts. Other columns are never read.
             old_logp: `[B, T]` log-probability in nats under the policy that sampled. None: every ratio is 1.
-            ref_logp: `[B, T]` under the reference; needed if and only if `config.beta` is not 0.
-            sampler_ratio: `[B, T]` or `[B, 1]`, the weight that `rlloss.sampler_ratio` makes.
-            sampler_logp: `[B, T]` under the inference engine, for `config.off_policy_threshold`.
+            ref_logp: `[B, T]` log-probability under the reference; needed if and only if `config.beta` is not 0.
+            sampler_ratio: `[B, T]` or `[B, 1]`, weight of the surrogate, from `rlloss.sampler_ratio`.
+            sampler_logp: `[B, T]` log-probability under the inference engine, for `config.off_policy_threshold`.
             temperature: float, or `[B, T]`: logits are divided by it, as in sampling.
-            softcap, logit_scale: logits are softcap * tanh(logit_scale * logits / softcap); softcap None: no bound.
+            softcap, logit_scale: logits become softcap * tanh(logit_scale * logits / softcap); softcap None: no tanh.
             cutoff: keep tokens with entropy >= cutoff; None: this call's own quantile.
             denominator: divisor of the summed loss. Pass the count of the whole batch when you accumulate over
                 micro-batches or ranks. None: this call's own count: tokens, kept tokens, B, or
                 B * max_completion_length.
-            kept, selected: `[B, T]` bool, tokens kept by entropy or picked by covariance, of a batch that was split.
+            kept: `[B, T]` bool, the tokens kept by entropy, if the batch was split.
+            selected: `[B, T]` bool, the tokens picked by covariance, if the batch was split.
 
         Returns:
-            `PolicyLoss(loss, metrics)`: a 0-d loss with gradient; detached sums, which `rlloss.means` divides.
+            `PolicyLoss(loss, metrics)`: a 0-d loss with gradient, and detached sums for `rlloss.means`.
 
         Raises:
-            ValueError, TypeError: an argument does not fit, is missing or would have no effect; it is named.
-
-        `policy_loss` has the same arguments in more words.
+            ValueError, TypeError: an argument does not fit, is missing or would have no effect; the error names it.
         """
         given = functools.partial(
             LossInputs, advantage=advantage, mask=mask, config=self.config, old_logp=old_logp, ref_logp=ref_logp,

@@ -1,7 +1,8 @@
-"""Functions as operators: what a tracer sees is registered with torch.library; an eager call runs the function itself.
+"""Register functions as torch operators that cost nothing extra in an eager call.
 
-torch spends a tenth to a third of a millisecond on each call of a registered operator, which an eager step from logits
-would pay four times: more than its launches take.
+A tracer sees the operator registered with torch.library; an eager call runs the function itself. torch spends 0.1 to
+0.3 ms on each call of a registered operator. An eager step from logits makes four such calls, which would take longer
+than its kernel launches.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def operator(
     name: str, *, fake: Callable, setup_context: Callable | None = None, backward: Callable | None = None
 ) -> Callable[[Callable], Callable]:
-    """A decorator that registers a function as "rlloss::name" and returns what calls it either way.
+    """Decorator: register a function as "rlloss::name" and return a function that calls it in either way.
 
-    The first argument is a tensor. fake, setup_context and backward: as torch.library's `register_fake` and
-    `register_autograd` take them; a gradient through an operator without a backward is an error. So is a second
-    derivative, where the backward calls such an operator.
+    The first argument is a tensor. fake, setup_context and backward are those of torch.library's `register_fake` and
+    `register_autograd`. Without a backward, a gradient through the operator is an error. If the backward calls such an
+    operator, a second derivative is an error.
     """
 
     def of(run: Callable) -> Callable:

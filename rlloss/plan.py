@@ -1,18 +1,24 @@
-"""What the lm_head of a model costs in a micro-batch: rlloss's plans beside plain logits, TRL's and Liger's heads.
+"""`rlloss plan` computes what a model's lm_head costs in a micro-batch: rlloss's plans, plain logits, TRL and Liger.
 
-n tokens count of the N columns of a micro-batch, r is the share of them with a gradient, V and D are the head's entries
-and width, g is 1 where the head is trained and 0 where it is frozen. Products with the head, in logits of n tokens:
+Of the N columns of a micro-batch n tokens count, and a share r of those has a gradient. V and D are the entries and the
+width of the head. g is 1 if the head is trained and 0 if it is frozen. The unit of the products with the head is the
+logits of n tokens::
 
     plain logits    (2 + g) N / n         forward, gradient of hidden, gradient of weight; padding too
-    TRL             3 + g                 logits again in the backward; on a CPU of all N columns
-    Liger           (3 + g) N / n         the same, a completion at a time, padding too
+    TRL             3 + g                 computes logits again in the backward; on a CPU for all N columns
+    Liger           (3 + g) N / n         the same, one completion at a time; padding too
     rlloss          rlloss.lm_head.plans
 
-The largest block of logits, in bytes: 4 N V (plain logits, the fp32 log-softmax that the backward needs), one tile of
-4,096 x 32,768 in the model's dtype (TRL), an fp32 tile of at most 2,048 x 4,096 (Liger), one tile and what the plan
-keeps (rlloss). At one time more is alive: of plain logits three such blocks in the backward, of Liger several tiles, of
-rlloss on a GPU with a 16-bit model half a tile for its gradient. `tests/house/test_plan.py` compares each line
-with what is counted; Liger's where it is installed.
+The largest block of logits, in bytes::
+
+    plain logits    4 N V                 the fp32 log-softmax that the backward needs
+    TRL             4,096 x 32,768        one tile, in the model's dtype
+    Liger           2,048 x 4,096         one tile at most, in fp32
+    rlloss          one tile, and the logits that the plan keeps
+
+More than that may be alive at one time: three such blocks in the backward of plain logits, several tiles for Liger, and
+half a tile for the gradient of a 16-bit model in rlloss on a GPU. `tests/house/test_plan.py` compares each line with
+counts, for Liger if it is installed.
 """
 
 import json
@@ -32,8 +38,11 @@ TRL_TILE, LIGER_TILE = (4096, 32768), (2048, 4096)  # rows, vocabulary entries
 
 
 class Way(NamedTuple):
-    """One way to run the head. products: in logits of the tokens that count. logits_bytes: the largest block of
-    logits, with a plan of rlloss also what it keeps. why_not: what forbids a plan of rlloss here, or None."""
+    """Cost of one way to run the head.
+
+    The unit of products is the logits of the tokens that count. logits_bytes is the largest block of logits, and for a
+    plan of rlloss also the logits that it keeps. why_not is the reason that forbids a plan of rlloss here, or None.
+    """
 
     name: str
     products: float
@@ -43,10 +52,11 @@ class Way(NamedTuple):
 
 
 class HeadCosts(NamedTuple):
-    """What `head_costs` found; str() of it is the text of `rlloss plan`.
+    """Result of `head_costs`. Its str() is the text of `rlloss plan`.
 
-    shape: (V, D). tokens: those that count. plan, why: the one that rlloss takes, and the reason. backbone_flop:
-    forward and backward of the model without its head, attention scores left out; None where the config does not say.
+    shape is (V, D). tokens is the number of tokens that count. plan and why are the plan that rlloss takes and the
+    reason. backbone_flop is the FLOP of a forward and backward of the model without its head and without attention
+    scores; it is None if the config does not tell.
     """
 
     shape: tuple[int, int]
@@ -121,21 +131,22 @@ def head_costs(
     memory_budget: int | str | None = None,
     device: str = "cuda",
 ) -> HeadCosts:
-    """What each way to run the lm_head costs in a micro-batch, from a model's config alone.
+    """Compute the cost of each way to run the lm_head in a micro-batch. Only the model's config is read.
 
     Args:
-        model: a config.json, a folder that has one, the id of a model on the Hub (which takes transformers), or the
-            config as a dict.
-        completions, tokens: of a micro-batch: B completions of T columns.
-        rho: the share of the tokens that count which gets a gradient, in [0, 1].
-        fill: the share of the columns that count; the rest is padding. In (0, 1].
+        model: a config.json, a folder that has one, the id of a model on the Hub (needs transformers), or the config
+            as a dict.
+        completions, tokens: size of a micro-batch, B completions of T columns.
+        rho: share of the tokens that count which gets a gradient, in [0, 1].
+        fill: share of the columns that count, in (0, 1]; the rest is padding.
         dtype: "bf16", "fp16" or "fp32".
-        frozen_head: the head is not trained, as under LoRA.
+        frozen_head: whether the head is not trained, as under LoRA.
         memory_budget: as for `LinearGRPOLoss`.
-        device: "cuda" or "cpu": whose tiles.
+        device: "cuda" or "cpu", the device whose tile sizes are used.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or the config names no vocabulary. OSError: there is none.
+        ValueError, TypeError: an argument does not fit, or the config names no vocabulary.
+        OSError: there is no config.
     """
     for name, value in (("completions", completions), ("tokens", tokens)):
         checks.whole(name, value, 1)
@@ -171,7 +182,7 @@ def head_costs(
         products, extra, why_not = report.alternatives[name]
         ways.append(way(f"rlloss {name}", products, report.tile_bytes + extra, why_not))
     parameters = backbone_parameters(config)
-    passes = 4 if frozen_head else 6  # forward and gradients of inputs, and those of the weights
+    passes = 4 if frozen_head else 6  # 2 each for the forward, the gradients of inputs and those of weights
     flop = None if parameters is None else passes * parameters * N
     return HeadCosts(
         (V, D), dtype, frozen_head, completions, tokens, n, rho, device, tuple(ways), report.plan, report.why,
@@ -180,7 +191,7 @@ def head_costs(
 
 
 def read_config(model: str | os.PathLike | dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model in a config.json, a folder, a Hub id or a dict."""
+    """Return the config of the language model from a config.json, a folder, a Hub id or a dict."""
     checks.of_type("model", model, (str, os.PathLike, dict), "a config.json, a folder, a Hub id or a dict")
     if isinstance(model, dict):
         config = model
@@ -226,7 +237,7 @@ def _bytes(dtype: str) -> int:
 
 
 def backbone_parameters(config: dict[str, Any]) -> int | None:
-    """Weights of the linear layers of a dense decoder, without embeddings; None where the config does not say."""
+    """Count the weights of a dense decoder's linear layers, without embeddings; None if the config does not tell."""
     experts = any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     if experts or not all(isinstance(config.get(name), int) for name in names):

@@ -1,6 +1,6 @@
-"""The formulas, as one would write them on paper. Slow, never tuned: the oracle that everything else is tested against.
+"""This module writes each formula as on paper, and the tests compare all other code with it.
 
-Run it in fp64; its gradients are autograd's own.
+It is slow and never tuned. Run it in fp64. Autograd computes its gradients.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 def token_stats(
     logits: Tensor, target: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [..., V], target [...] -> (log-probability of the target, entropy in nats, log-sum-exp), each [...]."""
+    """Return (log-probability of the target, entropy in nats, log-sum-exp), each [...], of logits [..., V]."""
     z = logits * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -31,7 +31,7 @@ def kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k3", bound: float = mat
 
 
 def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str = "token") -> Tensor:
-    """pi / pi_old at each token [B, T], or the geometric mean over a sequence [B, 1] (GSPO, 2507.18071 Eq. 7)."""
+    """Return pi / pi_old per token [B, T], or its geometric mean per sequence [B, 1] (GSPO, 2507.18071 Eq. 7)."""
     log_ratio = logp - old_logp
     if level == "sequence":
         log_ratio = torch.where(mask, log_ratio, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -39,9 +39,10 @@ def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: str = "token") ->
 
 
 def sampler_ratio(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, mode: str, low: float, high: float) -> Tensor:
-    """pi_old / pi_sampler per token [B, T] or per sequence [B, 1]: within [low, high] ("truncate"), or else 0.
+    """Return pi_old / pi_sampler per token [B, T] or per sequence [B, 1].
 
-    A probability of 0 by both is a ratio of 1, which "mask" makes 0.
+    "truncate" clamps a ratio outside [low, high]; "mask" sets it to 0. Where both probabilities are 0 the ratio is 1,
+    and "mask" sets that to 0 too.
     """
     same = old_logp == sampler_logp  # also where both are -inf
     log_ratio = torch.where(mask & ~same, old_logp - sampler_logp, 0.0)
@@ -55,7 +56,7 @@ def sampler_ratio(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, mode: st
 
 
 def clip_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, delta: float | None = None) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), with r <= delta in the first term (2505.07291)."""
+    """-min(r A, clip(r, 1 - low, 1 + high) A), where delta caps r in the first term (2505.07291)."""
     clipped = ratio.clamp(1 - low, 1 + high)
     if delta is not None:
         ratio = ratio.clamp(max=delta)
@@ -63,18 +64,18 @@ def clip_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float, de
 
 
 def cispo(ratio: Tensor, advantage: Tensor, logp: Tensor, cap: float) -> Tensor:
-    """-min(r, cap) A log pi, the capped ratio a constant (2506.13585 Eq. 4 and 5)."""
+    """-min(r, cap) A log pi, where the capped ratio is a constant (2506.13585 Eq. 4 and 5)."""
     return -ratio.clamp(max=cap).detach() * advantage * logp
 
 
 def sapo(ratio: Tensor, advantage: Tensor, temperature_pos: float, temperature_neg: float) -> Tensor:
-    """-A sigmoid(t (r - 1)) 4 / t, t by the sign of A (2511.20347 Eq. 5 and 6)."""
+    """-A sigmoid(t (r - 1)) 4 / t, where t depends on the sign of A (2511.20347 Eq. 5 and 6)."""
     gain, loss = ((t * (ratio - 1)).sigmoid() * 4 / t for t in (temperature_pos, temperature_neg))
     return -advantage * torch.where(advantage > 0, gain, loss)
 
 
 def vespo_log_w(logp: Tensor, old_logp: Tensor, mask: Tensor, sampler_ratio: Tensor | None = None) -> Tensor:
-    """Log of the product of a sequence's ratios, [B, 1] (2602.10693, bounds of its code), sampler's included."""
+    """Log of the product of a sequence's ratios and sampler ratios, [B, 1] (2602.10693, bounded as in its code)."""
     least, most = math.log(1e-8), 20.0
     log_w = torch.where(mask, (logp - old_logp).clamp(-20.0, 20.0), 0.0).sum(-1, keepdim=True)
     if sampler_ratio is not None:
@@ -84,31 +85,31 @@ def vespo_log_w(logp: Tensor, old_logp: Tensor, mask: Tensor, sampler_ratio: Ten
 
 
 def vespo(log_w: Tensor, advantage: Tensor, logp: Tensor, gain: tuple, loss: tuple) -> Tensor:
-    """-phi A log pi with the constant phi = e^l w^k e^(-l w); (k, l) is gain where A >= 0, else loss (2602.10693)."""
+    """-phi A log pi with the constant phi = e^l w^k e^(-l w). (k, l) is gain where A >= 0, else loss (2602.10693)."""
     phi_gain, phi_loss = ((decay + k * log_w - decay * log_w.exp()).exp() for k, decay in (gain, loss))
     return -torch.where(advantage >= 0, phi_gain, phi_loss).detach() * advantage * logp
 
 
 def covariance(logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-    """Each token's part of Cov(log pi, A) (2505.22617 Eq. 10), 0 where it does not count."""
+    """Each token's part of Cov(log pi, A) (2505.22617 Eq. 10), 0 for tokens that do not count."""
     n = mask.sum()
     mean_logp, mean_advantage = ((torch.where(mask, x, 0.0).sum() / n) for x in (logp, advantage.expand_as(logp)))
     return torch.where(mask, (logp - mean_logp) * (advantage - mean_advantage), 0.0)
 
 
 def kl_cov(ratio: Tensor, advantage: Tensor, picked: Tensor, coef: float, penalty: str) -> Tensor:
-    """-r A, for the picked tokens with coef |log r| ("abs") or coef (r - 1 - log r) ("k3") (2505.22617 Eq. 13)."""
+    """-r A, plus coef abs(log r) ("abs") or coef (r - 1 - log r) ("k3") for picked tokens (2505.22617 Eq. 13)."""
     divergence = ratio.log().abs() if penalty == "abs" else ratio - 1 - ratio.log()
     return -ratio * advantage + torch.where(picked, coef * divergence, 0.0)
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
-    """Tokens at or above the (1 - rho) quantile of the entropies that count (2506.01939 Eq. 6)."""
+    """Tokens whose entropy is at or above the (1 - rho) quantile over tokens that count (2506.01939 Eq. 6)."""
     return mask & (entropy >= entropy[mask].quantile(1 - rho))
 
 
 def aggregate(loss: Tensor, mask: Tensor, over: str, length: int | None = None) -> Tensor:
-    """One number from the losses [B, T] of the tokens that count."""
+    """Reduce the losses [B, T] of the tokens that count to one number."""
     total = torch.where(mask, loss, 0.0).sum(-1)
     if over == "sequence means":  # 2402.03300: mean over each sequence, then over sequences
         return (total / mask.sum(-1).clamp(min=1)).mean()

@@ -1,4 +1,4 @@
-"""Entropy: gauges of its collapse, the adaptive bonus, and sampling temperatures that follow it."""
+"""This package measures entropy collapse, adapts an entropy bonus, and sets sampling temperatures by entropy."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,10 @@
-"""Gauges of entropy collapse: sums over tokens, which add up over micro-batches and ranks, and what they say.
+"""Measure entropy collapse: `diagnose` computes sums over tokens, and `gauges` turns them into means and covariances.
 
-sums = diagnose(logp, advantage, mask, entropy=entropy, old_logp=old_logp)   # on the device, nothing is read back
-total = unpack(all_reduce(pack(sums)), sums)                                 # one vector for all ranks
-log = {name: value.item() for name, value in gauges(total).items()}
+The sums add up over micro-batches and ranks::
+
+    sums = diagnose(logp, advantage, mask, entropy=entropy, old_logp=old_logp)   # on the device, nothing is read back
+    total = unpack(all_reduce(pack(sums)), sums)                                 # one vector for all ranks
+    log = {name: value.item() for name, value in gauges(total).items()}
 """
 
 import functools
@@ -16,14 +18,14 @@ from torch import Tensor
 
 from rlloss import checks
 
-# A group's accuracy in [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1].
+# Bins of a group's accuracy: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1].
 DIFFICULTIES = ("hardest", "hard", "easy", "easiest")
 LOW_ENTROPY = 0.01  # nats; about half of the tokens of a reasoning model lie below (2506.01939, section 2)
 QUANTILES = {"p50": 0.5, "p80": 0.8, "p95": 0.95}
-_ALWAYS = ("tokens", "nonfinite", "moments")  # sums that `diagnose` always gives
-# Neighbouring edges differ by 1.94 %; the last, 16.4 nats, is the entropy of a uniform choice among 13 million.
+_ALWAYS = ("tokens", "nonfinite", "moments")  # sums that `diagnose` always returns
+# Neighbouring edges differ by 1.94 %. The last, 16.4 nats, is the entropy of a uniform choice among 13 million.
 _FIRST_EDGE, _OCTAVES, _EDGES_PER_OCTAVE = 1e-3, 14, 36
-_PLACES = 1024  # of an entropy in its bin: whole numbers, whose sums are the same in any order
+_PLACES = 1024  # places within a bin: whole numbers, so their sums are the same in any order
 
 
 @torch.no_grad()
@@ -37,39 +39,41 @@ def diagnose(
     group: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over the tokens that count. Added up over micro-batches and ranks they are the sums of the whole.
+    """Compute sums over the tokens that count, for `gauges`. You can add them up over micro-batches and ranks.
 
     Args:
         logp: `[B, T]` log-probability of each token under the policy, in nats.
         advantage: `[B]`, or `[B, T]` for one per token.
-        mask: `[B, T]` bool, True = counts. What stands in the other columns does not matter, NaN included.
+        mask: `[B, T]` bool, True: the token counts. Values in the other columns do not matter, NaN included.
         entropy: `[B, T]` in nats.
-        old_logp: `[B, T]` log-probability under the policy that the batch was made with.
-        group: `[B]`, the accuracy of each sequence's group: its mean reward, in [0, 1]. NaN: not known, in no bin.
-        compute_dtype: in which the model computed, where log-probabilities are more precise than that. Sets what
-            counts as rounding in `on_policy`. None: the dtype of logp or old_logp, the coarser one.
+        old_logp: `[B, T]` log-probability under the policy that made the batch.
+        group: `[B]`, the accuracy of each sequence's group, that is its mean reward in [0, 1]. NaN: unknown, in no bin.
+        compute_dtype: dtype in which the model computed, if it is coarser than that of the log-probabilities. It sets
+            the rounding that `on_policy` allows. None: the coarser dtype of logp and old_logp.
 
     Returns:
-        name -> detached fp64 tensor on the device. Nothing is read back, so the host does not wait. 0-d: `tokens`
-        (of the mask) and `nonfinite` (those with a NaN or infinity in an argument). `moments` `[6]`: what `gauges`
-        makes the covariances of, and with `group` also `difficulty_moments` `[4, 6]`, by accuracy (`DIFFICULTIES`).
-        With `entropy`, 0-d: `entropies` (their count), `entropy`, `low_entropies` (below 0.01 nats); `[3, 506]`:
-        `entropy_histogram` (count, sum and sum of squares of the places in each bin). With `old_logp`, 0-d: `ratios`
-        (their count), `on_policy` (abs(logp - old_logp) within rounding, below), `abs_log_ratio`, `kl` (k3: r - 1 -
-        log r).
+        name -> detached fp64 tensor on the device. Nothing is read back, so the host does not wait.
 
-        Two passes over one token differ by rounding where their batches have another shape. A pass rounds the token's
-        logit and the logsumexp to half an eps of compute_dtype each, which is 2 eps for the difference of two passes,
-        and adds up D products in fp32, which errs by sqrt(D) eps of fp32, 64 for D = 4096. Both are relative to the
-        size of the logits, here taken as 1 + abs(logp): `on_policy` counts up to (2 eps + 64 eps_fp32) (1 + abs(logp)),
-        in fp32 8e-6 at a logp of 0, in bf16 0.016.
+        - Always: `tokens` (0-d, tokens that count), `nonfinite` (0-d, those with a NaN or infinity in an argument) and
+          `moments` (`[6]`, the moments of the covariances).
+        - With `group`: `difficulty_moments` (`[4, 6]`, the moments by accuracy, see `DIFFICULTIES`).
+        - With `entropy`: `entropies` (0-d, number of entropies), `entropy` (0-d), `low_entropies` (0-d, number below
+          0.01 nats), and `entropy_histogram` (`[3, 506]`: count, sum and sum of squares of the places in each bin).
+        - With `old_logp`, all 0-d: `ratios` (number of ratios), `on_policy` (number with abs(logp - old_logp) within
+          rounding), `abs_log_ratio`, and `kl` (k3: r - 1 - log r).
 
-        A token with a NaN or infinite number is left out of every sum that reads that number, and counted in
-        `nonfinite`: one broken token shows, and does not blank the gauges of all others.
+        A token with a NaN or infinity is left out of every sum that reads that number, and counted in `nonfinite`. One
+        broken token therefore shows, and does not spoil the gauges of all others.
+
+        `on_policy` counts tokens with abs(logp - old_logp) of at most (2 eps + 64 eps_fp32) (1 + abs(logp)), which at a
+        logp of 0 is 8e-6 in fp32 and 0.016 in bf16. Two passes over one token may differ by that much if their batches
+        have different shapes. A pass rounds the token's logit and the logsumexp to half an eps of compute_dtype each,
+        which gives 2 eps for the difference of two passes. It also adds up D products in fp32 with an error of sqrt(D)
+        eps_fp32, where sqrt(D) is 64 for D = 4096. Both are relative to the size of the logits, taken as 1 + abs(logp).
 
     Raises:
-        ValueError, TypeError: an argument does not fit; it is named. Accuracies outside [0, 1] raise on the CPU; on
-            another device, where the check costs a synchronisation, only under `RLLOSS_CHECK=1`.
+        ValueError, TypeError: an argument does not fit; the error names it. Accuracies outside [0, 1] raise on a CPU,
+            and on other devices only with `RLLOSS_CHECK=1`, because the check costs a synchronisation.
     """
     if not (compute_dtype is None or (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point)):
         raise TypeError(f"compute_dtype: found {compute_dtype!r}, expected a floating-point torch.dtype or None")
@@ -77,8 +81,8 @@ def diagnose(
     logp, advantage, entropy, old_logp = _checked(logp, advantage, mask, entropy, old_logp, group)
     dtypes = [x.dtype for x in given if x is not None] if compute_dtype is None else [compute_dtype]
     broken = ~(logp.isfinite() & advantage.isfinite())
-    # Raw moments and no shifted ones, because those would need one shift for all micro-batches. The product of two
-    # fp32 numbers is exact in fp64, so a covariance is off by about 2^-53 |mean x| |mean a|.
+    # Raw moments, because shifted ones would need one shift for all micro-batches. The product of two fp32 numbers is
+    # exact in fp64, so the error of a covariance is about 2^-53 |mean x| |mean a|.
     scored = mask & ~broken
     prob_advantage = logp.exp() * advantage
     # Count, x, a, p a, x a, x p a for x = logp, p = exp(logp), a = advantage.
@@ -88,7 +92,7 @@ def diagnose(
     if group is not None:
         bins = torch.arange(len(DIFFICULTIES), device=logp.device)
         bin = (group.detach().double() * len(DIFFICULTIES)).floor().clamp(max=len(DIFFICULTIES) - 1)
-        member = bin == bins[:, None]  # NaN is in none
+        member = bin == bins[:, None]  # NaN is in no bin
         sums["difficulty_moments"] = torch.where(member[:, :, None], of_sequences, 0.0).sum(1)
     if entropy is not None:
         broken = broken | ~entropy.isfinite()
@@ -102,27 +106,35 @@ def diagnose(
 
 
 def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the sums of `diagnose` say, once they are added up over micro-batches and ranks.
+    """Compute the gauges of entropy collapse from the sums of `diagnose`.
 
-    Returns 0-d fp64 tensors on the device; NaN where nothing counts (a bin without a token, for instance):
+    Args:
+        sums: sums of `diagnose`, added up over micro-batches and ranks.
 
-    ======================================  ============================================================================
-    ``cov/logp_advantage``                  Cov(log pi, A) over tokens, divided by their count. A natural policy
-                                            gradient changes the entropy by about -eta times it (2505.22617)
-    ``cov/logp_prob_advantage``             Cov(log pi, pi A): the same for a plain policy gradient
-    ``cov/.../hardest`` to ``/easiest``     both, among the sequences of a bin of group accuracy (with ``group``)
-    ``difficulty/hardest_share`` to ...     share of the scored tokens in that bin
-    ``entropy/mean``                        nats
-    ``entropy/p50``, ``/p80``, ``/p95``     nats; from the histogram, interpolated by the mean and standard deviation of
-                                            the bin's entropies. The value that so many of the tokens do not exceed
-                                            is at most 2 % or 0.001 nats away, the median of entropies that share a bin
-                                            at most their standard deviation. From 16.4 nats on, 16.4
-    ``entropy/below_0.01_share``            share of the tokens below 0.01 nats
-    ``on_policy_share``                     share of the tokens whose ratio is 1 within rounding: no clip acts
-    ``abs_log_ratio``                       mean of abs(logp - old_logp)
-    ``approx_kl``                           mean of r - 1 - log r: KL(old || policy) of tokens that the old one sampled
-    ``nonfinite_share``                     share of the tokens with a NaN or infinity
-    ======================================  ============================================================================
+    Returns:
+        name -> 0-d fp64 tensor on the device; NaN if nothing counts (for instance in a bin without a token).
+
+        ====================================  ==========================================================================
+        ``cov/logp_advantage``                Cov(log pi, A) over tokens, divided by their count. A natural policy
+                                              gradient changes the entropy by about -eta times it (2505.22617)
+        ``cov/logp_prob_advantage``           Cov(log pi, pi A): the same for a plain policy gradient
+        ``cov/.../hardest`` to ``/easiest``   both, among the sequences of a bin of group accuracy (with ``group``)
+        ``difficulty/hardest_share`` to ...   share of the scored tokens in that bin
+        ``entropy/mean``                      nats
+        ``entropy/p50``, ``/p80``, ``/p95``   nats, from the histogram, interpolated by the mean and standard deviation
+                                              of the bin's entropies. The exact quantile is at most 2 % or 0.001 nats
+                                              away. If all entropies share a bin, their median is at most their standard
+                                              deviation away. From 16.4 nats on the value is 16.4
+        ``entropy/below_0.01_share``          share of the tokens below 0.01 nats
+        ``on_policy_share``                   share of the tokens whose ratio is 1 within rounding, where no clip acts
+        ``abs_log_ratio``                     mean of abs(logp - old_logp)
+        ``approx_kl``                         mean of r - 1 - log r, an estimate of KL(old, policy) on tokens of the old
+                                              policy
+        ``nonfinite_share``                   share of the tokens with a NaN or infinity
+        ====================================  ==========================================================================
+
+    Raises:
+        ValueError, TypeError: sums lacks `tokens`, `nonfinite` or `moments`, or one of them is no tensor.
     """
     checks.tensors("sums", sums, _ALWAYS)
     result = {"nonfinite_share": sums["nonfinite"] / sums["tokens"]}
@@ -147,13 +159,13 @@ def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(sums: dict[str, Tensor]) -> Tensor:
-    """The sums as one vector, for one reduction over ranks. Ranks agree if they gave `diagnose` the same arguments."""
+    """Return the sums as one vector to reduce over ranks. All ranks must call `diagnose` with the same arguments."""
     checks.tensors("sums", sums, _ALWAYS)
     return torch.cat([value.reshape(-1) for value in sums.values()])
 
 
 def unpack(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of a vector that `pack` made of sums shaped `like` these."""
+    """Return the sums from a vector of `pack`. `like` holds sums of the same shapes."""
     checks.tensors("like", like, _ALWAYS)
     checks.floating("vector", vector)
     checks.same_shape("vector", vector, (sum(value.numel() for value in like.values()),), "one number for each of like")
@@ -162,21 +174,29 @@ def unpack(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class EntropyFit:
-    """How the entropy moved with the covariance over a run: a line through pairs (cov_t, entropy_{t+1} - entropy_t).
+    """Fit a line through the pairs (cov_t, entropy of step t + 1 minus entropy of step t) of a run.
 
-    2505.22617 derives a change of about -eta cov; `slope` is what this run shows of -eta, and `correlation` how well
-    a line describes it. It is a summary of the steps that were taken, never called a prediction of those to come.
-    Sums are exact fractions, so a long run loses nothing.
+    2505.22617 derives a change of the entropy of about -eta cov. `slope` is the run's estimate of -eta, `correlation`
+    tells how well a line fits. The fit summarises past steps; it does not predict later ones. Sums are exact fractions,
+    so a long run loses no precision.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        """Pairs so far."""
+        """Number of pairs so far."""
         self._last: tuple[float, float] | None = None
         self._x = self._y = self._xx = self._xy = self._yy = Fraction(0)
 
     def update(self, entropy: float | Tensor, cov: float | Tensor) -> None:
-        """The mean entropy (nats) and the covariance of one step. With a NaN or infinity, no pair has this step."""
+        """Add one step.
+
+        Args:
+            entropy: mean entropy in nats, a number or a tensor with one number.
+            cov: covariance `cov/logp_advantage` of `gauges`. A step with a NaN or infinity is in no pair.
+
+        Raises:
+            ValueError, TypeError: an argument is not one number; the error names it.
+        """
         checks.scalar("entropy", entropy)
         checks.scalar("cov", cov)
         entropy, cov = float(entropy), float(cov)
@@ -189,13 +209,13 @@ class EntropyFit:
 
     @property
     def slope(self) -> float:
-        """Of the least-squares line, in nats per unit of covariance; NaN while all covariances are one."""
+        """Slope of the least-squares line, in nats per unit of covariance; NaN while all covariances are equal."""
         spread = self.count * self._xx - self._x**2
         return float((self.count * self._xy - self._x * self._y) / spread) if spread else math.nan
 
     @property
     def correlation(self) -> float:
-        """Pearson's, in [-1, 1]; NaN while all covariances, or all changes of the entropy, are one."""
+        """Pearson correlation in [-1, 1]; NaN while all covariances, or all changes of the entropy, are equal."""
         product = (self.count * self._xx - self._x**2) * (self.count * self._yy - self._y**2)
         if not product:
             return math.nan
@@ -204,30 +224,30 @@ class EntropyFit:
 
 
 class Trend(NamedTuple):
-    """slope: change from one value to the next. error: its standard error. last: the line at the last value."""
+    """A line. slope is its change per value, error the standard error of slope, last its height at the last value."""
 
     slope: float
     error: float
     last: float
 
     def after(self, steps: float) -> float:
-        """The line `steps` values after the last."""
+        """Return the height of the line `steps` values after the last."""
         return self.last + steps * self.slope
 
     def falls(self, significance: float) -> bool:
-        """Whether the slope is more than `significance` standard errors below 0."""
+        """Return whether the slope is more than `significance` standard errors below 0."""
         return self.slope < -significance * self.error
 
     def rises(self, significance: float) -> bool:
-        """Whether the slope is more than `significance` standard errors above 0."""
+        """Return whether the slope is more than `significance` standard errors above 0."""
         return self.slope > significance * self.error
 
 
 def trend(values: Sequence[float]) -> Trend:
-    """The least-squares line through at least three values at equal distances.
+    """Fit the least-squares line through at least three values at equal distances.
 
-    The standard error is that of independent residuals times sqrt((1 + r) / (1 - r)) for their correlation r from one
-    to the next, where that is above 0: neighbouring steps of a training run err alike.
+    Neighbouring steps of a training run have similar errors. The standard error of independent residuals is therefore
+    multiplied by sqrt((1 + r) / (1 - r)), where r is the correlation of neighbouring residuals, if that is above 0.
     """
     n = len(values)
     checks.require(n >= 3, "values", f"{n} of them", "at least 3")
@@ -250,12 +270,12 @@ def _covariances(moments: Tensor) -> dict[str, Tensor]:
 
 @functools.cache
 def _entropy_bins(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(edges between the bins, where each bin begins, its width); the last bin is open."""
+    """Return (edges between the bins, start of each bin, its width). The last bin is open."""
     steps = torch.arange(_OCTAVES * _EDGES_PER_OCTAVE + 1, dtype=torch.float64)
     edges = _FIRST_EDGE * 2.0 ** (steps / _EDGES_PER_OCTAVE)
     low = torch.cat([edges.new_zeros(1), edges])
     width = torch.cat([edges, edges.new_full((1,), math.inf)]) - low
-    return edges.to(device), low.to(device), width.to(device)  # made on the CPU: the same bits everywhere
+    return edges.to(device), low.to(device), width.to(device)  # made on the CPU, so that all devices have the same bits
 
 
 def _entropy_sums(entropy: Tensor, counted: Tensor) -> dict[str, Tensor]:
@@ -264,8 +284,8 @@ def _entropy_sums(entropy: Tensor, counted: Tensor) -> dict[str, Tensor]:
     index = torch.bucketize(entropy, edges, right=True)
     place = (entropy - low[index]) / width[index] * _PLACES
     place = torch.where(counted, place.floor().clamp(0, _PLACES - 1), 0.0).flatten()
-    index = torch.where(counted, index, bins).flatten()  # the last: not counted
-    # Not bincount, which waits for the host on a GPU.
+    index = torch.where(counted, index, bins).flatten()  # the extra last bin holds tokens that do not count
+    # bincount would make the host wait for a GPU.
     powers = torch.stack([torch.ones_like(place), place, place * place])
     histogram = torch.zeros(3, bins + 1, dtype=torch.float64, device=entropy.device).index_add_(1, index, powers)
     return {
@@ -287,15 +307,16 @@ def _ratio_sums(log_ratio: Tensor, rounding: Tensor, counted: Tensor) -> dict[st
 
 
 def _quantile(histogram: Tensor, share: float) -> Tensor:
-    """In the bin of the smallest value that at least `share` of the values do not exceed; NaN if there is none.
+    """Return the quantile `share` of a histogram; NaN if it is empty.
 
-    Its values count as spread evenly, with their mean and standard deviation.
+    It lies in the bin of the smallest value that at least `share` of the values do not exceed. The values of that bin
+    are assumed to be spread evenly, with their mean and standard deviation.
     """
     _, low, width = _entropy_bins(histogram.device)
     upto = histogram[0].cumsum(0)
     wanted = share * upto[-1]
     bin = torch.searchsorted(upto, wanted).clamp(max=low.numel() - 1)
-    # take, because an index that is a 0-d tensor is read back from the device.
+    # Indexing with a 0-d tensor would read it back from the device; take does not.
     here, total, squares = (row.take(bin) for row in histogram)
     mean, fraction = total / here, (wanted - (upto.take(bin) - here)) / here
     std = (squares / here - mean * mean).clamp(min=0.0).sqrt()
@@ -306,7 +327,7 @@ def _quantile(histogram: Tensor, share: float) -> Tensor:
 def _checked(
     logp: Tensor, advantage: Tensor, mask: Tensor, entropy: Tensor | None, old_logp: Tensor | None, group: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check the arguments against each other; return those per token as fp64 [B, T]."""
+    """Check the arguments against each other, and return those per token as fp64 [B, T]."""
     checks.tokens(logp, advantage, mask)
     B, T = logp.shape
     for name, x in {"entropy": entropy, "old_logp": old_logp}.items():
@@ -319,7 +340,7 @@ def _checked(
         checks.same_shape("group", group, (B,), "[B], one accuracy for each sequence")
         checks.same_device("group", group, logp, "logp")
         if checks.values_checked(group):
-            outside = group[(group < 0.0) | (group > 1.0 + 1e-6)]  # a mean is rounded
+            outside = group[(group < 0.0) | (group > 1.0 + 1e-6)]  # a mean of ones may be rounded above 1
             checks.require(outside.numel() == 0, "group", outside.tolist(), "accuracies in [0, 1], or NaN")
     advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(1)
     entropy, old_logp = (None if x is None else x.detach().double() for x in (entropy, old_logp))

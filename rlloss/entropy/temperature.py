@@ -1,12 +1,12 @@
-"""Temperatures that follow the entropy of the next-token distribution, and the decode step that applies them.
+"""Choose each sampling temperature from the entropy of the next-token distribution, and apply it in a decode step.
 
-Everywhere z are the logits of a row, H is the entropy of softmax(z), at temperature 1 and in nats, T the temperature
-that a rule gives for it; the token is then sampled from softmax(z / T). The logp of that token is
+z are the logits of a row, and H is the entropy of softmax(z), at temperature 1 and in nats. A rule computes the
+temperature T from H, and the token is sampled from softmax(z / T). Its log-probability is
 `rlloss.token_stats(logits, token, temperature=T).logp`.
 
-A temperature below MIN_TEMPERATURE counts as 0, which is greedy: the largest logits of a row keep their value, all
-others become -inf. (The limit T -> 0: equal largest ones share.) A greedy token has no gradient, and `token_stats`
-refuses T = 0.
+A temperature below MIN_TEMPERATURE counts as 0, which is greedy. The largest logits of a row then keep their value and
+all others become -inf, which is the limit T -> 0; equal largest logits share the probability. A greedy token has no
+gradient, and `token_stats` refuses T = 0.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from rlloss.operators import operator
 from rlloss.torch_kernels.entropy_temperature import temperature_of
 
 MIN_TEMPERATURE = 0.01
-"""Below it fp16 could not hold z / T of ordinary logits; vLLM, too, samples at no smaller one."""
+"""Smallest temperature that is not greedy, as in vLLM. Below it fp16 could not hold z / T of ordinary logits."""
 
 MAX_TEMPERATURE = 1e4
 
 
 def _check(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """A number in [low, high], or in (low, high), and finite."""
+    """Require a finite number in [low, high], or with `open_low` in (low, high)."""
     checks.number(name, value)
     inside = low < value < high if open_low else low <= value <= high and value < math.inf
     brackets = f"({low}, {high})" if open_low else f"[{low}, {high}]"
@@ -51,20 +51,21 @@ def _entropies(entropy: Tensor) -> Tensor:
 class TwoLevelTemperature:
     """T = high where H > cutoff, else low (2506.01939, Eq. 5).
 
-    The paper varies one of the two and holds the other at 1: raising `high` helps or does no harm up to a point,
-    raising `low` breaks the text. It recommends no value, so `high` has no default.
+    The paper varies one of the two and holds the other at 1. Up to a point, raising `high` helps or does no harm;
+    raising `low` breaks the text. The paper recommends no value, so `high` has no default. A value out of its range
+    raises ValueError.
     """
 
     name: ClassVar[str] = "two_level"
 
     high: float
-    """T of the forking tokens: 0 (greedy) or in [MIN_TEMPERATURE, MAX_TEMPERATURE]."""
+    """T of the forking tokens, 0 (greedy) or in [MIN_TEMPERATURE, MAX_TEMPERATURE]."""
 
     low: float = 1.0
-    """T of all others; as `high`."""
+    """T of all other tokens, in the same range as `high`."""
 
     cutoff: float = 0.672
-    """In nats, >= 0. The default is the paper's: the 80th percentile of Qwen3-8B's entropies."""
+    """Entropy in nats, >= 0. The paper's default is the 80th percentile of Qwen3-8B's entropies."""
 
     def __post_init__(self) -> None:
         _check_temperature("high", self.high)
@@ -73,38 +74,39 @@ class TwoLevelTemperature:
 
     @property
     def lowest(self) -> float:
-        """No temperature is below it; at 0 some are greedy, and have no log-probability to train on."""
+        """Lower bound of T. If it is 0, some tokens are greedy and have no log-probability to train on."""
         return min(self.high, self.low)
 
     def constants(self) -> tuple[float, float, float]:
-        """What the kernel takes."""
+        """Return the constants (a, b, c) of the kernel."""
         return self.high, self.low, self.cutoff
 
     def temperature(self, entropy: Tensor, candidates: Tensor | int | None = None) -> Tensor:
-        """See `temperature_rule`. `candidates` are not looked at."""
+        """See `temperature_rule`. `candidates` is not read."""
         return temperature_of(self.name, self.constants(), MIN_TEMPERATURE, _entropies(entropy), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class EDTemperature:
-    """T = max(base N^(theta / H), minimum) (EDT, 2403.14541; the bound is ours).
+    """T = max(base N^(theta / H), minimum) (EDT, 2403.14541; the bound `minimum` is rlloss's).
 
-    T falls to 0 as H does, and rises towards `base`. The paper tunes base and theta for each task.
+    T falls towards 0 with H, and rises towards `base`. The paper tunes base and theta for each task. A value out of its
+    range raises ValueError.
     """
 
     name: ClassVar[str] = "edt"
 
     base: float
-    """The highest T: in [MIN_TEMPERATURE, MAX_TEMPERATURE]."""
+    """Highest T, in [MIN_TEMPERATURE, MAX_TEMPERATURE]."""
 
     theta: float
-    """In nats, above 0: at this entropy T is N times `base`."""
+    """Entropy in nats, above 0, at which T is N times `base`."""
 
     N: float = 0.8
-    """In (0, 1), the paper's default."""
+    """Base of the power, in (0, 1). The default is the paper's."""
 
     minimum: float = MIN_TEMPERATURE
-    """The lowest T: 0 (greedy below MIN_TEMPERATURE), or in [MIN_TEMPERATURE, base]."""
+    """Lowest T, 0 (greedy below MIN_TEMPERATURE) or in [MIN_TEMPERATURE, base]."""
 
     def __post_init__(self) -> None:
         _check("base", self.base, MIN_TEMPERATURE, MAX_TEMPERATURE)
@@ -115,36 +117,36 @@ class EDTemperature:
 
     @property
     def lowest(self) -> float:
-        """No temperature is below it; at 0 some are greedy, and have no log-probability to train on."""
+        """Lower bound of T. If it is 0, some tokens are greedy and have no log-probability to train on."""
         return self.minimum
 
     def constants(self) -> tuple[float, float, float]:
-        """What the kernel takes."""
+        """Return the constants (a, b, c) of the kernel."""
         return self.base, self.theta * math.log2(self.N), self.minimum
 
     def temperature(self, entropy: Tensor, candidates: Tensor | int | None = None) -> Tensor:
-        """See `temperature_rule`. `candidates` are not looked at."""
+        """See `temperature_rule`. `candidates` is not read."""
         return temperature_of(self.name, self.constants(), MIN_TEMPERATURE, _entropies(entropy), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicTemperature:
-    """T = low + (high - low) (H / log n)^exponent, n = how many logits of the row are above -inf (llama.cpp's
-    "dynatemp").
+    """T = low + (high - low) (H / log n)^exponent, as llama.cpp's "dynatemp"; n logits of the row are above -inf.
 
-    A uniform row gets `high`. A row with one candidate, whose H / log n is 0 / 0, gets `low`.
+    A uniform row gets `high`. A row with one candidate, whose H / log n is 0 / 0, gets `low`. A value out of its range
+    raises ValueError.
     """
 
     name: ClassVar[str] = "dynatemp"
 
     low: float
-    """T at entropy 0: 0 (greedy) or in [MIN_TEMPERATURE, MAX_TEMPERATURE]."""
+    """T at entropy 0, 0 (greedy) or in [MIN_TEMPERATURE, MAX_TEMPERATURE]."""
 
     high: float
-    """T at the highest entropy that n candidates can have; as `low`, and not below it."""
+    """T at the highest possible entropy of n candidates, in the same range as `low` and not below it."""
 
     exponent: float = 1.0
-    """Above 0; above 1, T stays near `low` for longer."""
+    """Exponent, above 0. A larger one keeps T near `low` for longer."""
 
     def __post_init__(self) -> None:
         _check_temperature("low", self.low)
@@ -154,11 +156,11 @@ class DynamicTemperature:
 
     @property
     def lowest(self) -> float:
-        """No temperature is below it; at 0 some are greedy, and have no log-probability to train on."""
+        """Lower bound of T. If it is 0, some tokens are greedy and have no log-probability to train on."""
         return self.low
 
     def constants(self) -> tuple[float, float, float]:
-        """What the kernel takes."""
+        """Return the constants (a, b, c) of the kernel."""
         return self.low, self.high - self.low, self.exponent
 
     def temperature(self, entropy: Tensor, candidates: Tensor | int | None = None) -> Tensor:
@@ -181,7 +183,7 @@ RULES: dict[str, type[TemperatureRule]] = {
 
 
 class ScaledLogits(NamedTuple):
-    """A decode step: logits `[..., V]` divided by temperature `[...]`, which was chosen by entropy `[...]`."""
+    """Decode step: logits `[..., V]` divided by temperature `[...]`, which a rule chose from entropy `[...]`."""
 
     logits: Tensor
     temperature: Tensor
@@ -189,13 +191,22 @@ class ScaledLogits(NamedTuple):
 
 
 def temperature_rule(settings: Mapping[str, object]) -> TemperatureRule:
-    """The rule of {"rule": "two_level" | "edt" | "dynatemp", its fields ...}.
+    """Make a temperature rule from a mapping.
 
-    Its method `temperature(entropy, candidates=None)` gives T for known entropies: entropy `[...]` floating point, in
-    nats, at temperature 1; candidates `[...]` or a number, of the logits above -inf, which only dynatemp reads. T is
-    fp32 (fp64 for fp64 entropies) `[...]`, without gradient, and NaN where the entropy is.
+    The method `temperature(entropy, candidates=None)` of a rule returns T for known entropies. entropy is `[...]`
+    floating point, in nats, at temperature 1. candidates is the number of logits above -inf, `[...]` or one number, and
+    only dynatemp reads it. T is `[...]` fp32 (fp64 for fp64 entropies), without gradient, and NaN where the entropy is.
 
-    Raises ValueError on an unknown rule or field, a missing one, and a value out of its range.
+    Args:
+        settings: "rule" is "two_level", "edt" or "dynatemp"; the other keys are the fields of that rule.
+
+    Returns:
+        A `TwoLevelTemperature`, `EDTemperature` or `DynamicTemperature`.
+
+    Raises:
+        ValueError, TypeError: the rule or a field is unknown, a field is missing, or a value is out of its range.
+
+    Source: 2506.01939 (two_level), 2403.14541 (edt), llama.cpp (dynatemp).
     """
     checks.require(isinstance(settings, Mapping), "settings", repr(settings), 'a mapping {"rule": ..., ...}')
     given = dict(settings)
@@ -238,7 +249,7 @@ def _scale_logits_op(logits: Tensor, mask: Tensor | None, rule: str, fields: Seq
     rows = logits.shape[:-1]
     try:
         matrix = logits.view(-1, logits.shape[-1])
-    except RuntimeError:  # rows at more than one distance
+    except RuntimeError:  # the rows have more than one stride
         matrix = logits.reshape(-1, logits.shape[-1])
     selected = None if mask is None else mask.reshape(-1).contiguous()
     of = RULES[rule](*fields)
@@ -268,15 +279,18 @@ def _check_rule(rule: object) -> None:
 
 @torch.no_grad()
 def entropy_temperature(logits: Tensor, rule: TemperatureRule) -> tuple[Tensor, Tensor]:
-    """(temperature, entropy) of rows of logits.
+    """Compute the temperature and the entropy of rows of logits.
 
     Args:
         logits: `[..., V]`, bf16, fp16, fp32 or fp64; -inf where a token is excluded.
-        rule: from `temperature_rule`, or made directly.
+        rule: a rule, from `temperature_rule` or made directly.
 
     Returns:
-        T and H, both `[...]`, fp32 (fp64 for fp64 logits), without gradient; H in nats. A row that has a NaN or +inf
-        or nothing above -inf gets NaN for both.
+        (T, H), both `[...]`, fp32 (fp64 for fp64 logits), without gradient; H in nats. Both are NaN for a row with a
+        NaN, with a +inf, or with nothing above -inf.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the error names it.
     """
     _check_logits(logits)
     _check_rule(rule)
@@ -287,21 +301,21 @@ def entropy_temperature(logits: Tensor, rule: TemperatureRule) -> tuple[Tensor, 
 def scale_logits(
     logits: Tensor, rule: TemperatureRule, *, mask: Tensor | None = None, inplace: bool = False
 ) -> ScaledLogits:
-    """The decode step: logits / T, T from each row's own entropy, in one pass over the vocabulary.
+    """Divide each row of logits by the temperature from its own entropy, in one pass over the vocabulary.
 
     Args:
-        logits: `[..., V]`, bf16, fp16, fp32 or fp64; -inf where a token is excluded, and there it stays.
-        rule: from `temperature_rule`, or made directly.
-        mask: `[...]` bool, only with `inplace`: rows with False are left as they are; T is 1 and H 0 for them.
+        logits: `[..., V]`, bf16, fp16, fp32 or fp64; -inf where a token is excluded, which stays -inf.
+        rule: a rule, from `temperature_rule` or made directly.
+        mask: `[...]` bool, only with `inplace`. Rows with False do not change; their T is 1 and their H 0.
         inplace: overwrite the logits.
 
     Returns:
-        `ScaledLogits`, without gradient. Its logits have the dtype of the logits (fp16 overflows above 65504 T), T and
-        H are as in `entropy_temperature`. A row whose T is NaN becomes NaN, and no other.
+        `ScaledLogits`, without gradient. Its logits have the dtype of the input (fp16 overflows above 65504 T). T and H
+        are as in `entropy_temperature`. A row whose T is NaN becomes NaN; other rows are not affected.
 
     Raises:
-        ValueError: a mask without `inplace`, a mask of another shape, `inplace` on rows that share memory.
-        TypeError: a dtype that does not fit, a rule that is none.
+        ValueError: mask without `inplace`, mask of another shape, or `inplace` on rows that share memory.
+        TypeError: a dtype does not fit, or rule is no rule.
     """
     _check_logits(logits)
     _check_rule(rule)

@@ -1,4 +1,4 @@
-"""The lm_head without logits: statistics of tokens from hidden states, the plans, and what they cost."""
+"""This package computes token statistics from hidden states and the lm_head without holding the logits."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""linear_token_stats for autograd: as a function that may hold logits, and as a registered operator."""
+"""Make `linear_token_stats` differentiable, as an autograd function that may hold logits and as a torch operator."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from rlloss.lm_head.row_subset import Capacity, Picked, Survey, fitting
 from rlloss.lm_head.vocab_loop import Coefs, Head, Kept, Settings, Stats, Wanted
 from rlloss.logits.transform import Transform
 
-# Entered wherever the weight is read: an engine that shards it gathers it there.
+# Entered wherever the weight is read, so that an engine that shards the weight can gather it.
 Gather = Callable[[], contextlib.AbstractContextManager]
 
 
 class Rows(NamedTuple):
-    """What a row is besides its hidden state: target [...], temperature like it or a number, and the numbers. capacity:
-    how many rows there is room for."""
+    """Inputs of the rows besides hidden states: target [...], temperature (like target, or a number), softcap and
+    logit_scale. capacity is the fixed number of rows, or None."""
 
     target: Tensor
     temperature: Tensor | float
@@ -36,23 +36,23 @@ class Rows(NamedTuple):
 
 
 def flat(x: Tensor, rows: Picked | None, fill: float = 0.0) -> Tensor:
-    """x [...] as [N], or the given rows of it."""
+    """Return x [...] as [N], or only the given rows of it."""
     x = x.reshape(-1)
     return x if rows is None else rows.take(x, fill)
 
 
 def spread(values: Tensor, rows: Picked | None, shape: torch.Size) -> Tensor:
-    """Values [..., n] of some rows in their places among zeros."""
+    """Put values [..., n] of some rows into their places and zeros elsewhere."""
     return (values if rows is None else rows.put(values)).view((*values.shape[:-1], *shape))
 
 
 def plain(device: torch.device) -> contextlib.AbstractContextManager:
-    """Dtypes are chosen here, and not by autocast."""
+    """Switch autocast off: this module chooses the dtypes."""
     return torch.autocast(device.type, enabled=False)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the operands of the products: autocast's, which leaves fp64 and "meta" alone, else the wider of the two."""
+    """Return the dtype of the products' operands: autocast's (not for fp64 and "meta"), else the wider of the two."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
@@ -60,21 +60,21 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def operands(hidden: Tensor, head: Head, rows: Picked | None) -> Tensor:
-    """Rows of hidden [..., D] as the products take them: [n, D]."""
+    """Return rows of hidden [..., D] as an operand of the products, [n, D]."""
     x = hidden.reshape(-1, hidden.shape[-1])
     return head.operand(x if rows is None else rows.take(x)).contiguous()
 
 
 def counted_rows(target: Tensor, mask: Tensor | None, capacity: Capacity | None) -> Picked | None:
-    """The rows that count; None: all. One host sync on a GPU, none with a capacity."""
+    """Return the rows that count; None: all. One host sync on a GPU, none with a capacity."""
     if mask is not None and capacity is not None:
         return fitting(mask.reshape(-1), min(capacity.rows, target.numel()), "rows that count")
     return Survey(target.numel(), mask, None, 1).rows()
 
 
 def _live_rows(coefs: Coefs, n: int, counted: Picked | None, capacity: Capacity | None) -> tuple[Picked, Coefs]:
-    """The rows with a gradient, and their coefficients: NaN where there was no room for all. One host sync on a GPU,
-    none with a capacity."""
+    """Return the rows with a gradient and their coefficients, which are NaN if the capacity is exceeded. One host sync
+    on a GPU, none with a capacity."""
     flags = coefs.live()
     if capacity is None:
         live = Picked(flags.nonzero().squeeze(-1), n)
@@ -92,7 +92,7 @@ def _taken(coefs: Coefs, rows: Picked) -> Coefs:
 
 
 def _stats_of(stats: Stats, live: Picked) -> Stats:
-    """For unused slots: the row maximum is +inf, so every probability is exactly 0."""
+    """Return the statistics of the live rows. In unused slots the row maximum is +inf, so every probability is 0."""
     m, log_s = stats.saved
     saved = torch.stack((live.take(m, fill=torch.inf), live.take(log_s)))
     return Stats(stats.logp, live.take(stats.entropy), stats.lse, saved, stats.extra)
@@ -108,8 +108,8 @@ def gradients(
     kept: Kept | None,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden [..., D], weight and bias. stats and coefs [n] of the rows counted. One host sync, or none
-    with a capacity."""
+    """Return the gradients of hidden [..., D], weight and bias from stats and coefs [n] of the rows that count. One
+    host sync, none with a capacity."""
     n = len(stats.logp)
     live, coefs = _live_rows(coefs, n, counted, rows.capacity)
     if len(live) == 0:
@@ -133,7 +133,7 @@ def gradients(
 
 
 def spread_hidden(hidden: Tensor, gradient: Tensor | None, places: Picked | None) -> Tensor | None:
-    """The gradient of hidden [..., D] from that of some rows."""
+    """Return the gradient of hidden [..., D] from the gradient of some rows."""
     if gradient is None:
         return None
     if places is None:
@@ -145,7 +145,8 @@ def spread_hidden(hidden: Tensor, gradient: Tensor | None, places: Picked | None
 
 
 def _forward(hidden, head, rows, counted, keep, wanted, edges=None):
-    """(logp, entropy, lse, extra, like target, saved and entropy of the rows counted, kept logits)."""
+    """Return (logp, entropy, lse, extra, stats, kept): the first four shaped like target, stats of the rows that count,
+    and the kept logits."""
     target = flat(rows.target, counted).contiguous()
     count_unit(len(target), *head.weight.shape)
     stats, kept = vocab_loop.forward(
@@ -165,7 +166,7 @@ def _backward(hidden, head, rows, counted, stats, grads, kept, needed):
 
 
 class How(NamedTuple):
-    """What a call knows besides hidden, weight and bias; see `rlloss.lm_head.call.Call`."""
+    """Arguments of a call besides hidden, weight and bias; see `rlloss.lm_head.call.Call`."""
 
     rows: Rows
     counted: Picked | None
@@ -177,7 +178,7 @@ class How(NamedTuple):
 
 
 class LinearTokenStats(torch.autograd.Function):
-    """apply(hidden, weight, bias, how) -> (logp, entropy, lse, extra), like target. Eager."""
+    """apply(hidden, weight, bias, how) -> (logp, entropy, lse, extra), shaped like target. Eager mode only."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, how):
@@ -201,7 +202,7 @@ class LinearTokenStats(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * 4
         hidden, weight, bias, _, _, saved, entropy = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # a second backward finds none and computes the logits again
+        kept, ctx.kept = ctx.kept, None  # a second backward computes the logits again
         rows, counted, settings, gather = ctx.rest
         with plain(hidden.device), gather(), backend(ctx.backend):
             head = Head(weight, bias, *settings)
@@ -282,7 +283,7 @@ def _backward_op(
         rows = _rows(target, temperatures, temperature, softcap, logit_scale, capacity)
         grads = (g_logp, g_entropy, g_lse)
         if mask is not None:
-            # Only the live rows are asked for: what is masked is not live.
+            # Only live rows are computed. A coefficient of 0 makes masked rows not live.
             grads = (None if g is None else g.where(mask, 0.0) for g in grads)
             if rows.capacity is not None:
                 exceeded = mask.sum() > rows.capacity.rows

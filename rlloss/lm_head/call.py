@@ -1,4 +1,4 @@
-"""A call from hidden states: its arguments as bundles, checked where they are made, and its plan."""
+"""Bundle and check the arguments of a call from hidden states, and choose its plan."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from rlloss.logits.statistics import EXTRA, LOCAL_ROWS, TokenStats, as_asked, ch
 from rlloss.logits.transform import Transform
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
-# FSDP takes the mean of the ranks' gradients; full_tensor() alone drops those of the others.
+# FSDP averages the gradients of the ranks. full_tensor() alone drops the gradients of the other ranks.
 WHOLE = (
     "call inside the forward of FSDP2's root module, which gathers it; or give .to_local() with vocab_group, where the "
     "ranks have the same tokens; or .full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), where each has its own"
@@ -33,7 +33,7 @@ WHOLE = (
 
 
 class HeadInputs(NamedTuple):
-    """What `linear_token_stats` computes from, and describes."""
+    """Tensors and numbers from which `linear_token_stats` computes; they are described there."""
 
     hidden: Tensor
     weight: Tensor
@@ -51,7 +51,7 @@ class HeadInputs(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """How `linear_token_stats` computes, see there. memory_budget: in bytes."""
+    """Options of `linear_token_stats`, described there. memory_budget is in bytes."""
 
     plan: str = "auto"
     memory_budget: int | None = None
@@ -61,9 +61,12 @@ class HeadOptions(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a loss says before there is a gradient. candidates: bool, like target: rows that may get one; None: all.
-    live_share: the share of these expected to get one, known_share: of the rows that count. no_gradient_in_forward:
-    what forbids that plan, or None."""
+    """Knowledge of a loss about the gradient, before the forward.
+
+    candidates is a bool tensor like target, True for rows that may get a gradient; None: all. live_share is the share
+    of the candidates that is expected to get one, known_share the share of the rows that count. no_gradient_in_forward
+    is the reason that forbids the plan "gradient_in_forward", or None.
+    """
 
     candidates: Tensor | None = None
     live_share: float | None = None
@@ -81,7 +84,7 @@ def head_options(
     vocab_group: Any = None,
     static_capacity: tuple[int, int] | None = None,
 ) -> HeadOptions:
-    """Raises, naming the argument, where one does not fit."""
+    """Check the options and return them. If one does not fit, the error names it."""
     checks.one_of("plan", plan, ("auto", *PLANS))
     budget = checks.memory_budget("memory_budget", memory_budget)
     checks.flag("batch_invariant", batch_invariant)
@@ -91,11 +94,11 @@ def head_options(
 
 
 class Call(NamedTuple):
-    """Arguments that fit each other, the rows that count and the plan. The last three are not known while compiling,
-    and of tensors without values.
+    """Checked arguments, the rows that count and the plan. The last three fields are unknown while compiling and for
+    tensors without values.
 
-    keep: what the forward keeps: the candidates among the rows counted, True for all of them, False; and how many of
-    them come before each chunk of rows.
+    keep holds the rows whose logits the forward keeps (the candidates among the rows that count, or True for all rows,
+    or False for none), and the number of kept rows before each chunk of rows.
     """
 
     hidden: Tensor
@@ -134,7 +137,7 @@ def prepare(
     *,
     gather: Gather = contextlib.nullcontext,
 ) -> Call:
-    """Check the inputs and choose the plan. gather: a context in which the weight, sharded elsewhere, is whole."""
+    """Check the inputs and choose the plan. gather is a context that makes a sharded weight whole."""
     hidden, weight, target, bias, mask, temperature, softcap, logit_scale = inputs
     shard, compiling = None, torch.compiler.is_compiling()
     with gather():
@@ -170,7 +173,7 @@ def prepare(
         expected = expected._replace(candidates=None)
     known = inputs if has_values else inputs._replace(mask=None)
     report, counted, keep = choose(known, (V if shard is None else shard.largest, D), options, expected, capacity)
-    # Without values there is nothing to compute. The operator gives the shapes, which every plan shares.
+    # Without values only shapes are needed. They are the same for every plan, and the operator returns them.
     return call._replace(counted=counted, report=report, keep=keep) if has_values else call
 
 
@@ -181,9 +184,9 @@ def choose(
     expected: Expected,
     capacity: Capacity | None,
 ) -> tuple[PlanReport, Picked | None, tuple[Picked | bool, list[int] | None]]:
-    """The plan of a call, the rows that count and what its forward keeps (see `Call`). One host sync at most.
+    """Return the plan of a call, the rows that count and the rows to keep (see `Call`). One host sync at most.
 
-    shape: (V, D) of the weight, or of the largest shard. Of the target only its shape matters.
+    shape is (V, D) of the weight, or of the largest shard. Only the shape of the target matters.
     """
     hidden, weight, target, mask = inputs.hidden, inputs.weight, inputs.target, inputs.mask
     N, why_not = target.numel(), expected.no_gradient_in_forward
@@ -214,7 +217,7 @@ def choose(
 def check_capacity(
     static_capacity: tuple[int, int] | None, target: Tensor | None = None, mask: Tensor | None = None
 ) -> Capacity | None:
-    """(rows, live) as `Capacity`. Raises, naming the argument, where it does not fit."""
+    """Return (rows, live) as `Capacity`. Raise if it does not fit."""
     if static_capacity is None:
         return None
     pair = list(static_capacity) if isinstance(static_capacity, tuple | list) else []
@@ -231,7 +234,7 @@ def check_capacity(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise, naming the argument, where one does not fit."""
+    """Raise if an argument does not fit; the error names it."""
     for name, x, ways_out in (("hidden", hidden, LOCAL_ROWS), ("weight", weight, WHOLE), ("bias", bias, WHOLE)):
         checks.local(name, x, ways_out)
     for name, x in (("hidden", hidden), ("weight", weight)):

@@ -1,4 +1,4 @@
-"""What a call from hidden states would do, without doing it."""
+"""`explain_plan` tells a user which plan a call from hidden states would take and what it would cost."""
 
 from torch import Tensor
 
@@ -34,23 +34,23 @@ def explain_plan(
     batch_invariant: bool = False,
     static_capacity: tuple[int, int] | None = None,
 ) -> PlanReport:
-    """The plan, its products and its bytes, in numbers and one sentence: `print(explain_plan(hidden, weight, ...))`.
+    """Return the plan that a call would take, with its products and bytes; `print` it for one sentence.
 
     Args:
         hidden, weight, bias, mask: as for `linear_token_stats`. Only shapes, dtypes, the device and `requires_grad`
-            matter, so hidden and weight may be on the "meta" device, where tiles are a GPU's, or FakeTensors; a mask
-            without values is full.
-        advantage, cutoff, denominator: as for `LinearGRPOLoss`; with `config` only.
-        config: of the loss that `LinearGRPOLoss` computes; None: the call is `linear_token_stats`.
-        live_share: the share of the rows that count which gets a gradient, where it is known; None:
-            config.top_entropy_quantile of those with an advantage, or all.
+            matter, so hidden and weight may be FakeTensors or on the "meta" device, for which GPU tiles are assumed. A
+            mask without values counts as full.
+        advantage, cutoff, denominator: as for `LinearGRPOLoss`; only together with `config`.
+        config: settings of the loss that `LinearGRPOLoss` computes. None: the call is `linear_token_stats`.
+        live_share: share of the rows that count which gets a gradient, if you know it. None: the share
+            config.top_entropy_quantile of the rows with an advantage, or all rows without a config.
         plan, memory_budget, batch_invariant, static_capacity: as for the call.
 
     Returns:
-        `PlanReport`. With tensors that need no gradient the plan is "forward".
+        `PlanReport`. If no tensor needs a gradient, its plan is "forward".
 
     Raises:
-        ValueError: the plan that is asked for cannot be taken; why.
+        ValueError, TypeError: an argument does not fit, or the requested plan is not possible; the error says why.
     """
     options = head_options(plan, memory_budget, batch_invariant, None, static_capacity)
     check_head(hidden, weight, bias)

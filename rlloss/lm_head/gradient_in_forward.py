@@ -1,9 +1,9 @@
-"""The loss and its gradient in one pass over the rows: no logits computed twice, none held.
+"""Compute the loss and its gradient in one pass over the rows, without computing logits twice or holding them.
 
-Possible where a coefficient follows from its own row. Of a chunk of rows all logits are made, the loss says what each
-row's coefficient is, and the live rows' gradients are added to those of hidden and weight, which are held until the
-backward. They are for an incoming gradient of 1 and multiplied by what really comes in. A second backward
-(`retain_graph`) computes its own.
+This is possible if a row's coefficient depends on that row alone. For each chunk of rows the forward computes all
+logits, asks the loss for the coefficients, and adds the gradients of the live rows to those of hidden and weight. These
+are held until the backward, which multiplies them by the incoming gradient. A second backward (`retain_graph`) computes
+its own gradients.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from rlloss.losses.inputs import AwaitingLogp
 from rlloss.losses.loss import gradient_of, loss_of
 from rlloss.losses.metrics import PolicyLoss
 
-_PART = 4096  # rows of the weight's gradient that are multiplied at a time
+_PART = 4096  # rows of the weight's gradient that the backward multiplies at a time
 
 
 def why_not_in_forward(
@@ -36,7 +36,7 @@ def why_not_in_forward(
     cutoff: Tensor | float | None,
     denominator: Tensor | float | None,
 ) -> str | None:
-    """What forbids it; None: nothing."""
+    """Return the reason that forbids a gradient in the forward; None: it is possible."""
     if torch.compiler.is_compiling():
         return "torch.compile takes no gradient that is made in the forward"
     if not row_local(config, cutoff, denominator):
@@ -84,7 +84,7 @@ class _GradientInForward(torch.autograd.Function):
 
 
 class _Held:
-    """Gradients for an incoming gradient of 1: of some rows of hidden, in fp32 at least, of weight and of bias."""
+    """Gradients for an incoming gradient of 1, of some rows of hidden (fp32 at least), of weight and of bias."""
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None):
         self.hidden: list[Tensor] = []
@@ -93,7 +93,7 @@ class _Held:
         self.any_live = False
 
     def scaled(self, factor, hidden, weight, bias, counted):
-        """What the backward returns, made in the memory that is held."""
+        """Return the gradients for the backward. They are scaled in place."""
         of_hidden = None
         if self.hidden:
             N = hidden.shape[:-1].numel()
@@ -102,12 +102,12 @@ class _Held:
                 places = counted.of(places)
             gradient = torch.cat(self.hidden) if len(self.hidden) > 1 else self.hidden[0]
             of_hidden = spread_hidden(hidden, gradient.mul_(factor), None if len(places) == N else places)
-        # Without a live row the gradient is 0 also where the factor is inf or NaN.
+        # Without a live row the gradient is 0 even if the factor is inf or NaN.
         for g in (self.weight, self.bias):
             if g is None:
                 continue
             for part in g.split(_PART) if self.any_live else ():
-                # In bf16 the factor itself would be rounded.
+                # Multiplied in fp32 or fp64: in bf16 the factor itself would be rounded.
                 part.copy_(part.to(factor.dtype).mul_(factor))
         of_weight, of_bias = (
             None if g is None else g.to(x.dtype) for g, x in ((self.weight, weight), (self.bias, bias))
@@ -116,7 +116,7 @@ class _Held:
 
 
 class _Made:
-    """Statistics, coefficients and held gradients of the rows that count, made a chunk of rows at a time."""
+    """Statistics, coefficients and held gradients of the rows that count, computed chunk by chunk."""
 
     def __init__(self, hidden, head, rows, counted, given, entropy_grad, needed):
         target = flat(rows.target, counted).contiguous()
@@ -130,8 +130,8 @@ class _Made:
             return torch.zeros(shape, dtype=sums, device=hidden.device)
 
         self.logp, self.entropy, self.saved, self.coefs = zeros(n), zeros(n), zeros(2, n), zeros(2, n)
-        # One chunk of rows writes its product into the weight's gradient, more are added up in fp32; and an fp16
-        # gradient that nobody has scaled yet would underflow.
+        # A single chunk writes its product straight into the weight's gradient. Several are added up in fp32. So is an
+        # fp16 gradient, which would underflow before it is scaled.
         adds_up = n > step or any(x is not None and x.dtype == torch.float16 for x in (head.weight, head.bias))
         into = Gradients(None, zeros(V, D) if needed[1] else None, zeros(V) if needed[2] else None) if adds_up else None
         self.held = _Held(*(into[1:] if into else (None, None)))
@@ -161,14 +161,14 @@ class _Made:
         self._nothing_live(hidden, head, needed)
 
     def _ask(self, given: AwaitingLogp, r: slice, counted: Picked | None, shape: torch.Size) -> None:
-        """The coefficients of rows r. The others do not matter: no row's coefficient depends on another row."""
+        """Compute the coefficients of rows r. The other rows are irrelevant: no coefficient depends on another row."""
         logp, entropy = (spread(x, counted, shape) for x in (self.logp, self.entropy))
         for coefs, g in zip(self.coefs, gradient_of(given(logp=logp, entropy=entropy)), strict=True):
             if g is not None:
                 coefs[r] = flat(g, counted)[r]
 
     def _nothing_live(self, hidden, head, needed):
-        """Zeros where no row gave a gradient."""
+        """Fill in zeros for gradients to which no row contributed."""
         if needed[0] and not self.held.hidden:
             self.held.hidden = [hidden.new_zeros((0, hidden.shape[-1]), dtype=head.sum_dtype)]
             self.held.places = [torch.zeros(0, dtype=torch.int64, device=hidden.device)]
@@ -186,7 +186,7 @@ def prepare_loss(
     cutoff: Tensor | float | None,
     denominator: Tensor | float | None,
 ) -> Call:
-    """`call.prepare` with what the loss says about the gradient before there is one."""
+    """Run `call.prepare` with the knowledge of the loss about the gradient."""
     hidden, weight = inputs.hidden, inputs.weight
     mask: Any = inputs.mask
     check_head(hidden, weight, inputs.bias)
@@ -203,20 +203,21 @@ def prepare_loss(
 
 
 def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:
-    """Tokens [B, T] that may get a gradient: where the loss is a multiple of it, those with an advantage. None: all."""
+    """Return the tokens [B, T] that may get a gradient; None: all. If the loss is a multiple of the advantage, these
+    are the tokens with an advantage."""
     loss_type = LOSSES[config.loss_type]
     if not loss_type.silent_without_advantage or config.beta != 0.0 or config.entropy_coef != 0.0:
         return None
-    has_advantage = advantage.detach() != 0  # NaN is one
+    has_advantage = advantage.detach() != 0  # True for NaN
     if has_advantage.dim() == 1:
         has_advantage = has_advantage.unsqueeze(-1)
     elif (loss_type.level or config.ratio_level) != "token":
-        has_advantage = has_advantage.any(-1, keepdim=True)  # through the ratio they share
+        has_advantage = has_advantage.any(-1, keepdim=True)  # the shared ratio carries the gradient to all its tokens
     return has_advantage.expand(mask.shape)
 
 
 def gradient_in_forward(call: Call, config: LossConfig, given: AwaitingLogp) -> PolicyLoss:
-    """What `linear_token_stats` and `policy_loss` make together."""
+    """Compute what `linear_token_stats` followed by `policy_loss` would."""
 
     loss, names, *values = _GradientInForward.apply(
         call.hidden, call.weight, call.bias, call.rows, call.counted, call.settings, given, config.entropy_coef != 0.0

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 sums, and a counter of them for users, tests and benchmarks."""
+"""Multiply matrices with fp32 sums, and count the products for users, tests and benchmarks."""
 
 import contextlib
 import functools
@@ -16,10 +16,10 @@ KINDS = ("logits", "recompute", "hidden_grad", "weight_grad")
 
 @dataclass
 class Products:
-    """What matrix products with the lm_head really ran.
+    """Matrix products with the lm_head that ran.
 
-    unit: FLOP of the logits of every row that counts, 2 N V D, added up over the calls. flop: FLOP by kind: "logits" of
-    the forward, "recompute" of logits in the backward, "hidden_grad" and "weight_grad".
+    unit is the FLOP of the logits of every row that counts, 2 N V D, summed over the calls. flop is the FLOP by kind:
+    "logits" of the forward, "recompute" of logits in the backward, "hidden_grad" and "weight_grad".
     """
 
     unit: int = 0
@@ -27,7 +27,7 @@ class Products:
 
     @property
     def units(self) -> float:
-        """All products, in products of all rows that count: 3 for plain logits, 1 + 3r for "recompute"."""
+        """All products in units of the logits of every row that counts (plain logits 3, "recompute" 1 + 3r)."""
         return sum(self.flop.values()) / self.unit if self.unit else 0.0
 
     def units_of(self, kind: str) -> float:
@@ -35,16 +35,19 @@ class Products:
 
 
 _counters: list[Products] = []
-_lock = threading.Lock()  # a backward on a GPU runs in a thread of its own
+_lock = threading.Lock()  # autograd runs a backward on a GPU in its own thread
 
 
 @contextlib.contextmanager
 def count_products() -> Iterator[Products]:
-    """Count the matrix products of the lm_head inside: torch's FLOP counter does not see into custom operators.
+    """Count the matrix products of the lm_head inside a block. torch's FLOP counter does not see custom operators.
 
-    with count_products() as products:
-        loss.backward()
-    print(products.units, products.flop)
+    Yields:
+        `Products`, which grows while the block runs::
+
+            with count_products() as products:
+                loss_fn(hidden, weight, target, advantage, mask=mask).loss.backward()
+            print(products.units, products.flop)
     """
     counter = Products()
     with _lock:
@@ -53,7 +56,7 @@ def count_products() -> Iterator[Products]:
         yield counter
     finally:
         with _lock:
-            # By identity: counters that counted the same are equal.
+            # Compared by identity, because two counters with the same counts are equal.
             _counters[:] = [c for c in _counters if c is not counter]
 
 
@@ -64,16 +67,15 @@ def count_unit(rows: int, V: int, D: int) -> None:
 
 
 def _fp32_setting() -> Any:
-    """Where torch keeps how oneDNN multiplies fp32; None: this torch has no such place."""
+    """Return torch's setting of how oneDNN multiplies fp32; None: this torch has none."""
     setting = getattr(torch.backends.mkldnn, "matmul", None)
     return setting if hasattr(setting, "fp32_precision") else None
 
 
 class _Bf16Operands:
-    """A context in which oneDNN rounds fp32 operands to bf16, and neither sums nor results.
+    """Context in which oneDNN rounds fp32 operands to bf16, but neither sums nor results.
 
-    torch keeps this setting for the process: it is changed for a product alone, and put back by the last thread that is
-    in one.
+    The setting belongs to the process. It is changed only during a product, and the last thread inside restores it.
     """
 
     def __init__(self):
@@ -98,18 +100,18 @@ _bf16_operands = _Bf16Operands()
 
 @functools.cache
 def has_bf16_units() -> bool:
-    """Whether oneDNN rounds fp32 operands to bf16 on this CPU and adds up in fp32, as one small product shows.
+    """Test with one small product whether oneDNN on this CPU rounds fp32 operands to bf16 and adds up in fp32.
 
-    Neither the CPU's flags nor torch's setting say it: of the CPUs with bf16 instructions oneDNN does so only on some.
+    Neither the CPU's flags nor torch's setting tell: oneDNN does it only on some CPUs with bf16 instructions.
     """
     if _fp32_setting() is None:
         return False
-    with ThreadPoolExecutor(1) as own:  # without the caller's autocast, default device and dispatch modes
+    with ThreadPoolExecutor(1) as own:  # a thread without the caller's autocast, default device and dispatch modes
         return own.submit(_rounds_operands_alone).result()
 
 
 def _rounds_operands_alone() -> bool:
-    # 1 + 2^-9 is 1 in bf16, and 301 is no number of bf16. Small products never reach oneDNN.
+    # 1 + 2^-9 rounds to 1 in bf16, and 301 has no bf16 value. The shapes are large enough to reach oneDNN.
     a = torch.zeros(64, 320, dtype=torch.float32, device="cpu")
     a[:, :301] = 1 + 2**-9
     with _bf16_operands:
@@ -118,8 +120,8 @@ def _rounds_operands_alone() -> bool:
 
 
 def operands_in(dtype: torch.dtype | None, operand: Tensor) -> contextlib.AbstractContextManager:
-    """Where products of tensors like `operand`, which may be rounded to `dtype`, take the CPU's bf16 units if it has
-    them."""
+    """Return a context for products of tensors like `operand`. It uses the CPU's bf16 units if there are any and the
+    operands may be rounded to `dtype`."""
     fit = operand.is_cpu and operand.dtype == torch.float32 and dtype == torch.bfloat16
     return _bf16_operands if fit and has_bf16_units() else contextlib.nullcontext()
 
@@ -127,11 +129,11 @@ def operands_in(dtype: torch.dtype | None, operand: Tensor) -> contextlib.Abstra
 def multiply(
     out: Tensor, a: Tensor, b: Tensor, kind: str, *, add: bool = False, dtype: torch.dtype | None = None
 ) -> None:
-    """out = a @ b, or with `add` out += a @ b, the sums in fp32 at least.
+    """Compute out = a @ b, or with `add` out += a @ b, with sums in fp32 at least.
 
-    a [M, K] and b [K, N] of one dtype. Where out is wider than they are, the product is not rounded to their dtype on
-    the way: on a GPU by the product itself, elsewhere by widening a and b. dtype: to which the operands may be rounded,
-    as those of a GPU are; a CPU with bf16 units then multiplies widened bf16 in a fraction of the time of fp32.
+    a [M, K] and b [K, N] have one dtype. If out is wider, the product is not rounded to their dtype: a GPU writes it
+    wide, elsewhere a and b are widened first. dtype is the dtype to which operands may be rounded, as on a GPU. A CPU
+    with bf16 units then multiplies widened bf16 in a fraction of the time of fp32.
     """
     with _lock:
         for counter in _counters:

@@ -1,14 +1,14 @@
-"""How the loss is computed from hidden states: the plans, what each costs, and which one is taken.
+"""Choose how to compute the loss from hidden states: compute the cost of each plan and take the best that fits.
 
-Of n rows that count a share r is live. In units of the logits of all rows that count, a forward takes 1 matrix product;
-for hidden and weight each the backward takes r, and r once more where the logits are computed again:
+A share r of the n rows that count is live. The unit is one matrix product for the logits of all n rows. The forward
+takes 1. The backward takes r each for hidden and weight, and r more to compute the logits again. Products and memory::
 
     recompute             1 + 3 r    no memory beyond a tile
     keep                  1 + 2 r    the logits of the rows that may get a gradient
     gradient_in_forward   1 + 2 r    the gradients of hidden and weight, from the forward on
 
-Whatever the plan, each entry of a tile of logits is read once in the forward, and those of live rows once in the
-backward, where their gradient is written once. `tests/lm_head/test_counts.py` counts both.
+Under every plan the forward reads each entry of a tile of logits once. The backward reads those of live rows once and
+writes their gradient once. `tests/lm_head/test_counts.py` counts both.
 """
 
 from typing import NamedTuple
@@ -22,14 +22,15 @@ PLANS = ("recompute", "keep", "gradient_in_forward")
 
 
 class PlanReport(NamedTuple):
-    """What a call does, in numbers; str() of it is one sentence.
+    """Plan and cost of a call. Its str() is one sentence.
 
-    plan: "recompute", "keep", "gradient_in_forward", or "forward" where nothing needs a gradient. rows: those that
-    count. candidates: those of them that may get a gradient, as far as is known before the forward. live_share: the
-    share r of `rows` that is expected to get one. products: matrix products expected, in logits of all rows that
-    count. flop: the same in FLOP. extra_bytes: what the plan needs above the inputs, their gradients and one tile;
-    memory_budget is its limit. tile_bytes: one tile. alternatives: {plan: (products, extra_bytes, what forbids it or
-    None)}.
+    - plan: "recompute", "keep", "gradient_in_forward", or "forward" if nothing needs a gradient.
+    - rows: number of rows that count. candidates: number of them that may get a gradient, as known before the forward.
+    - live_share: share r of `rows` that is expected to get a gradient.
+    - products: expected matrix products, in units of the logits of all rows that count. flop: the same in FLOP.
+    - extra_bytes: memory of the plan beyond the inputs, their gradients and one tile; memory_budget limits it.
+    - tile_bytes: memory of one tile.
+    - alternatives: {plan: (products, extra_bytes, reason that forbids it or None)}. why: reason for the choice.
     """
 
     plan: str
@@ -53,7 +54,7 @@ class PlanReport(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the cost depends on. needed: whether hidden and weight get a gradient."""
+    """Inputs of the cost. needed tells whether hidden and weight get a gradient."""
 
     rows: int
     candidates: int
@@ -61,23 +62,24 @@ class Work(NamedTuple):
     D: int
     live_share: float
     needed: tuple[bool, bool]
-    weight_bytes: int  # of an entry
+    weight_bytes: int  # per entry
     sum_bytes: int
     device: torch.device
     batch_invariant: bool
 
 
 def default_budget(V: int, D: int) -> int:
-    """Half an fp32 gradient of the weight: logits of D / 2 rows raise the peak of the backward by at most half."""
+    """Return half the bytes of an fp32 gradient of the weight: the logits of D / 2 rows fit, and raise the peak of the
+    backward by at most half."""
     return 2 * V * D
 
 
 def make_plan(
     work: Work, plan: str, memory_budget: int | None, forbidden: dict[str, str | None], *, needs_gradient: bool
 ) -> PlanReport:
-    """The plan that is asked for, or with "auto" the one with the fewest products whose bytes fit the budget.
+    """Return the requested plan, or with "auto" the one with the fewest products whose bytes fit the budget.
 
-    forbidden: {plan: why it cannot be taken here, or None}. Raises ValueError where the one asked for cannot.
+    forbidden is {plan: reason that forbids it here, or None}. Raises ValueError if the requested plan is not possible.
     """
     budget = default_budget(work.V, work.D) if memory_budget is None else memory_budget
     tile_rows, width = vocab_loop.tile_shape(work.rows, work.V, work.device, work.batch_invariant)
@@ -93,7 +95,7 @@ def make_plan(
     alternatives = {}
     for name, (products, extra) in costs.items():
         why_not = forbidden.get(name)
-        # A plan that is asked for without a budget needs no default one.
+        # The default budget does not limit a plan that was requested explicitly.
         limited = memory_budget is not None or plan == "auto"
         if why_not is None and extra > budget and limited:
             why_not = f"it needs {size_text(extra)}, and the memory budget is {size_text(budget)}"

@@ -1,7 +1,7 @@
-"""A subset of the rows: taken out, computed on, and put back into their places.
+"""Take a subset of the rows out of a batch, and put results back into their places.
 
-By default its size is read from the device, one synchronisation a pass. With a fixed capacity nothing is read: unused
-slots hold rows of 0 that belong nowhere, and rows that do not fit become NaN.
+By default the size of the subset is read from the device, with one synchronisation per pass. With a fixed capacity
+nothing is read. Unused slots then hold zero rows that belong nowhere, and rows that do not fit become NaN.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from rlloss import checks
 
 
 class Capacity(NamedTuple):
-    """Room for so many rows that count, and for so many of them that get a gradient."""
+    """Fixed numbers of rows that count, and of rows that get a gradient."""
 
     rows: int
     live: int
@@ -23,9 +23,10 @@ class Capacity(NamedTuple):
 
 @dataclass(frozen=True)
 class Picked:
-    """Rows `index` [n], int64 and ascending, of `total`.
+    """A subset of `total` rows, index [n], int64 and ascending.
 
-    beyond: with a fixed capacity `[total]` bool, the rows that found no room; the index is then filled up with `total`.
+    With a fixed capacity, beyond is `[total]` bool and marks the rows that do not fit; `total` then fills unused slots
+    of index.
     """
 
     index: Tensor
@@ -36,7 +37,7 @@ class Picked:
         return len(self.index)
 
     def take(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """x [total, ...] -> [n, ...], `fill` where the index stands for no row."""
+        """Return the rows [n, ...] of x [total, ...], with `fill` in unused slots."""
         if self.beyond is None:
             return x.index_select(0, self.index)
         if self.total == 0:
@@ -46,7 +47,7 @@ class Picked:
         return found.masked_fill_(nothing, fill)
 
     def put(self, values: Tensor) -> Tensor:
-        """values [..., n] -> [..., total] with zeros elsewhere, NaN where a row found no room."""
+        """Return values [..., n] in their places of [..., total]; other rows are 0, rows that did not fit NaN."""
         shape = values.shape[:-1]
         if self.beyond is None:
             out = values.new_zeros((*shape, self.total))
@@ -57,15 +58,15 @@ class Picked:
         return out[..., :-1].masked_fill(self.beyond, torch.nan)
 
     def of(self, inner: "Picked") -> "Picked":
-        """Those of these rows that `inner` picks."""
+        """Return the subset of this subset that `inner` selects."""
         if inner.beyond is None and self.beyond is None:
             return Picked(self.index.index_select(0, inner.index), self.total)
-        beyond = torch.zeros(1, dtype=torch.bool, device=self.index.device)  # that some are, `exceeded` has said
+        beyond = torch.zeros(1, dtype=torch.bool, device=self.index.device)  # `exceeded` has already handled overflow
         return Picked(inner.take(self.index).masked_fill_(inner.index == inner.total, self.total), self.total, beyond)
 
 
 def positions(flags: Tensor, n: int) -> Tensor:
-    """The numbers of the first n flags [N] that are set, filled up with N if there are fewer. No host sync."""
+    """Return the positions of the first n set flags [N], filled up with N if there are fewer. No host sync."""
     N = len(flags)
     place = flags.cumsum(0)
     slot = torch.where(flags & (place <= n), place - 1, n)
@@ -74,12 +75,12 @@ def positions(flags: Tensor, n: int) -> Tensor:
 
 
 def fixed(flags: Tensor, room: int) -> Picked:
-    """The first `room` of the rows whose flag is set. No host sync."""
+    """Return the first `room` rows whose flag is set. No host sync."""
     return Picked(positions(flags, room), len(flags), flags & (flags.cumsum(0) > room))
 
 
 def fitting(flags: Tensor, room: int, what: str) -> Picked:
-    """`fixed`, with an error where looking is free and not all fit."""
+    """Return `fixed`. Raise if not all rows fit and the flags may be read (`checks.values_checked`)."""
     picked = fixed(flags, room)
     if checks.values_checked(flags):
         found = int(flags.sum())
@@ -88,9 +89,10 @@ def fitting(flags: Tensor, room: int, what: str) -> Picked:
 
 
 class Survey:
-    """How many rows count, and how many of them are candidates: one host sync, none without a mask and candidates.
+    """Counts the rows that count, and the candidates among them, with one host sync (none without mask and candidates).
 
-    mask and candidates: bool, `[N]` after flattening, or None: all. step: rows of a chunk, for `edges`.
+    mask and candidates are bool, `[N]` after flattening, or None for all. step is the number of rows of a chunk, for
+    `edges`.
     """
 
     def __init__(self, N: int, mask: Tensor | None, candidates: Tensor | None, step: int):
@@ -118,13 +120,13 @@ class Survey:
             self.count = self.edges[-1]
 
     def rows(self) -> Picked | None:
-        """Those that count; None: all."""
+        """Return the rows that count; None: all."""
         if self.mask is None or self.n == self.N:
             return None
         return Picked(positions(self.mask, self.n), self.N)
 
     def candidates(self, rows: Picked | None) -> Picked | None:
-        """Those of the rows that count which are candidates; None: all."""
+        """Return the candidates among the rows that count; None: all."""
         if self._candidates is None or self.count == self.n:
             return None
         flags = self._candidates if rows is None else rows.take(self._candidates)

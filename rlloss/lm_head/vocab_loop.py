@@ -1,8 +1,8 @@
-"""The lm_head a block of the vocabulary at a time: hidden states -> statistics of their logits -> gradients.
+"""Compute statistics of logits and gradients from hidden states, one block of the vocabulary at a time.
 
-Products are the library's (cuBLAS, MKL, oneDNN), in the dtype of the inputs, with sums and logits in fp32; on a CPU,
-where no product takes bf16 and gives fp32, one block of the weight at a time is widened, see `products.multiply`. No
-memory here grows with N * V but what is asked to be kept. RL reaches this as one coefficient per row.
+Libraries (cuBLAS, MKL, oneDNN) run the products in the dtype of the inputs, with sums and logits in fp32. No CPU
+product takes bf16 and returns fp32, so a CPU widens one block of the weight at a time (see `matmul.multiply`). Only
+logits that are to be kept take memory that grows with N * V. The loss enters as one coefficient per row.
 """
 
 import math
@@ -26,7 +26,7 @@ GPU_INVARIANT_ROWS = 512
 
 
 class Settings(NamedTuple):
-    """compute_dtype: to which operands are rounded. shard: of the vocabulary, None: it is whole."""
+    """compute_dtype is the dtype of rounded operands. shard is this rank's part of the vocabulary, or None."""
 
     compute_dtype: torch.dtype
     batch_invariant: bool = False
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
 
 
 class Head(NamedTuple):
-    """weight [V, D] and bias [V] or None, of a `shard` this rank's; then the fields of `Settings`."""
+    """weight [V, D] and bias [V] or None (with a `shard` those of this rank), then the fields of `Settings`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -44,12 +44,12 @@ class Head(NamedTuple):
 
     @property
     def V(self) -> int:
-        """Entries of the whole vocabulary."""
+        """Number of entries of the whole vocabulary."""
         return len(self.weight) if self.shard is None else self.shard.total
 
     @property
     def offset(self) -> int:
-        """The first entry that is here."""
+        """First vocabulary entry of this rank."""
         return 0 if self.shard is None else self.shard.offset
 
     @property
@@ -57,7 +57,7 @@ class Head(NamedTuple):
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
     def operand(self, x: Tensor) -> Tensor:
-        """x as an operand of a product: rounded to the dtype of the computation, widened where sums need it."""
+        """Return x as an operand of a product: rounded to the compute dtype, then widened unless on a GPU."""
         x = x.to(self.compute_dtype)
         return x if x.is_cuda else x.to(self.sum_dtype)
 
@@ -68,8 +68,8 @@ class Wanted(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Of [N] rows. saved [2, N] = (m, log2 s); extra [3, N] = (mean logit, log sum p^2, is_top1), or [3, 0]. logits:
-    those of the rows by blocks of the vocabulary, raw, as `forward` left them; None: they are not there."""
+    """Statistics of [N] rows. saved [2, N] is (m, log2 s); extra [3, N] is (mean logit, log sum p^2, is_top1), or
+    [3, 0]. logits holds raw logits that `forward` kept, by blocks of the vocabulary, or None."""
 
     logp: Tensor
     entropy: Tensor
@@ -80,7 +80,7 @@ class Stats(NamedTuple):
 
 
 class Coefs(NamedTuple):
-    """d loss / d (logp, entropy, lse) of [N] rows; None is 0."""
+    """d loss / d (logp, entropy, lse) of [N] rows; None means 0."""
 
     logp: Tensor | None
     entropy: Tensor | None
@@ -90,12 +90,12 @@ class Coefs(NamedTuple):
         return Coefs(*(None if g is None else g[rows].contiguous() for g in self))
 
     def live(self) -> Tensor:
-        """Rows with a gradient. NaN is not 0: a broken coefficient is live and shows itself."""
+        """Return the rows with a gradient. NaN is not 0, so a broken coefficient is live and shows itself."""
         return torch.stack([g for g in self if g is not None]).ne(0).any(0)
 
 
 class Gradients(NamedTuple):
-    """hidden [L, D] in the sums' dtype, weight and bias in theirs; None where it is not needed."""
+    """Gradients of hidden [L, D] in the dtype of the sums, of weight and bias in theirs; None if not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -103,21 +103,21 @@ class Gradients(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Raw logits of some rows. blocks: one tensor [len(rows), width] a block of the vocabulary; rows: None: all."""
+    """Raw logits of some rows (None: all), as one tensor [len(rows), width] per block of the vocabulary."""
 
     blocks: list[Tensor | None]
     rows: Picked | None
 
 
 def chunk_rows(device: torch.device, V: int, batch_invariant: bool) -> int:
-    """The most rows of a tile."""
+    """Return the largest number of rows of a tile."""
     if batch_invariant:
         return INVARIANT_ROWS.get(device.type, GPU_INVARIANT_ROWS)
     return CPU_ROWS if device.type == "cpu" else backends.choice("tile", device, torch.float32, V)[0]
 
 
 def tile_shape(rows: int, V: int, device: torch.device, batch_invariant: bool) -> tuple[int, int]:
-    """(rows, vocabulary entries) of a tile, the same for every plan: the bits of a logit may depend on them."""
+    """Return (rows, vocabulary entries) of a tile. All plans use the same, as the bits of a logit may depend on it."""
     most = chunk_rows(device, V, batch_invariant)
     rows = most if batch_invariant else max(1, min(rows, most))
     if device.type == "cpu":
@@ -136,8 +136,8 @@ def _folder(x: Tensor):
 
 
 def fresh_gradient(weight: Tensor) -> Tensor:
-    """Contiguous memory for the gradient of the weight, for products to write to."""
-    # A product on a CPU also reads the fresh pages that it writes: two page faults each, one if they are filled before.
+    """Return contiguous memory for the gradient of the weight."""
+    # A CPU product reads the fresh pages that it writes: two page faults per page, or one if they are filled before.
     make = torch.zeros if weight.is_cpu and weight.dtype.itemsize >= 4 else torch.empty
     return make(weight.shape, dtype=weight.dtype, device=weight.device)
 
@@ -148,7 +148,7 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 
 
 def _logits(head: Head, hidden: Tensor, w: Tensor, start: int, out: Tensor, kind: str) -> Tensor:
-    """out [R, C] = the raw logits of entries start .. start + C - 1."""
+    """Write the raw logits of entries start .. start + C - 1 to out [R, C]."""
     multiply(out, hidden, w.t(), kind, dtype=head.compute_dtype)
     if head.bias is not None:
         out.add_(head.bias[start : start + out.shape[1]].to(out.dtype))
@@ -165,10 +165,11 @@ def forward(
     tile_of: tuple[int, int] | None = None,
     edges: list[int] | None = None,
 ) -> tuple[Stats, Kept | None]:
-    """hidden [N, D] (an operand), target and temperature contiguous [N] -> statistics, and logits of the rows `keep`.
+    """Return statistics, and the logits of the rows `keep`, from hidden [N, D] (an operand) and target [N].
 
-    keep: True for all rows. edges: with rows to keep how many of them come before each chunk of `chunk_rows`.
-    tile_of: the tile's shape where these are some rows of more; None: `tile_shape` of these.
+    target and a per-row temperature are contiguous. keep=True keeps all rows. For rows to keep, edges is the number of
+    them before each chunk of `chunk_rows`. tile_of is the shape of the tile if these rows are part of more rows; None:
+    `tile_shape` of these rows.
     """
     n, V = len(hidden), len(head.weight)
     rows, width = tile_shape(n, V, hidden.device, head.batch_invariant) if tile_of is None else tile_of
@@ -234,17 +235,17 @@ def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted:
     if wanted.extra:
         extra[0] = total * scale / V
         extra[1] = (torch.log2(q) - 2 * log_s) * math.log(2)
-        # argmax is the first maximum: an equal entry before the target takes the place. In a NaN row nothing does.
+        # argmax is the first maximum, so no equal entry may precede the target. In a NaN row no entry is the argmax.
         extra[2] = (inside & (u_target >= m) & (before < u_target) & (s == s)).to(s.dtype)
     return Stats(logp, entropy, lse, torch.stack((m, log_s)), extra)
 
 
 def keep_only(kept: Kept, live: Picked) -> None:
-    """Leave only the live rows in the kept logits, block by block, before anything else is allocated."""
+    """Reduce the kept logits to the live rows, block by block, before anything else is allocated."""
     if kept.rows is not None:
         if not len(kept.rows):
             return
-        # A live row that was not kept has a coefficient of NaN; its gradient is NaN from any logits.
+        # A live row that was not kept has a coefficient of NaN, so its gradient is NaN whatever the logits are.
         places = torch.searchsorted(kept.rows.index, live.index).clamp_(max=len(kept.rows) - 1)
         live = Picked(places, len(kept.rows))
     for i, block in enumerate(kept.blocks):
@@ -253,7 +254,7 @@ def keep_only(kept: Kept, live: Picked) -> None:
 
 
 def poisoned(coefs: Coefs, target: Tensor, V: int) -> Coefs:
-    """NaN for a target outside the vocabulary, as the forward gave it."""
+    """Set the coefficient of a target outside the vocabulary to NaN, as the forward did with its logp."""
     if coefs.logp is None:
         return coefs
     return coefs._replace(logp=coefs.logp.where((target >= 0) & (target < V), math.nan))
@@ -269,10 +270,11 @@ def backward(
     needed: tuple[bool, bool, bool],
     into: Gradients | None = None,
 ) -> Gradients:
-    """Gradients of (hidden, weight, bias), those that are `needed`, from rows that are all live.
+    """Return the `needed` gradients of (hidden, weight, bias) from rows that are all live.
 
-    hidden [L, D] (an operand); stats and coefs of these rows. Logits that are there are overwritten and released on the
-    way, else they are computed again. into: gradients of weight and bias in the sums' dtype, to which these are added.
+    hidden [L, D] is an operand; stats and coefs belong to its rows. Kept logits are overwritten and released on the
+    way; otherwise the logits are computed again. into holds gradients of weight and bias in the dtype of the sums, to
+    which these are added.
     """
     kept, coefs = stats.logits, poisoned(coefs, target, head.V)
     n, V, D = *hidden.shape[:1], *head.weight.shape
@@ -294,7 +296,7 @@ def backward(
         w = head.operand(head.weight[start:stop]) if kept is None or needed[0] else None
         total, direct = None, True
         if g_weight is not None:
-            # One product can write its block; several are added up in the sums' dtype.
+            # A single product can write its block; several are added up in the dtype of the sums.
             direct = g_weight.dtype == dtype or (n <= rows and into is None)
             total = g_weight[start:stop] if direct else torch.empty((C, D), dtype=dtype, device=device)
         for r in _chunks(n, rows):

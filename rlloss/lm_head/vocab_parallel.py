@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks: each holds some rows of the weight, and all agree on the statistics."""
+"""Merge statistics over ranks that each hold a part of the vocabulary, that is some rows of the weight."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,9 @@ from rlloss.torch_kernels.rows import FLOOR
 
 
 class Shard(NamedTuple):
-    """This rank's entries offset .. offset + its own number of a vocabulary of `total`, in the order of the ranks.
+    """This rank's part of a vocabulary of `total` entries. It starts at offset; parts are in the order of the ranks.
 
-    largest: entries of the largest shard. All ranks plan with it, so that their collectives match.
+    largest is the size of the largest shard. All ranks plan with it, so that their collectives match.
     """
 
     group: Any
@@ -20,7 +20,7 @@ class Shard(NamedTuple):
     largest: int
 
     def merge(self, state: Tensor, k: Tensor | float) -> Tensor:
-        """The running statistics [7, N] of all ranks' entries from those of this rank's. k as in the kernels."""
+        """Merge this rank's running statistics [7, N] with those of all ranks. k is as in the kernels."""
         m, s, w, q, total, before, u_target = state
         most = torch.stack((m, before))
         distributed.all_reduce(most, op=distributed.ReduceOp.MAX, group=self.group)
@@ -32,12 +32,12 @@ class Shard(NamedTuple):
         return torch.stack((m_all, *sums[:4], most[1], sums[4]))
 
     def sum(self, x: Tensor) -> None:
-        """x added up over the ranks, in place."""
+        """Add x up over the ranks, in place."""
         distributed.all_reduce(x, group=self.group)
 
 
 def shard_of(weight: Tensor, group: Any) -> Shard:
-    """The place of `weight` [V of this rank, D] in the whole. One small collective."""
+    """Return the place of `weight` [V of this rank, D] in the whole vocabulary. One small collective."""
     own = torch.tensor([len(weight)], dtype=torch.int64, device=weight.device)
     sizes = [torch.zeros_like(own) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(sizes, own, group=group)

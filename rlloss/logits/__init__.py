@@ -1,1 +1,1 @@
-"""From logits to what they say of each token, and to their gradient."""
+"""This package computes token statistics from logits, and the gradient of the logits."""

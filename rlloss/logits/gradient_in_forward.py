@@ -1,9 +1,8 @@
-"""Forward and gradient in one launch: the row's gradient is written while the row is still in the cache.
+"""Compute the forward and the gradient in one launch, which writes a row's gradient while the row is in the cache.
 
-Possible where a coefficient follows from its own row. The gradient, for an incoming gradient of 1, is held until the
-backward. If something else comes in, which the device decides, the live rows are written anew in the held gradient, not
-rounded twice. A second backward (`retain_graph`) writes a gradient of its own, so that
-what the first one returned stays as it is.
+This is possible if a row's coefficient depends on that row alone. The gradient, for an incoming gradient of 1, is held
+until the backward. For another incoming gradient the device writes the live rows of the held gradient anew, so they are
+rounded once. A second backward (`retain_graph`) writes a gradient of its own and leaves the first result unchanged.
 """
 
 import torch
@@ -23,7 +22,7 @@ from rlloss.losses.metrics import PolicyLoss
 def why_two_launches(
     logits: Tensor, config: LossConfig, cutoff: Tensor | float | None, denominator: Tensor | float | None
 ) -> str | None:
-    """What forbids the single launch; None: nothing."""
+    """Return the reason that forbids the single launch; None: it is possible."""
     if torch.compiler.is_compiling():
         return "a call inside torch.compile"
     if not (torch.is_grad_enabled() and logits.requires_grad):
@@ -36,7 +35,7 @@ def why_two_launches(
 
 
 def worthwhile(logits: Tensor) -> bool:
-    """Whether the rows that a GPU works on at once fit its L2 cache, so that the second read of a row is a hit."""
+    """Return whether the rows that a GPU processes at once fit its L2 cache, so that the second read of a row hits."""
     if not logits.is_cuda:
         return True
     device = torch.cuda.get_device_properties(logits.device)
@@ -44,7 +43,7 @@ def worthwhile(logits: Tensor) -> bool:
     (few,), (_, warps), (percent,) = (
         backends.choice(kernel, logits.device, logits.dtype, V) for kernel in ("split", "statistics", "single_launch")
     )
-    if rows < few * device.multi_processor_count:  # the forward of two launches would split them
+    if rows < few * device.multi_processor_count:  # with two launches, the forward would split the rows
         return False
     at_once = device.multi_processor_count * (device.max_threads_per_multi_processor // (warps * device.warp_size))
     in_flight = min(rows, at_once) * V * logits.element_size()
@@ -76,11 +75,11 @@ class _SingleLaunch(torch.autograd.Function):
 
 
 def single_launch_loss(rows: LogitsInputs, given: AwaitingLogp) -> PolicyLoss:
-    """What `token_stats` and `policy_loss` make together."""
+    """Compute what `token_stats` followed by `policy_loss` would."""
     check_call(rows)
     logits, target, mask, transform = rows
     assert mask is not None
-    stand_in = torch.empty(mask.shape, dtype=torch.float32, device=logits.device)  # only shape and dtype are looked at
+    stand_in = torch.empty(mask.shape, dtype=torch.float32, device=logits.device)  # only shape and dtype are read
     with torch.no_grad():
         inputs = check(given(logp=stand_in, entropy=stand_in))
     cutoff = None if inputs.cutoff is None else as_scalar(inputs.cutoff, stand_in)
@@ -97,7 +96,7 @@ def single_launch_loss(rows: LogitsInputs, given: AwaitingLogp) -> PolicyLoss:
 
 
 def _weights(inputs: LossInputs) -> Tensor:
-    """[2, B]: by what the coefficients of logp and of entropy in each sequence are multiplied."""
+    """Return the factors [2, B] of the coefficients of logp and of entropy in each sequence."""
     mask, config, denominator, loss_type = inputs.mask, inputs.config, inputs.denominator, inputs.loss_type
     count = mask.sum(-1).float()
     if denominator is None:

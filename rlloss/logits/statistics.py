@@ -1,4 +1,4 @@
-"""token_stats as registered operators with autograd."""
+"""`token_stats` computes log-probability, entropy and log-sum-exp of each token from logits, with autograd."""
 
 from typing import Any, NamedTuple
 
@@ -11,14 +11,14 @@ from rlloss.logits.transform import Transform
 from rlloss.operators import operator
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
-EXTRA = OUTPUTS[3:]  # computed together, and where one of them is asked for
-# The attributes by which autograd's functions keep their own output. Reading them could recompute a checkpoint.
+EXTRA = OUTPUTS[3:]  # all three are computed if one of them is requested
+# Attributes in which autograd's functions keep their own output. They are not read: that could recompute a checkpoint.
 _SAVED_OUTPUT = {"_saved_result", "_saved_result0", "_saved_output", "_saved_out"}
 LOCAL_ROWS = ".to_local() where that is whole rows, the same ones of each argument, or .full_tensor()"
 
 
 class TokenStats(NamedTuple):
-    """What a softmax says about each token, shaped like `target`; None where it was not asked for.
+    """Statistics of the softmax of each token, shaped like `target`. Fields that were not requested are None.
 
     logp, entropy and lse are fp32 (fp64 for fp64 logits), in nats, and 0 where masked. mean_logit, log_sum_sq_probs
     and is_top1 (bool) carry no gradient.
@@ -41,7 +41,7 @@ def _flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class LogitsInputs(NamedTuple):
-    """What `token_stats` computes from, and describes."""
+    """Tensors and numbers from which `token_stats` computes; they are described there."""
 
     logits: Tensor
     target: Tensor
@@ -49,7 +49,7 @@ class LogitsInputs(NamedTuple):
     transform: Transform
 
     def flat(self) -> "LogitsInputs":
-        """Of N rows, contiguous, as kernels take them; the logits keep their shape."""
+        """Return contiguous inputs of N rows, as kernels take them. The logits keep their shape."""
         temperature = self.transform.temperature
         if isinstance(temperature, Tensor):
             temperature = _flat(temperature, _stats_dtype(self.logits))
@@ -58,7 +58,7 @@ class LogitsInputs(NamedTuple):
 
 
 def _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale) -> LogitsInputs:
-    """From what an operator takes."""
+    """Make the bundle from the arguments of an operator."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     return LogitsInputs(logits, target, mask, transform)
 
@@ -131,7 +131,7 @@ def _setup_context(ctx, inputs, output):
     entropy_grad = settings[4]
     ctx.mark_non_differentiable(saved, extra)
     ctx.set_materialize_grads(False)
-    # An entropy without gradient is the user's to overwrite.
+    # An entropy without gradient is not saved, because the user may overwrite it.
     ctx.save_for_backward(logits, target, mask, temperatures, saved, entropy if entropy_grad else None)
 
 
@@ -152,7 +152,7 @@ _token_stats = operator("token_stats", fake=_fake, setup_context=_setup_context,
 
 
 class _InplaceTokenStats(torch.autograd.Function):
-    """The same forward; the backward overwrites the logits with their gradient. Eager only."""
+    """The same forward, with a backward that overwrites the logits with their gradient. Eager mode only."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -169,7 +169,7 @@ class _InplaceTokenStats(torch.autograd.Function):
                 *of_inputs, saved, entropy = _saved(ctx)
                 logits = _run_backward(_inputs(*of_inputs), saved, entropy, (g_logp, g_entropy, g_lse), inplace=True)
             torch.autograd.graph.increment_version(logits)
-            grad = logits.detach()  # the logits have a history of their own, which is not that of their gradient
+            grad = logits.detach()  # the gradient must not have the autograd history of the logits
         return grad, *(None for _ in range(9))
 
 
@@ -185,32 +185,33 @@ def token_stats(
     entropy_grad: bool = False,
     inplace_grad: bool = False,
 ) -> TokenStats:
-    """Log-probability, entropy and log-sum-exp of each row of logits, read once.
+    """Compute log-probability, entropy and log-sum-exp of each row of logits, which is read once.
 
     The distribution is softmax(softcap * tanh(logits * logit_scale / softcap) / temperature), computed in fp32. The
-    backward reads and writes rows with a nonzero incoming gradient; the others are zeros and are not read. There is no
-    second derivative, and no torch.func transform.
+    backward reads only rows with a nonzero incoming gradient; the gradient of the others is 0. A second derivative or
+    a torch.func transform raises.
 
     Args:
         logits: `[..., V]`, bf16, fp16, fp32 or fp64 (fp64: torch backend), any strides.
         target: `[...]`, int64 or int32 with 0 <= target < V where `mask` is True.
-        mask: `[...]` bool, True = counts. Masked rows are not read, give 0 and have a zero gradient. None: all count.
-        temperature: above 0; a number, or a float tensor like `target` for one per token. No gradient.
-        softcap: cap of Gemma 2's tanh, applied after `logit_scale` and before `temperature`.
+        mask: `[...]` bool, True: the row counts. Masked rows are not read; their outputs and gradients are 0. None:
+            all rows count.
+        temperature: above 0; a number, or a float tensor like `target` for one per token. It gets no gradient.
+        softcap: cap of Gemma 2's tanh, applied after `logit_scale` and before `temperature`. None: no tanh.
         logit_scale: above 0, multiplies the logits first.
         outputs: which of "logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1" to return.
         entropy_grad: whether the entropy carries a gradient.
-        inplace_grad: write the gradient over the logits: one [N, V] less memory. Eager only; the logits must come
-            from an operation that does not need its output again (a linear layer does not).
+        inplace_grad: write the gradient over the logits, which saves the memory of one [N, V]. Eager mode only. The
+            operation that made the logits must not need its output again (a linear layer does not).
 
     Returns:
-        `TokenStats`, its tensors shaped like `target`, in nats. mean_logit is the mean of the logits after scale,
-        softcap and temperature; log_sum_sq_probs is log sum_v p_v^2; is_top1 whether the target is the argmax (the
-        first of equal ones).
+        `TokenStats`, with tensors shaped like `target`, fp32 (fp64 for fp64 logits), in nats. mean_logit is the mean of
+        the logits after scale, softcap and temperature. log_sum_sq_probs is log sum_v p_v^2. is_top1 tells whether the
+        target is the argmax (the first one of equal logits).
 
     Raises:
-        ValueError, TypeError: an argument does not fit; it is named. A target out of range raises on CPU (on a GPU
-            with RLLOSS_CHECK=1, which synchronises) and makes its own row NaN on a GPU.
+        ValueError, TypeError: an argument does not fit; the error names it. A target out of range raises on a CPU, and
+            on a GPU with RLLOSS_CHECK=1, which synchronises. Without it the row becomes NaN on a GPU.
     """
     return stats_of(
         LogitsInputs(logits, target, mask, Transform(temperature, softcap, logit_scale)), outputs, entropy_grad,
@@ -221,7 +222,7 @@ def token_stats(
 def stats_of(
     inputs: LogitsInputs, outputs: tuple[str, ...], entropy_grad: bool = False, inplace_grad: bool = False
 ) -> TokenStats:
-    """`token_stats`, its first arguments as one bundle."""
+    """Compute `token_stats` from its first arguments as one bundle."""
     check_call(inputs)
     logits, target, mask, (temperature, softcap, logit_scale) = inputs
     check_outputs(outputs, entropy_grad)
@@ -257,7 +258,7 @@ def stats_of(
 
 
 def as_asked(outputs, entropy_grad, logp, entropy, lse, extra) -> TokenStats:
-    """The outputs that were asked for, and None for the others."""
+    """Return the requested outputs, and None for the others."""
     return TokenStats(
         logp=logp if "logp" in outputs else None,
         entropy=(entropy if entropy_grad else entropy.detach()) if "entropy" in outputs else None,
@@ -269,7 +270,7 @@ def as_asked(outputs, entropy_grad, logp, entropy, lse, extra) -> TokenStats:
 
 
 def check_outputs(outputs, entropy_grad) -> None:
-    """Raise, naming the argument, where one does not fit."""
+    """Raise if an argument does not fit; the error names it."""
     some = f"some of {', '.join(OUTPUTS)}"
     checks.of_type("outputs", outputs, (tuple, list, set, frozenset), some)
     unknown = [o for o in outputs if o not in OUTPUTS]
@@ -281,7 +282,7 @@ def check_outputs(outputs, entropy_grad) -> None:
 
 
 def check_call(inputs: LogitsInputs) -> None:
-    """Raise, naming the argument, where one does not fit: shapes and types always, values where looking is free."""
+    """Raise if a shape or type does not fit, or a value that may be read (`checks.values_checked`)."""
     logits, target, mask, transform = inputs
     checks.local("logits", logits, LOCAL_ROWS)
     checks.of_dtype("logits", logits, checks.COMPUTED, "bf16, fp16, fp32 or fp64")
@@ -290,7 +291,7 @@ def check_call(inputs: LogitsInputs) -> None:
 
 
 def check_rows(x: Tensor, name: str, target: Tensor, mask: Tensor | None, transform: Transform, V: int) -> None:
-    """The part of `check_call` that does not depend on whether x [..., V or D] are logits or hidden states."""
+    """Check the arguments besides x, which is logits [..., V] or hidden states [..., D]."""
     temperature, softcap, logit_scale = transform
     for argument, given in (("target", target), ("mask", mask), ("temperature", temperature)):
         checks.local(argument, given, LOCAL_ROWS)

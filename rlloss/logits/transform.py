@@ -1,4 +1,4 @@
-"""What stands between logits and the softmax."""
+"""Describe the transform that is applied to logits before the softmax."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 class Transform(NamedTuple):
-    """softcap * tanh(logits * logit_scale / softcap) / temperature. temperature: one a row, or a number; softcap: None
-    for none."""
+    """softcap * tanh(logits * logit_scale / softcap) / temperature. temperature is one per row, or a number for all;
+    softcap None means no tanh."""
 
     temperature: Tensor | float
     softcap: float | None = None

@@ -1,4 +1,4 @@
-"""Losses: from the log-probabilities of tokens to a loss, its metrics and one coefficient a token."""
+"""This package turns the log-probabilities of tokens into a loss, its metrics and one coefficient per token."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Which tokens a loss acts on: decided once, before the token pass.
+"""Decide once, before the token pass, on which tokens a loss acts.
 
-A token *counts* (mask), is *kept* (by its entropy), *acts* (neither the off-policy mask nor a sampler's ratio of 0
-silences its surrogate), and is *picked* (by its covariance).
+A token *counts* if the mask says so, is *kept* by its entropy, and *acts* if neither the off-policy mask nor a sampler
+ratio of 0 silences its surrogate. A token is *picked* by its covariance.
 """
 
 import functools
@@ -19,9 +19,12 @@ from rlloss.tokens.masks import kept_by_entropy, off_policy_mask, top_entropy_se
 
 
 class Tokens(NamedTuple):
-    """selection: (cutoff, flat index of the last tie to keep or None) by entropy; None: every token that counts, or the
-    kept ones were given. picked: `[B, T]` bool, None where the loss picks none. sampler_ratio: that of the inputs, 0
-    for picked tokens that are left out."""
+    """Selections of tokens for one loss.
+
+    selection is (cutoff, flat index of the last tie to keep, or None) by entropy. It is None if every token that counts
+    is kept, or if the caller gave the kept tokens. picked is `[B, T]` bool, or None if the loss picks none.
+    sampler_ratio is that of the inputs, with 0 for picked tokens that are left out.
+    """
 
     selection: tuple[Tensor, Tensor | None] | None
     picked: Tensor | None
@@ -29,7 +32,7 @@ class Tokens(NamedTuple):
 
     @property
     def cutoff(self) -> Tensor | None:
-        """The entropy at which the kept tokens begin, where it alone decides."""
+        """The smallest entropy of a kept token, if the entropy alone decides; else None."""
         return self.selection[0] if self.selection is not None and self.selection[1] is None else None
 
 
@@ -39,7 +42,7 @@ def choose_tokens(inputs: LossInputs) -> Tokens:
         return Tokens(selection, None, inputs.sampler_ratio)
     tokens = Tokens(selection, None, inputs.sampler_ratio)
     picked = _picked(inputs, tokens) if inputs.selected is None else inputs.mask & inputs.selected
-    if inputs.loss_type.picked == "left out":  # as a token that the sampler's ratio leaves out
+    if inputs.loss_type.picked == "left out":  # a sampler ratio of 0 leaves a token out
         one = inputs.logp.new_ones(()) if inputs.sampler_ratio is None else inputs.sampler_ratio
         return Tokens(selection, picked, torch.where(picked, 0.0, one))
     if inputs.old_logp is None and not torch.compiler.is_compiling():
@@ -48,7 +51,7 @@ def choose_tokens(inputs: LossInputs) -> Tokens:
 
 
 def kept(inputs: LossInputs, tokens: Tokens) -> Tensor:
-    """`[B, T]` bool."""
+    """Return the kept tokens, `[B, T]` bool."""
     if inputs.kept is not None:
         return inputs.mask & inputs.kept
     if tokens.selection is None or inputs.entropy is None:
@@ -57,7 +60,7 @@ def kept(inputs: LossInputs, tokens: Tokens) -> Tensor:
 
 
 def acting(inputs: LossInputs, tokens: Tokens, kept: Tensor) -> Tensor:
-    """`[B, T]` bool: where the surrogate acts."""
+    """Return the tokens on which the surrogate acts, `[B, T]` bool."""
     acts, config = kept, inputs.config
     if config.off_policy_threshold is not None:
         behavior = inputs.logp if inputs.behavior_logp is None else inputs.behavior_logp
@@ -82,7 +85,7 @@ def _picked(inputs: LossInputs, tokens: Tokens) -> Tensor:
             inputs.logp, inputs.old_logp, inputs.mask, inputs.level, None, config.max_log_ratio
         ).log
         flat = clipped(log_ratio, inputs.advantage, config)
-        candidates = candidates & ~flat & ~log_ratio.isnan()  # a NaN must show
+        candidates = candidates & ~flat & ~log_ratio.isnan()  # a NaN stays in the loss, where it shows
     tokens_of = covariance.Candidates(inputs.logp, inputs.advantage, inputs.mask, candidates)
     return covariance.select(tokens_of, config.loss_type, config.covariance)
 

@@ -1,4 +1,4 @@
-"""From the losses of tokens to one number."""
+"""Reduce the losses of tokens to one number: means over sequences, and the divisor of the sum."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from rlloss.loss_types import LOSSES, LossType
 
 
 def default_denominator(counted: Tensor, loss_type: LossType, config: LossConfig) -> Tensor | float:
-    """What this call's own tokens give: see the `denominator` of `policy_loss`."""
+    """Return the divisor from this call's own tokens; see `denominator` of `policy_loss`."""
     B = max(counted.shape[0], 1)
     if loss_type.divided_by == "tokens":
         return counted.sum().clamp(min=1)
@@ -16,7 +16,7 @@ def default_denominator(counted: Tensor, loss_type: LossType, config: LossConfig
 
 
 def over_sequence(x: Tensor, counted: Tensor, loss_type: LossType) -> Tensor:
-    """What a token adds to the sum that the divisor divides, [B, T]."""
+    """Return the terms [B, T] of the sum that the divisor divides."""
     return x / counted.sum(-1, keepdim=True).clamp(min=1) if loss_type.mean_of_sequence else x
 
 
@@ -26,12 +26,12 @@ def divisor(
     if denominator is None:
         return default_denominator(counted, loss_type, config)
     if isinstance(denominator, Tensor):
-        return torch.where(counted.any(), denominator.reshape(()), 1.0)  # 0 of nothing is a loss of 0
+        return torch.where(counted.any(), denominator.reshape(()), 1.0)  # if nothing counts, the loss is 0 / 1
     return denominator
 
 
 def row_local(config: LossConfig, cutoff: object, denominator: object) -> bool:
-    """Whether a token's coefficient follows from its own row, the mask and what is given."""
+    """Return whether a token's coefficient depends only on its own row, the mask and the given arguments."""
     loss_type = LOSSES[config.loss_type]
     selects = config.top_entropy_quantile < 1.0
     counts_kept = config.entropy_denominator == "kept" and (denominator is None or loss_type.mean_of_sequence)

@@ -1,4 +1,4 @@
-"""The gradient of a loss as one coefficient a token: what a token pass leaves for the backward."""
+"""Store the gradient of a loss as one coefficient per token, which the backward multiplies by the incoming gradient."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,9 @@ from rlloss.operators import operator
 
 
 class Coefficients(NamedTuple):
-    """d loss / d logp = of_logp * scale; d loss / d entropy = entropy_scale where of_entropy.
+    """d loss / d logp = of_logp * scale. d loss / d entropy = entropy_scale where of_entropy is True.
 
-    of_logp `[B, T]`, of_entropy `[B, T]` bool, the scales 0-d; without an entropy bonus the last two are None.
+    of_logp is `[B, T]`, of_entropy `[B, T]` bool, the scales are 0-d. Without an entropy bonus the last two are None.
     """
 
     of_logp: Tensor
@@ -20,7 +20,7 @@ class Coefficients(NamedTuple):
     entropy_scale: Tensor | None = None
 
     def gradients(self) -> tuple[Tensor, Tensor | None]:
-        """d loss / d logp and d loss / d entropy, `[B, T]`."""
+        """Return d loss / d logp and d loss / d entropy, `[B, T]`."""
         g_logp, g_entropy = _scaled(*self, torch.ones_like(self.scale))
         return g_logp, None if self.of_entropy is None else g_entropy
 
@@ -38,7 +38,8 @@ def _gradients(
     entropy_scale: Tensor | None,
     g_loss: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """logp is not read: as an input it makes a second derivative an error and not a silent 0."""
+    """Multiply the coefficients by g_loss. logp is not read; as an input it makes a second derivative raise, where it
+    would otherwise be a silent 0."""
     return _scaled(of_logp, scale, of_entropy, entropy_scale, g_loss)
 
 
@@ -67,7 +68,7 @@ class _WithCoefficients(torch.autograd.Function):
 
 
 def with_gradient(loss: Tensor, logp: Tensor, entropy: Tensor | None, coefficients: Coefficients) -> Tensor:
-    """The loss as a function of logp and, with an entropy bonus, of entropy; `[B, T]` each."""
+    """Attach to the loss its gradient in logp `[B, T]` and, with an entropy bonus, in entropy `[B, T]`."""
     bonus = entropy if coefficients.of_entropy is not None else None
     if not (torch.is_grad_enabled() and (logp.requires_grad or (bonus is not None and bonus.requires_grad))):
         return loss

@@ -1,4 +1,4 @@
-"""The token pass as a registered operator: loss, metrics and coefficients of the losses that clip, in one launch."""
+"""Compute loss, metrics and coefficients in one Triton launch, for "cispo" and the losses that clip."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from rlloss.operators import operator
 
 
 def fits(inputs: LossInputs) -> bool:
-    """Whether the kernel knows the loss and its settings, and runs on the tensors."""
+    """Return whether the kernel knows the loss and its settings, and runs on these tensors."""
     alone = inputs.kept is None and inputs.config.entropy_bonus_tokens == "kept"
     return alone and knows(inputs.loss_type, inputs.logp)
 
@@ -64,7 +64,7 @@ _token_pass = operator("token_pass", fake=_fake)(_run)
 
 
 def kernel_settings(config: LossConfig) -> Any:
-    """What the kernels take of the settings: `TokenSettings`."""
+    """Return the settings that the kernels read, as `TokenSettings`."""
     loss_type = LOSSES[config.loss_type]
     low, gain, loss_bound = surrogates.clip_bounds(config)
     high = 1.0 + config.epsilon_high
@@ -95,7 +95,7 @@ def kernel_settings(config: LossConfig) -> Any:
 
 
 def fused_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
-    """(loss, metrics, coefficients) of `policy_loss`."""
+    """Return (loss, metrics, coefficients) of `policy_loss`."""
     config, entropy, denominator = inputs.config, inputs.entropy, inputs.denominator
     if denominator is None and inputs.loss_type.divided_by != "tokens":
         denominator = default_denominator(inputs.mask, inputs.loss_type, config)

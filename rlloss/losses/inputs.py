@@ -1,4 +1,4 @@
-"""The arguments of a loss as one bundle, checked against each other and its settings where it is made."""
+"""Bundle the arguments of a loss, and check them against each other and against the settings."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from rlloss.loss_types import LOSSES, LossType
 
 
 class LossInputs(NamedTuple):
-    """The arguments of `policy_loss`, which describes them. After `check`: in fp32 or better, without gradient, the
-    advantage `[B, 1]` or `[B, T]`."""
+    """Arguments of `policy_loss`, where they are described. `check` converts the floats to fp32 or better without
+    gradient, and the advantage to `[B, 1]` or `[B, T]`."""
 
     logp: Tensor
     advantage: Tensor
@@ -35,21 +35,21 @@ class LossInputs(NamedTuple):
 
     @property
     def level(self) -> str:
-        """Of the importance ratio: "token", "sequence" or "product"."""
+        """Level of the importance ratio, "token", "sequence" or "product"."""
         return self.loss_type.level or self.config.ratio_level
 
     @property
     def behavior_logp(self) -> Tensor | None:
-        """Of the policy that sampled, as far as it is known; None: this one."""
+        """Log-probabilities under the policy that sampled, if known; None stands for the current policy."""
         return self.old_logp if self.sampler_logp is None else self.sampler_logp
 
 
-# `LossInputs` but for the log-probabilities and entropies, which are still to be computed.
+# Makes `LossInputs` from log-probabilities and entropies, which are not computed yet.
 AwaitingLogp = Callable[..., LossInputs]
 
 
 def check(given: LossInputs) -> LossInputs:
-    """Raise, naming the argument, where one does not fit; else return them as `LossInputs` says."""
+    """Return the converted arguments (see `LossInputs`). Raise if one does not fit; the error names it."""
     (
         logp, advantage, mask, config, old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator,
         kept, selected,
@@ -141,7 +141,7 @@ def check_scalars(cutoff: Tensor | float | None, denominator: Tensor | float | N
 
 
 def _check_divisor(denominator: Tensor | float | None, mask: Tensor, config: LossConfig) -> None:
-    """The value of a tensor, where looking at it is free."""
+    """Check the value of a tensor if it may be read (`checks.values_checked`)."""
     if isinstance(denominator, Tensor) and checks.values_checked(denominator) and checks.values_checked(mask):
         none_kept = config.entropy_denominator == "kept" and bool(denominator == 0)
         checks.require(
@@ -151,7 +151,7 @@ def _check_divisor(denominator: Tensor | float | None, mask: Tensor, config: Los
 
 
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    """0-d, in the dtype and on the device of `like`, where a number is filled in: nothing is copied to the device."""
+    """Return a 0-d tensor with dtype and device of `like`. A number is filled in there, not copied to the device."""
     if isinstance(value, Tensor):
         return value.to(like).reshape(())
     return torch.full((), value, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""The KL of the policy to the reference, token by token, and its slopes."""
+"""Compute the KL of the policy to the reference, token by token, and its slopes."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from rlloss.losses.ratios import Ratio
 
 
 class Divergence(NamedTuple):
-    """value: [B, T]. by_logp: d value / d logp of the token itself. by_log_ratio: d value / d log ratio where the KL is
-    multiplied by the ratio of a sequence."""
+    """KL of each token, value [B, T], and its slopes. by_logp is d value / d logp of the token itself. by_log_ratio is
+    d value / d log ratio if the KL is multiplied by the ratio of a sequence."""
 
     value: Tensor
     by_logp: Tensor
@@ -20,9 +20,9 @@ class Divergence(NamedTuple):
 
 
 def kl_of_tokens(difference: Tensor, ratio: Ratio, mask: Tensor, config: LossConfig) -> Divergence:
-    """KL(policy || reference) from d = ref_logp - logp `[B, T]`; times the ratio with `kl_bias_correction`.
+    """Return KL(policy, reference) from d = ref_logp - logp `[B, T]`, times the ratio with `kl_bias_correction`.
 
-    k2 and k3 are flat where the two policies agree; there the importance ratio is left out, which may be infinite.
+    k2 and k3 are flat where the two policies agree. There the importance ratio, which may be infinite, is left out.
     """
     bound, estimator = config.max_log_ratio, config.kl_estimator
     d, moves = difference, mask
@@ -40,8 +40,8 @@ def kl_of_tokens(difference: Tensor, ratio: Ratio, mask: Tensor, config: LossCon
 
     log_ratio = torch.where(apart, ratio.log, 0.0)
     r = log_ratio.exp()
-    # e^d may be infinite and the ratio 0: their product is formed from the sum of the exponents, where the term that is
-    # taken away from it cannot be infinite.
+    # e^d may be infinite and the ratio 0, so their product is formed from the sum of the exponents. `steep` covers only
+    # tokens where the subtracted term is finite.
     steep = apart & (d > 1.0) & (log_ratio < 80.0) & (estimator == "k3")
     both = torch.where(steep, d + log_ratio, 0.0).exp()
     value = torch.where(steep, both - (1.0 + d) * r, torch.where(steep, 0.0, value) * r)

@@ -1,4 +1,4 @@
-"""The loss of a batch from the log-probabilities of its tokens: all on [B, T] floats, no vocabulary."""
+"""`policy_loss` computes the loss of a batch from the log-probabilities [B, T] of its tokens."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from rlloss.losses.inputs import LossInputs, check
 from rlloss.losses.metrics import PolicyLoss
 from rlloss.losses.plain_pass import plain_pass
 
-DEFAULT = LossConfig()  # torch.compile cannot make one
+DEFAULT = LossConfig()  # made here, because torch.compile cannot make one
 
 
 def policy_loss(
@@ -29,46 +29,48 @@ def policy_loss(
     kept: Tensor | None = None,
     selected: Tensor | None = None,
 ) -> PolicyLoss:
-    """The loss of a batch of completions from its log-probabilities.
+    """Compute the loss of a batch of completions from its log-probabilities.
+
+    A row of `[B, T]` must be a whole sequence. If sequences are split over ranks, gather the log-probabilities first.
+    Otherwise means, ratios and weights of a sequence ("grpo", "gspo", "sapo", "vespo", ratio_level="sequence",
+    `off_policy_threshold`) are wrong without an error. `docs/losses.md` lists what may stay split.
 
     Args:
-        logp: `[B, T]` log-probability of each token under the policy, in nats, with gradient; fp32 at least inside.
+        logp: `[B, T]` log-probability of each token under the policy, in nats, with gradient. Any float dtype; computed
+            in fp32, or in fp64 for fp64.
         advantage: `[B]`, or `[B, T]` for one per token.
-        mask: `[B, T]` bool, True = counts. What stands in the other columns does not matter, NaN included.
-        config: `LossConfig()` if None.
-        old_logp: `[B, T]` log-probability under the policy that the batch was made with. None: the batch is
-            on-policy, every ratio is exactly 1, and its gradient flows.
+        mask: `[B, T]` bool, True: the token counts. Values in the other columns do not matter, NaN included.
+        config: settings of the loss. None: `LossConfig()`.
+        old_logp: `[B, T]` log-probability under the policy that made the batch. None: the batch is on-policy; every
+            ratio is exactly 1 and its gradient flows.
         ref_logp: `[B, T]` log-probability under the reference; needed if and only if `config.beta` is not 0.
-        sampler_ratio: `[B, T]` or `[B, 1]` finite weight of the surrogate, as `sampler_ratio(...)` makes it or given.
-            A 0 removes the surrogate of the token, whatever its log-ratio. "vespo" takes it into the weight of the
-            sequence instead, where it is at least 1e-8.
-        sampler_logp: `[B, T]` log-probability under the engine that sampled, for `off_policy_threshold`, which takes
-            old_logp without it. A NaN (a token it could not score) is no evidence.
+        sampler_ratio: `[B, T]` or `[B, 1]` finite weight of the surrogate, from `rlloss.sampler_ratio` or your own. A 0
+            removes the surrogate of the token, whatever its log-ratio. "vespo" instead multiplies it, as at least 1e-8,
+            into the weight of the sequence.
+        sampler_logp: `[B, T]` log-probability under the engine that sampled, for `off_policy_threshold`. None:
+            old_logp. A NaN (a token that the engine could not score) counts as no difference.
         entropy: `[B, T]` in nats. Needed for `top_entropy_quantile` < 1, and with gradient for `entropy_coef`.
-        cutoff: keep tokens with entropy >= cutoff; None: the quantile of this call's tokens.
-        denominator: divisor of the loss summed over tokens ("grpo", "gspo", "sapo", "luspo": over sequences). Pass the
-            count of the whole batch when you accumulate over micro-batches or ranks. None: this call's own: mask
-            tokens (the kept ones with entropy_denominator="kept"), B for the losses over sequences,
-            B * max_completion_length for "dr_grpo". A tensor may be 0 where nothing counts, as `mask.sum()` is; on a
-            GPU it is not looked at.
-        kept: `[B, T]` bool, the tokens that the surrogate acts on, for `top_entropy_quantile` < 1: part of the
-            `top_entropy_mask` of a batch that was split. None: this call's own.
-        selected: `[B, T]` bool, the tokens picked by covariance, part of the `covariance_selection` of a batch that was
-            split; needed if and only if `config.covariance.scope` is "generation".
-
-    A row of `[B, T]` has to be a whole sequence. Where sequences are split over ranks, means, ratios and weights of a
-    sequence ("grpo", "gspo", "sapo", "vespo", ratio_level="sequence", `off_policy_threshold`) are wrong, and nothing
-    shows it: gather the log-probabilities first. `docs/losses.md` has what may stay split.
+        cutoff: keep tokens with entropy >= cutoff. None: the quantile of this call's tokens.
+        denominator: divisor of the loss summed over tokens (over sequences for "grpo", "gspo", "sapo", "luspo"). Pass
+            the count of the whole batch when you accumulate over micro-batches or ranks. None: this call's own count,
+            which is the tokens that count (the kept ones with entropy_denominator="kept"), B for the losses over
+            sequences, or B * max_completion_length for "dr_grpo". A tensor may be 0 if nothing counts, as `mask.sum()`
+            is; on a GPU its value is not checked. It does not divide the entropy bonus, which is a mean of this call:
+            for n micro-batches set `entropy_coef` to the n-th part.
+        kept: `[B, T]` bool, the tokens on which the surrogate acts, for `top_entropy_quantile` < 1. Pass this part of
+            the `top_entropy_mask` of the whole batch if the batch was split. None: this call selects them.
+        selected: `[B, T]` bool, the tokens picked by covariance: this part of the `covariance_selection` of the whole
+            batch. Needed if and only if `config.covariance.scope` is "generation".
 
     Returns:
-        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. There is no second derivative and no
-        torch.func transform: asking for one is an error.
+        `PolicyLoss(loss, metrics)`. An empty mask gives a differentiable 0. A second derivative or a torch.func
+        transform raises.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, is missing, would have no effect, or requires a gradient, which
-            only logp and entropy get; it is named.
+        ValueError, TypeError: an argument does not fit, is missing, would have no effect, or requires a gradient (only
+            logp and entropy may); the error names it.
 
-    Source: the formulas are in `rlloss.reference`, their papers in `LossConfig`.
+    Source: `rlloss.reference` has the formulas, `LossConfig` their papers.
     """
     return loss_of(
         LossInputs(
@@ -79,13 +81,13 @@ def policy_loss(
 
 
 def loss_of(given: LossInputs) -> PolicyLoss:
-    """`policy_loss`, its arguments as one bundle."""
+    """Compute `policy_loss` from its arguments as one bundle."""
     loss, metrics, coefficients = _passed(given)
     return PolicyLoss(with_gradient(loss, given.logp, given.entropy, coefficients), metrics)
 
 
 def gradient_of(given: LossInputs) -> tuple[Tensor, Tensor | None]:
-    """d loss / d logp and, with an entropy bonus, d loss / d entropy, `[B, T]`."""
+    """Return d loss / d logp and, with an entropy bonus, d loss / d entropy, `[B, T]`."""
     _, _, coefficients = _passed(given)
     return coefficients.gradients()
 
@@ -96,5 +98,5 @@ def _passed(given: LossInputs) -> tuple[Tensor, dict[str, Tensor], Coefficients]
 
 
 def token_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
-    """(loss, metrics, coefficients), in one launch where Triton knows the loss, else in torch."""
+    """Return (loss, metrics, coefficients), from one launch if the Triton kernel knows the loss, else from torch."""
     return fused_pass(inputs, tokens) if fits(inputs) else plain_pass(inputs, tokens)

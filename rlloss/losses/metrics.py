@@ -1,4 +1,4 @@
-"""What a loss counts, and its means."""
+"""`PolicyLoss` holds a loss and its metrics as sums; `means` divides the sums by their counts."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,16 @@ from rlloss.losses.surrogates import Surrogate
 
 
 class PolicyLoss(NamedTuple):
-    """loss: 0-d, differentiable. metrics: name -> detached fp32 tensor on the device, a sum over what it counts.
+    """Loss (0-d, differentiable) and metrics (name -> detached 0-d fp32 tensor on the device) of a batch.
 
-    Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a gradient), for "clip_cov" and "kl_cov"
-    `selected` (picked by covariance), `ratios` (importance ratios: tokens, or sequences where the loss has one ratio
-    and one advantage per sequence). Sums over tokens:
-    `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`. Sums over ratios: `ratio`; for the losses that
-    clip `clip_low`, `clip_high`, `clip_region`; for "vespo" `weight`. The exceptions are `clip_low_min` and
-    `clip_high_max`, the extreme shares of a sequence (NaN if no sequence counts).
+    Every metric is a sum, except `clip_low_min` and `clip_high_max`. These are the smallest share of tokens clipped
+    below and the largest share clipped above in a sequence (NaN if no sequence counts).
+
+    - Counts: `tokens` (mask), `sequences`, `kept` (by entropy), `live` (with a gradient), `selected` (picked by
+      covariance; "clip_cov" and "kl_cov" only), and `ratios` (importance ratios: one per token, or one per sequence if
+      the loss has one ratio and one advantage per sequence).
+    - Sums over tokens: `surrogate`, `kl`, `entropy`, `entropy_kept`, `entropy_cutoff`.
+    - Sums over ratios: `ratio`; `clip_low`, `clip_high`, `clip_region` for losses that clip; `weight` for "vespo".
     """
 
     loss: Tensor
@@ -25,7 +27,18 @@ class PolicyLoss(NamedTuple):
 
 
 def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each sum divided by its count (reduce the sums over ranks and micro-batches first), and kept and live shares."""
+    """Divide each sum by its count, and add the shares of tokens that are kept, live and selected.
+
+    Args:
+        metrics: `PolicyLoss.metrics`, summed over micro-batches and ranks first.
+
+    Returns:
+        name -> 0-d fp32 tensor: a mean per token, kept token or ratio, and `kept_share`, `live_share`,
+        `selected_share` (if present) of the tokens that count.
+
+    Raises:
+        ValueError, TypeError: metrics lacks `tokens`, `kept` or `live`, or one of them is no tensor.
+    """
     checks.tensors("metrics", metrics, ("tokens", "kept", "live"))
     over = {
         "tokens": ("surrogate", "kl", "entropy", "entropy_cutoff"),
@@ -44,7 +57,7 @@ def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_sequence: bool) -> dict[str, Tensor]:
-    """Sums over ratios; one per sequence where neither the ratio nor the advantage differs within it."""
+    """Return sums over ratios, counted once per sequence if neither ratio nor advantage differs within it."""
     counted = mask.new_ones(mask.shape[0], 1) if per_sequence and mask.shape[1] != 1 else mask
     count = counted.sum(-1)
     result = {"ratios": count.sum(), "ratio": torch.where(counted, log_ratio.exp(), 0.0).sum()}
@@ -56,7 +69,7 @@ def ratio_metrics(surrogate: Surrogate, log_ratio: Tensor, mask: Tensor, per_seq
 
     def share(clipped: Tensor, missing: float) -> Tensor:
         shares = torch.where(count > 0, clipped.sum(-1).float() / count.clamp(min=1), missing)
-        return torch.cat([shares, shares.new_full((1,), missing)])  # the least and the greatest of no sequence
+        return torch.cat([shares, shares.new_full((1,), missing)])  # so that amin and amax of no sequence exist
 
     nothing = ~(count > 0).any()
     return result | {

@@ -1,4 +1,4 @@
-"""The token pass in plain torch, for every loss: [B, T] floats -> loss, metrics and one coefficient per token."""
+"""Compute loss, metrics and one coefficient per token from [B, T] floats in plain torch, for every loss."""
 
 import functools
 
@@ -17,7 +17,7 @@ from rlloss.losses.surrogates import Inputs, surrogate
 
 
 def plain_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
-    """(loss, metrics, coefficients) of `policy_loss`."""
+    """Return (loss, metrics, coefficients) of `policy_loss`."""
     logp, advantage, mask, config = inputs[:4]
     kept = acting_tokens.kept(inputs, tokens)
     acts = acting_tokens.acting(inputs, tokens, kept)
@@ -25,7 +25,7 @@ def plain_pass(inputs: LossInputs, tokens: Tokens) -> tuple[Tensor, dict[str, Te
     def ratio_of(level: str, sampler_ratio: Tensor | None, bound: float | None) -> Ratio:
         return importance_ratio(logp, inputs.old_logp, mask, level, sampler_ratio, bound)
 
-    if inputs.level == "product":  # the sampler's ratio is part of the ratio itself
+    if inputs.level == "product":  # the ratio itself contains the sampler ratio
         ratio, kl_level, weight = ratio_of("product", tokens.sampler_ratio, None), config.ratio_level, None
     else:
         ratio = ratio_of(inputs.level, None, config.max_log_ratio)

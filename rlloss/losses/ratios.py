@@ -1,4 +1,4 @@
-"""Importance ratios, as logarithms: of the policy to the one that made the batch, and of that one to the sampler."""
+"""Compute importance ratios pi / pi_old of a batch, and pi_old / pi_sampler to correct for the inference engine."""
 
 import math
 from typing import NamedTuple
@@ -22,24 +22,26 @@ def sampler_ratio(
     clip_min: float | None = None,
     clip_max: float | None = 3.0,
 ) -> Tensor:
-    """pi_old / pi_sampler: corrects for an inference engine whose probabilities differ from the trainer's.
+    """Compute pi_old / pi_sampler, which corrects for an inference engine whose probabilities differ from training's.
 
     Args:
-        old_logp: `[B, T]` log-probability of each token by the trainer's weights at sampling time, in nats.
-        sampler_logp: `[B, T]` the same by the engine that sampled. NaN (a token it could not score) counts as equal.
-        mask: `[B, T]` bool, True = counts. For the sequence modes a row is a whole sequence, not a rank's part of one.
-        mode: "token_truncate", "token_mask": one ratio per token; "sequence_truncate", "sequence_mask": their product
-            over the sequence. "truncate" clamps ratios to [clip_min, clip_max] (TIS), "mask" makes those outside 0
-            (MIS).
-        clip_min, clip_max: the bounds; None: none.
+        old_logp: `[B, T]` log-probability of each token under the trainer's weights at sampling time, in nats.
+        sampler_logp: `[B, T]` log-probability under the engine that sampled. NaN (a token that the engine could not
+            score) counts as equal to old_logp.
+        mask: `[B, T]` bool, True: the token counts. For the sequence modes a row must be a whole sequence, not a rank's
+            part of one.
+        mode: "token_truncate" and "token_mask" give one ratio per token, "sequence_truncate" and "sequence_mask" its
+            product over the sequence. "truncate" clamps ratios to [clip_min, clip_max] (TIS); "mask" sets those outside
+            to 0 (MIS).
+        clip_min, clip_max: the bounds; None: no bound.
 
     Returns:
-        `[B, T]` or, for the sequence modes, `[B, 1]`, without gradient, fp32 (fp64 for fp64 log-probabilities); 1 in
-        masked columns before clamping. What `policy_loss` takes as `sampler_ratio`. A probability of 0 by both (-inf)
-        is equal, a ratio of 1; "mask" makes it 0 all the same: neither of them can have sampled that.
+        The `sampler_ratio` for `policy_loss`: `[B, T]`, or `[B, 1]` for the sequence modes, without gradient, fp32
+        (fp64 for fp64 log-probabilities). Masked columns are 1 before clamping. Where both probabilities are 0 (-inf)
+        the ratio is 1; "mask" sets it to 0, because neither policy can have sampled such a token.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; it is named.
+        ValueError, TypeError: an argument does not fit; the error names it.
 
     Source: the four modes of TRL's `vllm_importance_sampling_mode`.
     """
@@ -78,21 +80,22 @@ class Ratio(NamedTuple):
     """An importance ratio and its chain rule."""
 
     log: Tensor
-    """[B, T] or, where a sequence has one ratio, [B, 1]."""
+    """Logarithm of the ratio, [B, T], or [B, 1] if a sequence has one ratio."""
 
     free: Tensor | None
-    """Where `log` moves with logp and is not held at a bound; None: everywhere."""
+    """Where no bound holds `log`, so that it moves with logp, or None for everywhere."""
 
     of_tokens: Tensor
-    """log(pi / pi_old) [B, T] of the tokens that `log` is made of, 0 where masked."""
+    """log(pi / pi_old) [B, T] of the tokens from which `log` is made, 0 where masked."""
 
     mask: Tensor
     level: str
 
     def to_tokens(self, slope: Tensor) -> Tensor:
-        """d loss / d logp of each token [B, T] from d loss / d `log`, that of each token's loss [B, T].
+        """Return d loss / d logp of each token [B, T] from the slopes [B, T] of each token's loss in `log`.
 
-        The ratio of a sequence is made of all its tokens: each gets the sum of the slopes, or 1 / n of it.
+        The ratio of a sequence contains all its tokens, so each token gets the sum of the slopes ("product") or 1 / n
+        of it ("sequence").
         """
         if self.free is not None:
             slope = torch.where(self.free, slope, 0.0)
@@ -108,10 +111,9 @@ class Ratio(NamedTuple):
 def importance_ratio(
     logp: Tensor, old_logp: Tensor | None, mask: Tensor, level: str, sampler_ratio: Tensor | None, bound: float | None
 ) -> Ratio:
-    """pi / pi_old of a "token", a "sequence" (the geometric mean, 2507.18071 Eq. 7) or the "product" of a sequence.
+    """Return pi / pi_old per "token", per "sequence" (geometric mean, 2507.18071 Eq. 7) or as a sequence's "product".
 
-    Its logarithm is within +-bound if there is one. The product has bounds of its own and takes in the ratio to the
-    sampler (2602.10693).
+    A bound limits its logarithm to +-bound. The product has its own bounds and includes the sampler ratio (2602.10693).
     """
     of_tokens = torch.where(mask, minus(logp, logp if old_logp is None else old_logp), 0.0)
     if level == "product":
@@ -126,7 +128,7 @@ def importance_ratio(
 
 
 def _product(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> Tensor:
-    """[B, 1], with the bounds of the code of 2602.10693."""
+    """Return the log of a sequence's product, [B, 1], with the bounds of the code of 2602.10693."""
     log_weight = log_ratio.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).sum(-1, keepdim=True)
     if sampler_ratio is not None:
         if sampler_ratio.shape == mask.shape:
@@ -136,10 +138,10 @@ def _product(log_ratio: Tensor, mask: Tensor, sampler_ratio: Tensor | None) -> T
 
 
 def minus(logp: Tensor, other: Tensor) -> Tensor:
-    """logp - other of log-probabilities, 0 where both are -inf: the two policies agree."""
+    """Return logp - other, with 0 where both are -inf, because the two policies agree there."""
     return torch.where(logp == other, 0.0, logp - other)
 
 
 def free(log_ratio: Tensor, bound: float) -> Tensor:
-    """Where a bound does not hold the log-ratio; a NaN is free."""
+    """Return where the log-ratio is inside its bound; a NaN counts as inside."""
     return ~(log_ratio.abs() >= bound)

@@ -1,7 +1,7 @@
-"""Surrogates: what a token's log-ratio and advantage make of its loss, and the slope of that.
+"""Each surrogate computes a token's loss and its slope from the token's log-ratio and advantage.
 
-Where the loss is flat (it is clipped, the advantage is 0, the ratio has underflowed) the slope is exactly 0 whatever
-the ratio is; a NaN makes it NaN. What a surrogate gives for a token on which it does not act is not read.
+Where the loss is flat (clipped, advantage 0, or an underflowed ratio) the slope is exactly 0 whatever the ratio is; a
+NaN makes it NaN. The result for a token on which the surrogate does not act is never read.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,10 @@ _FAR = 80.0  # e^80 and e^-80 are normal numbers of fp32
 
 
 class Inputs(NamedTuple):
-    """What a surrogate may look at, without gradient.
+    """Inputs of a surrogate, without gradient.
 
-    picked: the tokens with the largest covariance, for "kl_cov". weight: the sampler's ratio. It multiplies the loss.
+    picked marks the tokens with the largest covariance, for "kl_cov". weight is the sampler ratio, which multiplies the
+    loss.
     """
 
     logp: Tensor  # [B, T]
@@ -29,11 +30,11 @@ class Inputs(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """The loss of each token and its slopes, [B, T], or [B, 1] where all tokens of a sequence have the same.
+    """Loss of each token and its slopes, [B, T], or [B, 1] if all tokens of a sequence have the same.
 
-    by_log_ratio, by_logp: d loss / d log ratio and d loss / d logp; None: 0. Where both are None, `surrogate` takes
-    them from autograd. weighted: loss and slopes have been multiplied by the sampler's ratio. The others are what the
-    metrics count.
+    by_log_ratio and by_logp are d loss / d log ratio and d loss / d logp; None means 0. If both are None, `surrogate`
+    takes them from autograd. weighted tells whether loss and slopes already contain the sampler ratio. The other fields
+    are for the metrics.
     """
 
     loss: Tensor
@@ -49,7 +50,7 @@ Formula = Callable[[Inputs, LossConfig], Surrogate]
 
 
 def surrogate(name: str, x: Inputs, acts: Tensor, config: LossConfig) -> Surrogate:
-    """Loss and slopes by the formula of that name, 0 where the token does not act ([B, T] bool), weighted."""
+    """Return weighted loss and slopes by the formula of that name, 0 for tokens that do not act (acts [B, T] bool)."""
     formula = SURROGATES[name]
     found = formula(x, config)
     if found.by_log_ratio is None and found.by_logp is None:
@@ -67,17 +68,17 @@ def surrogate(name: str, x: Inputs, acts: Tensor, config: LossConfig) -> Surroga
 
 
 def _differentiated(formula: Formula, x: Inputs, acts: Tensor, config: LossConfig) -> Surrogate:
-    """Loss and slopes of a formula that gives its loss alone."""
+    """Return loss and slopes of a formula that returns only its loss."""
     with torch.inference_mode(False), torch.enable_grad():
-        copies: Any = (None if y is None else y.clone() for y in x)  # which autograd may save
+        copies: Any = (None if y is None else y.clone() for y in x)  # autograd cannot save inference tensors
         x, acts = Inputs(*copies), acts.clone()
-        # Each token gets a log-ratio of its own, and 0 where it does not act: the formula need not mind an overflow.
+        # Each token gets its own log-ratio, 0 where it does not act, so the formula need not handle an overflow.
         leaves = [torch.where(acts, y.expand_as(acts), 0.0).requires_grad_() for y in (x.log_ratio, x.logp)]
         found = formula(x._replace(log_ratio=leaves[0], logp=leaves[1]), config)
         total = torch.where(acts, found.loss, 0.0).sum()
         if total.requires_grad:
             slopes = torch.autograd.grad(total, leaves, materialize_grads=True)
-        else:  # a constant
+        else:  # the loss is constant
             slopes = (torch.zeros_like(leaf) for leaf in leaves)
     by_log_ratio, by_logp = (slope.detach() for slope in slopes)
     own: Any = (y.detach() if isinstance(y, Tensor) else y for y in found)
@@ -85,9 +86,9 @@ def _differentiated(formula: Formula, x: Inputs, acts: Tensor, config: LossConfi
 
 
 def _apart(x: Inputs, ratio: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """(factor, scale, weight): factor * scale is the ratio times the weight.
+    """Return (factor, scale, weight), where factor * scale is the ratio times the weight.
 
-    A ratio beyond fp32 and a weight near 0, or the other way round, may have an ordinary product.
+    A ratio beyond fp32 times a weight near 0, or the reverse, may be an ordinary number.
     """
     if x.weight is None:
         return ratio, 1.0, 1.0
@@ -97,21 +98,21 @@ def _apart(x: Inputs, ratio: Tensor) -> tuple[Tensor, Tensor | float, Tensor | f
 
 
 def clip_bounds(config: LossConfig) -> tuple[float, float, float]:
-    """(lower bound of the ratio where A < 0, upper bound where A > 0, upper bound where A < 0)."""
+    """Return bounds of the ratio: (lower where A < 0, upper where A > 0, upper where A < 0)."""
     high, delta = 1.0 + config.epsilon_high, config.delta
     gain, loss = (high, torch.inf) if delta is None else (min(delta, high), max(delta, high))
     return 1.0 - config.epsilon_low, gain, loss
 
 
 def clip(x: Inputs, config: LossConfig) -> Surrogate:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r <= delta in the first term, as one clamp per sign of A:
+    """-min(r A, clip(r, 1 - low, 1 + high) A), with r <= delta in the first term, as one clamp per sign of A.
 
-    A > 0: r <= min(delta, 1 + high);    A < 0: 1 - low <= r <= max(delta, 1 + high), or no upper bound without delta.
-    The slope is -r A, on a bound too, as that of torch.clamp.
+    A > 0: r <= min(delta, 1 + high). A < 0: 1 - low <= r <= max(delta, 1 + high), without delta no upper bound. The
+    slope is -r A, on a bound too, as with torch.clamp.
     """
     advantage, ratio = x.advantage, x.log_ratio.exp()
     low, upper_gain, upper_loss = clip_bounds(config)
-    # masked_fill and not where, which would round the bounds of fp64 ratios to fp32.
+    # torch.where would round the bounds of fp64 ratios to fp32; masked_fill does not.
     upper = torch.full_like(advantage, upper_loss).masked_fill(advantage > 0, upper_gain)
     lower = torch.zeros_like(advantage).masked_fill(advantage < 0, low)
     flat = (ratio > upper) | (ratio < lower) | (advantage == 0)
@@ -129,15 +130,15 @@ def clip(x: Inputs, config: LossConfig) -> Surrogate:
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
-    """Where min(r A, clip(r) A) is the clipped one, [B, T]."""
+    """Return where min(r A, clip(r) A) is the clipped term, [B, T] bool."""
     ratio, (low, gain, loss) = log_ratio.exp(), clip_bounds(config)
     return ((advantage > 0) & (ratio > gain)) | ((advantage < 0) & ((ratio < low) | (ratio > loss)))
 
 
 def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
-    """-A r, and for the picked tokens kl_coef |log r| or kl_coef (r - 1 - log r) (2505.22617 Eq. 13); no clip.
+    """-A r without a clip; picked tokens add kl_coef abs(log r) or kl_coef (r - 1 - log r) (2505.22617 Eq. 13).
 
-    At r = 1 either penalty is flat: on-policy there is none.
+    Both penalties are flat at r = 1, so on-policy they have no gradient.
     """
     assert x.picked is not None
     ratio, coef = x.log_ratio.exp(), config.covariance.kl_coef
@@ -146,7 +147,7 @@ def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
         of_ratio = -x.advantage
         value, slope = x.log_ratio.abs() * weight, x.log_ratio.sign() * weight
         penalised = x.picked
-    else:  # -A r and kl_coef r may cancel: one term
+    else:  # -A r and kl_coef r may cancel, so they form one term
         penalised = x.picked & (ratio != 1)
         of_ratio = torch.where(penalised, coef - x.advantage, -x.advantage)
         value, slope = -weight - x.log_ratio * weight, -weight * torch.ones_like(ratio)
@@ -156,9 +157,9 @@ def kl_cov(x: Inputs, config: LossConfig) -> Surrogate:
 
 
 def sapo(x: Inputs, config: LossConfig) -> Surrogate:
-    """-A sigmoid(t (r - 1)) 4 / t, t by the sign of A (2511.20347 Eq. 5 and 6): the slope at r = 1 is that of -A r.
+    """-A sigmoid(t (r - 1)) 4 / t, where t depends on the sign of A (2511.20347 Eq. 5 and 6).
 
-    With s = sigmoid(t (r - 1)) the slope is -4 A r s (1 - s).
+    With s = sigmoid(t (r - 1)) the slope is -4 A r s (1 - s). At r = 1 it equals the slope of -A r.
     """
     advantage, ratio = x.advantage, x.log_ratio.exp()
     t = torch.full_like(advantage, config.sapo.temperature_neg).masked_fill(advantage > 0, config.sapo.temperature_pos)
@@ -173,7 +174,7 @@ def sapo(x: Inputs, config: LossConfig) -> Surrogate:
 
 
 def cispo(x: Inputs, config: LossConfig) -> Surrogate:
-    """-min(r, cap) A log pi, the capped ratio without gradient (2506.13585 Eq. 4 and 5)."""
+    """-min(r, cap) A log pi, where the capped ratio has no gradient (2506.13585 Eq. 4 and 5)."""
     ratio = x.log_ratio.exp()
     factor, scale, weight = _apart(x, ratio)
     capped = ratio > config.epsilon_high
@@ -185,9 +186,9 @@ def cispo(x: Inputs, config: LossConfig) -> Surrogate:
 
 
 def vespo(x: Inputs, config: LossConfig) -> Surrogate:
-    """-phi(w) A log pi, phi(w) = e^l w^k e^(-l w) without gradient, w the ratio of the sequence (2602.10693).
+    """-phi(w) A log pi, where phi(w) = e^l w^k e^(-l w) has no gradient and w is the sequence's ratio (2602.10693).
 
-    k and l by the sign of A; phi(1) = 1.
+    k and l depend on the sign of A; phi(1) = 1.
     """
     gain, c = x.advantage >= 0, config.vespo
     k = torch.full_like(x.advantage, c.k_neg).masked_fill(gain, c.k_pos)
@@ -198,7 +199,7 @@ def vespo(x: Inputs, config: LossConfig) -> Surrogate:
 
 
 def _constant(weight: Tensor, advantage: Tensor) -> Tensor:
-    """The slope -weight A of -weight A log pi."""
+    """Return the slope -weight A of the loss -weight A log pi."""
     return torch.where((advantage == 0) | (weight == 0), 0.0, -(weight * advantage))
 
 
@@ -206,5 +207,5 @@ def _of_logp(slope: Tensor, x: Inputs) -> Tensor:
     return torch.where(slope == 0, 0.0, slope * x.logp)
 
 
-# By the names in `rlloss.loss_types`.
+# Keys are the surrogate names in `rlloss.loss_types`.
 SURROGATES: dict[str, Formula] = {"clip": clip, "cispo": cispo, "sapo": sapo, "vespo": vespo, "kl_cov": kl_cov}

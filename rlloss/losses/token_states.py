@@ -1,4 +1,4 @@
-"""Why a token teaches or does not: one state per token, read off the gradient of the loss itself."""
+"""`token_states` gives each token a state that says whether it has a gradient, or why it has none."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from rlloss.losses.loss import token_pass
 
 
 class TokenState(IntEnum):
-    """What a token is to a loss. Of several reasons for a gradient of 0 the first of this list is given."""
+    """State of a token in a loss. If a gradient is 0 for several reasons, the state is the first one of this list."""
 
     MASKED = 0
-    """Does not count: padding, a tool's output, a truncated completion that is left out."""
+    """The token does not count, such as padding, a tool's output, or a truncated completion that is left out."""
 
     DEAD = 1
-    """Advantage 0."""
+    """Its advantage is 0."""
 
     DROPPED = 2
-    """Entropy below the cutoff of `top_entropy_quantile`."""
+    """Its entropy is below the cutoff of `top_entropy_quantile`."""
 
     OFF_POLICY = 3
-    """Left out by `off_policy_threshold` or by a `sampler_ratio` of 0."""
+    """`off_policy_threshold` or a `sampler_ratio` of 0 left it out."""
 
     SELECTED = 4
-    """Left out by "clip_cov"."""
+    """"clip_cov" picked it and left it out."""
 
     CLIPPED = 5
-    """The surrogate is flat here: the ratio is clipped or beyond `max_log_ratio`, or a weight has become 0."""
+    """The surrogate is flat there. The ratio is clipped or beyond `max_log_ratio`, or a weight has become 0."""
 
     PENALISED = 6
-    """Has a gradient, and "kl_cov" adds its penalty to it."""
+    """It has a gradient, to which "kl_cov" adds its penalty."""
 
     LIVE = 7
-    """Has a gradient. NaN is live."""
+    """It has a gradient. NaN is live."""
 
     @property
     def letter(self) -> str:
-        """The state in a log of tokens: m d e o v c p l, in the order of this list."""
+        """Letter of the state in a log of tokens, one of m d e o v c p l in the order of this list."""
         return LETTERS[self]
 
     @property
@@ -59,24 +59,26 @@ LETTERS = "mdeovcpl"
 def token_states(
     logp: Tensor, advantage: Tensor, mask: Tensor, *, config: LossConfig | None = None, **given: Any
 ) -> Tensor:
-    """The `TokenState` of each token of a batch: `[B, T]` int8, on the device of `logp`.
+    """Return the `TokenState` of each token of a batch.
 
-    A token is LIVE or PENALISED exactly where `policy_loss` has a gradient that is not 0 with respect to its
-    log-probability, or to its entropy with `config.entropy_coef`. So a token without a surrogate is live all the same
-    where a KL or the ratio of its sequence moves it. The other states say why there is no gradient.
+    A token is LIVE or PENALISED exactly if the gradient of `policy_loss` in its log-probability (or, with
+    `config.entropy_coef`, in its entropy) is not 0. A token without a surrogate is therefore live if a KL or the ratio
+    of its sequence moves it. The other states name the reason for a gradient of 0. The call repeats the work of
+    `policy_loss` on [B, T] numbers once, and twice for "clip_cov" and "kl_cov".
 
     Args:
-        logp: `[B, T]` log-probability of each token under the policy, in nats. Its graph, if any, is left alone.
+        logp: `[B, T]` log-probability of each token under the policy, in nats. Its autograd graph is not used.
         advantage: `[B]` or `[B, T]`.
-        mask: `[B, T]` bool, True = counts.
-        config: `LossConfig()` if None.
-        given: the other arguments of `policy_loss`, as the loss got them. What is not given is found as there, from
-            the tokens of this call.
+        mask: `[B, T]` bool, True: the token counts.
+        config: settings of the loss. None: `LossConfig()`.
+        given: the other arguments of `policy_loss`, as the loss got them. A missing one is computed from the tokens of
+            this call, as in `policy_loss`.
+
+    Returns:
+        `[B, T]` int8, on the device of `logp`.
 
     Raises:
         ValueError, TypeError: as `policy_loss`.
-
-    It computes what `policy_loss` does once more, on [B, T] numbers; twice for "clip_cov" and "kl_cov".
     """
     checks.tokens(logp, advantage, mask)
     config = LossConfig() if config is None else config
@@ -84,14 +86,14 @@ def token_states(
 
 
 def states_of(given: LossInputs) -> Tensor:
-    """`token_states`, its arguments as one bundle."""
+    """Compute `token_states` from its arguments as one bundle."""
     inputs = check(given._replace(logp=given.logp.detach()))
     mask, loss_type, tokens = inputs.mask, inputs.loss_type, choose_tokens(inputs)
     gradient = _gradient(inputs, tokens)
     live, picked = (gradient != 0).any(0), torch.zeros_like(mask)
     unpicked = tokens._replace(picked=None, sampler_ratio=inputs.sampler_ratio)
     if loss_type.picks is not None:
-        # A token was picked where its gradient is not the one that it has when none is.
+        # A token was picked if its gradient changes when no token is picked.
         other = _gradient(inputs, unpicked._replace(picked=picked))
         picked = ((other != gradient) & ~gradient.isnan()).any(0)
     kept = acting_tokens.kept(inputs, tokens)
@@ -111,7 +113,7 @@ def states_of(given: LossInputs) -> Tensor:
 
 
 def _gradient(inputs: LossInputs, tokens: Tokens) -> Tensor:
-    """d loss / d logp and d loss / d entropy, [2, B, T]. In fp32 at least: in fp16 they would underflow to 0."""
+    """Return d loss / d logp and d loss / d entropy, [2, B, T], in fp32 at least; in fp16 they would underflow to 0."""
     _, _, coefficients = token_pass(inputs, tokens)
     g_logp, g_entropy = coefficients.gradients()
     return torch.stack([g_logp, torch.zeros_like(g_logp) if g_entropy is None else g_entropy.to(g_logp.dtype)])

@@ -1,4 +1,4 @@
-"""Runs as pages that open offline: curves (`write_report`), and a training run token by token (`run_report`)."""
+"""This package writes HTML pages that open offline, with curves (`write_report`) or a run's tokens (`run_report`)."""
 
 from rlloss.report.charts import Arm as Arm
 from rlloss.report.charts import Panel as Panel

@@ -1,9 +1,10 @@
-"""Training curves as one HTML file that opens offline: inline SVG, no external address, light and dark.
+"""Write training curves as one HTML file that opens offline, with inline SVG and no external address::
 
     write_report("report.html", arms, panels=[Panel("entropy", "Entropy", "nats per token")], title="A run")
 
-Charts are drawn here, so the page is complete without scripts; a few lines of JavaScript add the values under the
-pointer. Every text is escaped. What was not measured (None, NaN, infinite) is a gap in its line, not a zero.
+The page has a light and a dark theme. Python draws the charts, so the page is complete without scripts; a few lines of
+JavaScript add the values under the pointer. Every text is escaped. A value that was not measured (None, NaN, infinite)
+is a gap in its line, not a zero.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: `steps` (x values) and `series`, metric name -> one value per step, None where there is none."""
+    """One run: `steps` (x values) and `series` (metric name -> one value per step, or None if it is missing)."""
 
     name: str
     steps: Sequence[float]
     series: dict[str, Sequence[Value]]
     settings: str = ""
     note: str = ""
-    """What a reader must know before comparing this arm, such as "inactive: clip"."""
+    """Warning for readers who compare this arm, such as that its clip was inactive."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,23 @@ def write_report(
     groups: Sequence[tuple[str, Sequence[str]]] | None = None,
     found: Sequence[str] = (),
 ) -> Path:
-    """Write the page and return its path; missing folders are made.
+    """Write the page and return its path. Missing folders are made.
 
-    `found`, what the runs show, comes first as a list of sentences. `paragraphs` say what was run and how; `command` is
-    shown as the line that repeats it. groups: (title, names of its arms), each a section with its own charts, for more
-    arms than a chart can tell apart; None: all in one. Raises ValueError if there is no arm, if a series and its steps
-    differ in length, or if a panel or a group names what is not there.
+    Args:
+        path: the file to write.
+        arms: the runs.
+        panels: one chart each.
+        title: title of the page.
+        tables: tables before the charts.
+        paragraphs, command: text at the end, what was run and the command that repeats it.
+        groups: (title, names of its arms) per section with its own charts, for more arms than a chart can tell apart.
+            None: one section.
+        found: sentences at the top, what the runs show.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: there is no arm, a series and its steps differ in length, or a panel or a group names something that
+            does not exist.
     """
     of_type("path", path, str | os.PathLike)
     for name, text in (("title", title), ("command", command)):
@@ -115,12 +127,12 @@ def write_report(
 
 
 def asset(name: str) -> str:
-    """The text of a file beside this one."""
+    """Return the text of a file in this folder."""
     return files("rlloss.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def of_type(name: str, found: object, kind: Any, of: str = "") -> None:
-    """Raise TypeError unless `found` is of this type, or one of this union."""
+    """Raise TypeError unless `found` is of this type, or of a type in this union."""
     if not isinstance(found, kind):
         expected = " or ".join(k.__name__ for k in getattr(kind, "__args__", (kind,)))
         found_in = "a list with " if of else ""
@@ -128,7 +140,7 @@ def of_type(name: str, found: object, kind: Any, of: str = "") -> None:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make the folder that will be written to. Raises OSError, naming it, where that cannot be."""
+    """Make a folder for output and return its path. Raises OSError, naming it, if it cannot be made or written to."""
     path = Path(path)
     wrong = errno.ENOTDIR if path.exists() and not path.is_dir() else None
     if wrong is None:
@@ -140,10 +152,11 @@ def make_folder(path: str | Path) -> Path:
 
 
 def replace_file(path: str | Path, content: str | bytes) -> None:
-    """Put a file with this content in the place of `path`; missing folders are made. Texts are written in UTF-8.
+    """Replace the file `path` by one with this content. Missing folders are made. Texts are written in UTF-8.
 
-    It is written beside `path` and renamed, so that a failure leaves the old file as it was, and a link is replaced and
-    not followed. What is no file, such as /dev/stdout or a named pipe, is written to. Raises OSError, naming `path`.
+    The content is written to a file beside `path`, which is then renamed. A failure leaves the old file unchanged. A
+    link is replaced, not followed. If `path` exists and is no file, such as /dev/stdout or a named pipe, the content is
+    written to it. Raises OSError, naming `path`.
     """
     path = Path(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
@@ -166,7 +179,7 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
 
 
 def smooth(values: Sequence[Value], window: int) -> list[float | None]:
-    """Centred mean over up to `window` finite neighbours; None stays None, so a gap is not bridged."""
+    """Return the centred mean over up to `window` finite neighbours. None stays None, so a gap is not bridged."""
     finite = [v if v is not None and math.isfinite(v) else None for v in values]
     half = window // 2
     result: list[float | None] = []
@@ -177,7 +190,7 @@ def smooth(values: Sequence[Value], window: int) -> list[float | None]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], about `count` of them."""
+    """Return about `count` round numbers inside [low, high], 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next((m * power for m in (1, 2, 5) if m * power >= raw * 0.999), 10 * power)
@@ -208,10 +221,10 @@ def chart(
     band: tuple[int, int] | None = None,
     keys: bool = False,
 ) -> str:
-    """One figure: a line of `panel.key` per arm, against its steps. Its svg carries `index` as data-panel.
+    """Return one figure in HTML, with a line of `panel.key` per arm against its steps. Its svg has data-panel=`index`.
 
-    marks: (step, what happened there). band: (lower, upper), the numbers of two arms between which an area is drawn in
-    the place of the upper one's line. keys: whether the figure has a legend of its own, whose buttons switch lines.
+    marks are (step, text of the event). band is (lower, upper), the numbers of two arms: an area between them replaces
+    the line of the upper one. keys tells whether the figure has its own legend, whose buttons switch lines.
     """
     steps = [float(s) for arm in arms for s in arm.steps]
     x_low, x_high = min(steps, default=0.0), max(steps, default=1.0)
@@ -266,7 +279,7 @@ def chart(
 
 
 def _keys(arms: Sequence[Arm]) -> str:
-    """A button per line, which switches it."""
+    """Return a button per line, which shows or hides it."""
     items = "".join(
         f'<li><button type="button" data-line="{number}" aria-pressed="true"><i class="arm{number % 6}"></i>'
         f"{escape(arm.name)}</button></li>"
@@ -276,7 +289,7 @@ def _keys(arms: Sequence[Arm]) -> str:
 
 
 def _area(lower: Arm, upper: Arm, key: str, number: int, at) -> str:
-    """The area between two lines, where both have a value."""
+    """Return the area between two lines, where both have a value."""
     below = dict(zip(lower.steps, lower.series.get(key, ()), strict=False))
     above = dict(zip(upper.steps, upper.series.get(key, ()), strict=False))
     steps = [s for s in below if below[s] is not None and above.get(s) is not None]
@@ -289,11 +302,11 @@ def _area(lower: Arm, upper: Arm, key: str, number: int, at) -> str:
 
 
 def _window(arm: Arm) -> int:
-    return max(1, 2 * len(arm.steps) // 25) | 1  # odd, so that it is centred
+    return max(1, 2 * len(arm.steps) // 25) | 1  # an odd window is centred
 
 
 def _path(steps: Sequence[float], values: Sequence[Value], at) -> tuple[str, list[tuple[float, float]]]:
-    """SVG path data with a new stroke after every gap, and the lone points, which a stroke would not show."""
+    """Return SVG path data with a new stroke after every gap, and lone points, which a stroke would not show."""
     strokes: list[list[tuple[float, float]]] = [[]]
     for step, value in zip(steps, values, strict=False):
         if value is None or not math.isfinite(value):
@@ -328,7 +341,7 @@ def _clean(values: Sequence[Value]) -> list[Value]:
 
 
 def sentences(name: str, said: Sequence[str]) -> str:
-    """A list under its name; "" if nothing is said."""
+    """Return a list of sentences under its name, or "" if there are none."""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
     heading = f"<h2>{escape(name)}</h2>" if name else ""
     return f'{heading}<ul class="found">{items}</ul>' if items else ""
@@ -340,7 +353,7 @@ def prose(paragraphs: Sequence[str], command: str) -> str:
 
 
 def _page(sections, panels, title, tables, paragraphs, command, found) -> str:
-    """sections: (heading, arms); the charts are numbered through."""
+    """Return the page. sections are (heading, arms); charts are numbered across all sections."""
     charted = [(arms, panel) for _, arms in sections for panel in panels]
     data = {
         "lines": [
@@ -349,7 +362,7 @@ def _page(sections, panels, title, tables, paragraphs, command, found) -> str:
         ],
         "plot": [LEFT, WIDTH - RIGHT],
     }
-    # Inside a script element only "</" could end it; as an escape it is the same JSON.
+    # Inside a script element only "</" could end it. The escape of "<" is the same JSON.
     inline = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     lines = max(_window(arm) for arms, _ in charted for arm in arms)
     explain = f"Thin: every step. Bold: centred mean over {lines} steps." if lines > 1 else "One value per step."

@@ -1,4 +1,4 @@
-"""What a run shows, in sentences."""
+"""Summarise a training run in sentences for its report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Series = Mapping[int, "float | None"]
 
 
 def found_in(run: RunLog) -> list[str]:
-    """Sentences from the metrics of a run, then those of its monitor. Of what was not logged nothing is said."""
+    """Return sentences from the metrics of a run, then those of its monitor. Missing metrics are skipped."""
     metrics, said = run.metrics, []
     ends = start_and_end(metrics.get("entropy") or metrics.get("entropy/mean") or {})
     if ends is not None:
@@ -23,14 +23,14 @@ def found_in(run: RunLog) -> list[str]:
         said.append(f"The lm_head ran {products:.2f} products a token where plain logits run {plain:.2f}.")
     dead = mean(metrics.get("rlloss/zero_advantage_share", {}))
     if dead is not None:
-        # Not only groups with one reward: also a reward that is the mean of its group, and a masked completion.
+        # This includes groups with one reward, rewards equal to the mean of their group, and masked completions.
         none = f"{_percent(dead)} of the completions had no signal: no token that counts has an advantage other than 0."
         said.append(none if dead else "Every completion had a signal.")
     return said + [f"Step {step}: {message}" for step, _, message in run.findings]
 
 
 def start_and_end(series: Series) -> tuple[float, float] | None:
-    """Means over the first and the last tenth of the values; None: there are fewer than two."""
+    """Return means over the first and the last tenth of the values, or None if there are fewer than two values."""
     values = [value for _, value in sorted(series.items()) if value is not None]
     if len(values) < 2:
         return None

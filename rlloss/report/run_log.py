@@ -1,6 +1,7 @@
-"""What a training run has written, read back: tokens/*.jsonl and metrics.jsonl.
+"""Read the files of a training run, `tokens/*.jsonl` and `metrics.jsonl`, for its report.
 
-`rlloss.integrations.transformers.token_log` describes them. A run of millions of tokens is held in 7 bytes a token.
+`rlloss.integrations.transformers.token_log` describes the files. In memory a token takes 7 bytes, so that a run of
+millions of tokens fits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SCALE = 5000
-"""Steps per nat of the entropies held; 65534 steps, 13.1 nats, are more than the log of any vocabulary."""
+"""Steps per nat of the stored entropies. The largest, 65534 steps or 13.1 nats, exceeds the log of any vocabulary."""
 MISSING = 65535
 LIVE, MASKED = "lp", "m"
 
@@ -24,19 +25,21 @@ LIVE, MASKED = "lp", "m"
 @dataclass
 class Completion:
     step: int
-    prompt: int  # index
-    tokens: array[int]  # indices of texts
+    prompt: int  # index of its text
+    tokens: array[int]  # indices of their texts
     entropy: array[int]  # in steps of 1 / SCALE nats, or MISSING
     state: str
     advantage: float | list[float] | None
     rewards: dict[str, float | None]
-    run: int = 0  # of the runs on a page
+    run: int = 0  # number of its run on the page
 
 
 @dataclass
 class RunLog:
-    """What was read. texts and prompts: text -> index. metrics: name -> {step: value}. findings: (step, kind, message)
-    of the monitor. about: what run.json says. unreadable: "file:line", or "file (why)".
+    """Contents of a run.
+
+    texts and prompts map a text to its index. metrics maps a name to {step: value}. findings are (step, kind, message)
+    of the monitor. about is the content of run.json. unreadable lists "file:line", or "file (reason)".
     """
 
     texts: dict[str, int] = field(default_factory=dict)
@@ -48,18 +51,18 @@ class RunLog:
     unreadable: list[str] = field(default_factory=list)
 
     def left_out(self) -> str:
-        """What could not be read, the first five by name; "" if nothing."""
+        """Return what could not be read, the first five by name, or "" if everything was read."""
         more = f" and {len(self.unreadable) - 5} more" if len(self.unreadable) > 5 else ""
         return f"{', '.join(self.unreadable[:5])}{more}"
 
 
 Record = tuple[int, Any]
-"""A line: its step and what it holds, or None where it says that the run was resumed."""
+"""A line as (step, content). The content is None if the line says that the run was resumed."""
 
 
 @dataclass
 class Session:
-    """The lines of a file between two resumptions. begins: what earlier ones hold from this step on was discarded."""
+    """The lines of a file between two resumptions. It replaces the lines of earlier sessions from step `begins` on."""
 
     begins: int
     records: list[Record]
@@ -69,14 +72,15 @@ TOKEN_LOG = "token_log_steps=20 in GRPOConfig writes the tokens"
 
 
 def read_run(run_dir: Path, run: RunLog | None = None) -> RunLog:
-    """Read a run. run: another one, whose texts and prompts are shared.
+    """Read a run. If another run is given, the two share texts and prompts.
 
-    Without metrics.jsonl the metrics are those of trainer_state.json, in the folder or in its newest checkpoint.
+    Without metrics.jsonl the metrics come from trainer_state.json, in the folder or in its newest checkpoint. A file or
+    a line that cannot be read is left out and noted. If a file says that the run was resumed, or its steps go back, the
+    earlier lines from that step on are left out.
 
-    A file or a line that cannot be read is left out and noted. Where a file says that the run was resumed, or its steps
-    go back, what the run had written from that step on is left out.
-
-    Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such run.
+        ValueError: nothing in it can be read.
     """
     expected = f"expected the folder of a run, with tokens/*.jsonl, metrics.jsonl or trainer_state.json ({TOKEN_LOG})"
     if not run_dir.exists():
@@ -118,7 +122,7 @@ def _number(path: Path) -> int:
 
 
 def _read_state(run: RunLog, path: Path) -> None:
-    """The metrics in the log history of transformers."""
+    """Read the metrics from the log history of transformers."""
     try:
         for line in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
             for name, value in line.items():
@@ -129,7 +133,7 @@ def _read_state(run: RunLog, path: Path) -> None:
 
 
 def _read_about(run: RunLog, run_dir: Path) -> None:
-    """run.json and findings.jsonl, where they are; a finding of a step that was resumed from is not said twice."""
+    """Read run.json and findings.jsonl if they exist. A finding that a resumed run repeats is kept once."""
     about, findings = run_dir / "run.json", run_dir / "findings.jsonl"
     if about.is_file():
         try:
@@ -150,9 +154,9 @@ def _finding(run: RunLog, line: dict[str, Any]) -> tuple[str, str]:
 
 
 def _records(run: RunLog, path: Path, parse: Callable[[RunLog, Any], Any]) -> Iterator[Record]:
-    """What `parse` makes of each line; a line that does not fit is noted, and so is a path that is no file."""
+    """Yield the result of `parse` for each line. A line that does not fit, or a path that is no file, is noted."""
     try:
-        if not path.is_file():  # a named pipe would be waited for
+        if not path.is_file():  # reading a named pipe would block
             kind = "a directory" if path.is_dir() else "not a file" if path.exists() else "a link to nothing"
             run.unreadable.append(f"{path.name} ({kind})")
             return
@@ -182,10 +186,10 @@ def _sessions(records: Iterator[Record]) -> list[Session]:
 
 
 def _kept(sessions: list[Session], clock: list[Session]) -> Iterator[Record]:
-    """What no later session discarded.
+    """Yield the records that no later session replaced.
 
-    A process that was not resumed with the others has no later session of its own. Each process writes the same steps,
-    so `clock`, the sessions of the first one, tells, unless several of them began with the same step.
+    A process that was not resumed with the others has no later session of its own. All processes write the same steps,
+    so `clock`, the sessions of the first process, stands in for it, unless several of them began with the same step.
     """
     for number, session in enumerate(sessions):
         later = sessions[number + 1 :]
@@ -234,7 +238,7 @@ def _log(run: RunLog, line: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _name(text: str) -> str:
-    """Names go into addresses and attributes, where a lone surrogate has no form."""
+    """Escape lone surrogates, because names go into addresses and attributes, which cannot hold them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -246,7 +250,7 @@ def _step(line: dict[str, Any]) -> int:
 
 
 def _finite(value: Any) -> float | None:
-    """None for what is missing, not finite, or too large to draw."""
+    """Return the number, or None if it is missing, not finite, or too large to draw."""
     if value is None:
         return None
     value = float(value)
@@ -255,10 +259,11 @@ def _finite(value: Any) -> float | None:
 
 @dataclass
 class Counts:
-    """Of the tokens that count: how many have which entropy (by steps of 1 / SCALE), and the `top` texts by their mean.
+    """Statistics of the tokens that count.
 
-    states: letter -> how many, the masked ones too. rows: (index of the text, count, mean entropy in nats, share live),
-    of those that occur at least `at_least` times.
+    entropy is the number of tokens by entropy in steps of 1 / SCALE nats. states maps a letter to its number of tokens,
+    masked ones included. rows holds the texts with the largest mean entropy that occur at least `at_least` times, as
+    (index of the text, count, mean entropy in nats, share live).
     """
 
     entropy: list[int]
@@ -276,12 +281,12 @@ class Counts:
 
     @property
     def mean(self) -> float | None:
-        """The mean entropy in nats; None if no token has one."""
+        """Mean entropy in nats, or None if no token has one."""
         known = sum(self.entropy)
         return sum(quantum * n for quantum, n in enumerate(self.entropy)) / SCALE / known if known else None
 
     def quantile(self, share: float) -> float | None:
-        """The smallest entropy in nats that at least this share of the tokens does not exceed."""
+        """Return the smallest entropy in nats that at least this share of the tokens does not exceed."""
         needed, below = share * sum(self.entropy), 0
         for quantum, n in enumerate(self.entropy):
             below += n

@@ -1,9 +1,9 @@
-"""A training run as one HTML page that opens offline: its metrics, its forking tokens, its completions token by token.
+"""Write a training run as one HTML page that opens offline: metrics, forking tokens, completions token by token::
 
     write_run_report("out")  # reads out/tokens/*.jsonl and out/metrics.jsonl, writes out/report.html
 
-What the files hold is described where they are written, in `rlloss.integrations.transformers.token_log`. Every text
-comes from a model or a file, and is shown as text and never read as HTML.
+`rlloss.integrations.transformers.token_log` writes and describes the files. Every text comes from a model or a file. It
+is shown as text and never read as HTML.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rlloss.report.findings import found_in
 from rlloss.report.run_log import LIVE, MASKED, MISSING, SCALE, TOKEN_LOG, Completion, Counts, RunLog, count, read_run
 
 EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
-"""Entropies in nats between the colours. They are the same on every page, so that pages can be compared."""
+"""Entropies in nats between two colours. They are the same on every page, so that pages can be compared."""
 TABLE_ROWS, MAX_POINTS, MAX_LINES, MAX_CHARTS = 100, 500, 6, 18
 
 STATES = {
-    # letter of rlloss.tokens.TokenState: its name, and what it says
+    # letter of rlloss.tokens.TokenState: its name, and its meaning
     "l": ("live", "has a gradient"),
     "p": ("penalised", "has a gradient, with the penalty of KL-Cov"),
     "c": ("clipped", "no gradient: its ratio is clipped, or a weight has become 0"),
@@ -41,7 +41,7 @@ STATES = {
 }
 
 KINDS = dict.fromkeys("evco", "faded") | dict.fromkeys("dm", "grey")
-"""How a token that does not teach is shown: faded what this step dropped, grey what could not teach at all."""
+"""Style of a token without a gradient, faded if this step dropped it, grey if it could not have one at all."""
 
 CHARTS = (
     # title, unit, metrics in the order of their lines
@@ -73,22 +73,24 @@ def write_run_report(
     paragraphs: Sequence[str] = (),
     command: str = "",
 ) -> Path:
-    """Write the page of a run, or of several runs over one another, and return its path; missing folders are made.
+    """Write the page of a run, or of several runs over one another, and return its path. Missing folders are made.
+
+    A path that is no file, or a line that cannot be read (a killed run may leave one), is left out and named on the
+    page. If the run was resumed, its earlier lines from that step on are left out.
 
     Args:
-        run_dir: a folder with ``tokens/*.jsonl``, ``metrics.jsonl`` or ``trainer_state.json``, or a list of them.
-        output: the page; None: ``report.html`` in the first folder.
-        max_completions: of more than these, the page holds evenly spaced ones, and says so. What it counts, it counts
-            over all.
-        title: of the page; None: the names of the folders.
-        found: the sentences at the top; None: those of `rlloss.report.findings`.
-        tables: shown after the plots.
-        paragraphs, command: shown at the end: what was run and how to repeat it.
+        run_dir: a folder with ``tokens/*.jsonl``, ``metrics.jsonl`` or ``trainer_state.json``, or a list of folders.
+        output: path of the page; None: ``report.html`` in the first folder.
+        max_completions: largest number of completions on the page. Of more, evenly spaced ones are shown, and the page
+            says so. Counts are over all completions.
+        title: title of the page; None: the names of the folders.
+        found: sentences at the top; None: those of `rlloss.report.findings`.
+        tables: tables after the plots.
+        paragraphs, command: text at the end, what was run and how to repeat it.
 
-    A line that cannot be read, as a killed run leaves one, and what is no file, are left out and named on the page.
-    Where the run was resumed, what it had written from that step on is left out.
-
-    Raises FileNotFoundError or NotADirectoryError if there is no such run, ValueError if nothing in it can be read.
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such run.
+        TypeError, ValueError: an argument does not fit, or nothing in the run can be read.
     """
     given: list[Any] = list(run_dir) if isinstance(run_dir, list | tuple) else [run_dir]
     for one in given:
@@ -118,7 +120,7 @@ def write_run_report(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names; where two are the same, with their parents."""
+    """Return the names of the folders, with their parents if two names are the same."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
@@ -128,8 +130,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _about(runs: dict[str, RunLog]) -> str:
-    """Of one run its model, date, device and versions, and folded the options that differ from TRL's defaults; of
-    several what of it is not the same."""
+    """Return HTML about the runs. For one run it has model, date, device, versions and, folded, the options that differ
+    from TRL's defaults. For several runs it has the values in which they differ."""
     options = {name: _mapping(run.about.get("options")) for name, run in runs.items()}
     facts = {name: _facts(run) for name, run in runs.items()}
     if len(runs) > 1:
@@ -172,7 +174,7 @@ def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, ta
     figures, lines = _figures(runs)
     plot = [charts.LEFT, charts.WIDTH - charts.RIGHT]
     data = _embedded(whole, shown, counts) | {"lines": lines, "plot": plot, "runs": list(runs)}
-    # Inside a script element only "<" could begin something; as an escape it is the same JSON, and so is all of ASCII.
+    # Inside a script element only "<" could begin markup. Its escape is the same JSON. json.dumps writes ASCII only.
     inline = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = f"rlloss: {name}"
     notes = [
@@ -198,10 +200,10 @@ def _page(runs: dict[str, RunLog], name: str, max_completions: int, top: str, ta
 
 
 def _embedded(run: RunLog, shown: list[Completion], counts: Counts) -> dict[str, Any]:
-    """What the script reads.
+    """Return the data for the script.
 
-    Of a completion: step, prompt, advantage (or mean, least, greatest), rewards, mean entropy, share live, tokens and
-    entropies in base64 as little-endian integers, states, run.
+    A completion is a list of step, prompt, advantage (or its mean, least and greatest), rewards, mean entropy, share
+    live, tokens and entropies (base64 of little-endian integers), states, run.
     """
     rewards = sorted({name for completion in shown for name in completion.rewards})
     wide = len(run.texts) > 0xFFFF
@@ -228,7 +230,7 @@ def _embedded(run: RunLog, shown: list[Completion], counts: Counts) -> dict[str,
 
 
 def _ranks(counts: Counts) -> list[float]:
-    """Entropies in nats between the colours by rank: a tenth of the tokens lies between two of them."""
+    """Return the entropies in nats between two colours by rank. A tenth of the tokens lies between two of them."""
     return [counts.quantile(n / 10) or 0.0 for n in range(1, 10)]
 
 
@@ -240,7 +242,7 @@ def _base64(integers: array[int]) -> str:
 
 
 def _means(completion: Completion) -> tuple[float | None, float | None]:
-    """(mean entropy in nats, share live) of the tokens that count."""
+    """Return (mean entropy in nats, share live) of the tokens that count."""
     pairs = list(zip(completion.entropy, completion.state, strict=True))
     known = [quantum for quantum, letter in pairs if letter != MASKED and quantum != MISSING]
     counted = sum(letter != MASKED for letter in completion.state)
@@ -259,7 +261,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _figures(runs: dict[str, RunLog]) -> tuple[str, list[Any]]:
-    """The charts in HTML, and their lines for the pointer: per chart [[name, steps, values], ...]."""
+    """Return the charts in HTML, and their lines for the pointer, [[name, steps, values], ...] per chart."""
     names = {name for run in runs.values() for name in run.metrics}
     if not names:
         return _absent("Metrics", "metrics.jsonl"), []
@@ -269,7 +271,7 @@ def _figures(runs: dict[str, RunLog]) -> tuple[str, list[Any]]:
         names -= set(own)
         if len(runs) > 1:
             of_kind = [_figure({run: (r, name) for run, r in runs.items()}, name, unit, lines) for name in own]
-            html, second = html + of_kind[:1], second + of_kind[1:]  # one of each kind comes first
+            html, second = html + of_kind[:1], second + of_kind[1:]  # one chart of each kind comes first
             continue
         (run,) = runs.values()
         for start in range(0, len(own), MAX_LINES):
@@ -294,7 +296,7 @@ def _figures(runs: dict[str, RunLog]) -> tuple[str, list[Any]]:
 
 
 def _figure(series: dict[str, tuple[RunLog, str]], title: str, unit: str, lines: list[Any]) -> str:
-    """series: label -> the run and its metric."""
+    """Return one chart in HTML and append its lines. series maps a label to a run and the name of a metric."""
     arms, marks = [], {}
     for label, (run, name) in series.items():
         steps, values = _thinned(sorted(run.metrics.get(name, {}).items()))
@@ -319,7 +321,7 @@ def _significant(value: Any) -> float | None:
 
 
 def _thinned(points: list[tuple[int, float | None]]) -> tuple[list[float], list[float | None]]:
-    """At most MAX_POINTS points: means of neighbours, and None where none of them has a number."""
+    """Reduce to at most MAX_POINTS points by averaging neighbours; None if no neighbour has a number."""
     size = max(1, -(-len(points) // MAX_POINTS))
     steps, values = [], []
     for start in range(0, len(points), size):
@@ -374,7 +376,7 @@ def _completions(counts: Counts, several: bool) -> str:
 
 
 def _scale(counts: Counts, edges: Sequence[float], name: str) -> str:
-    """A colour each, with the share of the tokens that have it, and the entropies between them."""
+    """Return the list of colours, each with its share of the tokens, and the entropies between them."""
     known = max(1, sum(counts.entropy))
     bounds = [0, *(round(edge * SCALE) for edge in edges), MISSING]
     shares = [sum(counts.entropy[low:high]) / known for low, high in zip(bounds, bounds[1:], strict=False)]
@@ -387,5 +389,5 @@ def _scale(counts: Counts, edges: Sequence[float], name: str) -> str:
 
 
 def _percent(share: float, least: float = 0.01) -> str:
-    """least: below this many percent, the number itself is not said."""
+    """Return the share in percent. A number below `least` percent is shown as "< least"."""
     return f"{100 * share:.3g} %" if share == 0 or 100 * share >= least else f"&lt; {least:g} %"

@@ -1,4 +1,4 @@
-"""Rewards: advantages of groups, what they keep of several rewards, and the penalty on overlong completions."""
+"""This package turns rewards into advantages, measures their resolution, and penalises overlong completions."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Rewards of groups of completions -> advantages: GRPO, Dr. GRPO, RLOO, GDPO.
+"""`group_advantage` turns the rewards of groups of completions into advantages: GRPO, Dr. GRPO, RLOO or GDPO.
 
-Two things are kept exact here because the losses skip whatever has advantage 0. A group whose members all got the same
-reward gives 0.0 and not a rounding error, and a row without any reward (all NaN) gives 0.0 and moves nobody's mean.
+The losses skip tokens with advantage 0, so two zeros are exact here. A group whose members all got the same reward
+gives 0.0 and not a rounding error. A row without any reward (all NaN) gives 0.0 and enters no mean.
 """
 
 from __future__ import annotations
@@ -36,55 +36,55 @@ def group_advantage(
     token_counts: Tensor | None = None,
     conditions: Mapping[int, tuple[int, float]] | Sequence[Condition] | None = None,
 ) -> Tensor:
-    """One advantage per completion, from the rewards of its group (the completions of the same prompt).
+    """Compute one advantage per completion from the rewards of its group (the completions of the same prompt).
 
-    A NaN reward is missing: it enters no sum, mean or standard deviation. A row whose rewards are all NaN is
-    unscorable: it is left out of every statistic and its advantage is 0. With r = sum_k w_k reward_k over the rewards
-    that are present, and mean and std (unbiased; 0 for fewer than two values) over the scorable rows of the group:
+    A NaN reward is missing and enters no sum, mean or standard deviation. A row whose rewards are all NaN is
+    unscorable: it enters no statistic, and its advantage is 0. Let r = sum_k w_k reward_k over the present rewards.
+    mean and std (unbiased; 0 for fewer than two values) are taken over the scorable rows of the group:
 
     ============  ==============================================================  ===============================
     method        advantage                                                       source
     ============  ==============================================================  ===============================
     ``grpo``      (r - mean) / (std + eps)                                        arXiv 2402.03300
     ``dr_grpo``   r - mean                                                        arXiv 2503.20783
-    ``rloo``      r - mean of the group's *other* scorable rows (none: 0)         arXiv 2402.14740
+    ``rloo``      r - mean over the group's *other* scorable rows (none: 0)       arXiv 2402.14740
     ``gdpo``      x / (std of x over the batch + eps), where                      arXiv 2601.05242, Eq. 4-7
                   x = sum_k w_k (reward_k - mean_k) / (std_k + eps)
     ============  ==============================================================  ===============================
 
-    ``grpo`` equals TRL's ``sum_then_normalize`` and ``gdpo`` its ``normalize_then_sum`` to rounding. Eq. 6 also
-    subtracts the batch mean of x. That mean is 0 by construction, because each normalised reward sums to 0 in its
-    group, so subtracting it would only turn the zeros of groups without signal into rounding errors.
+    Up to rounding, ``grpo`` equals TRL's ``sum_then_normalize`` and ``gdpo`` its ``normalize_then_sum``. Eq. 6 also
+    subtracts the batch mean of x. That mean is 0, because each normalised reward sums to 0 in its group. Subtracting it
+    would only turn the zeros of groups without a signal into rounding errors.
 
     Args:
-        rewards: ``[N]`` or ``[N, K]``, floating; rows ``i * num_generations ... (i + 1) * num_generations - 1`` are
-            group ``i``. ``[N]`` is one reward (K = 1). Across ranks, pass the gathered batch.
+        rewards: ``[N]`` (one reward, K = 1) or ``[N, K]``, floating. Rows ``i * num_generations`` to
+            ``(i + 1) * num_generations - 1`` are group ``i``. Across ranks, pass the gathered batch.
         num_generations: completions per group, >= 1. With 1 every advantage is 0.
         method: ``"grpo"``, ``"dr_grpo"``, ``"rloo"`` or ``"gdpo"``.
         weights: ``[K]``, the w_k; default all 1. ``gdpo`` weights the normalised rewards, the others the raw ones.
-        scale: for ``grpo`` what to divide by: the std of the ``"group"``, of the r of the whole ``"batch"``, or nothing
-            (``"none"``). ``gdpo`` takes only ``"group"``; ``dr_grpo`` and ``rloo`` take ``"group"`` (the default) and
-            ``"none"``, which mean the same there.
+        scale: divisor of ``grpo``: the std of the ``"group"``, the std of r over the whole ``"batch"``, or ``"none"``.
+            ``gdpo`` takes only ``"group"``. ``dr_grpo`` and ``rloo`` take ``"group"`` (the default) and ``"none"``,
+            which mean the same there.
         eps: >= 0, added to each std. With 0 a zero std gives advantage 0 (GDPO's Eq. 4 has no eps).
         token_counts: ``[N]``, real, >= 0; ``gdpo`` only. Weights the batch statistics by completion length, as verl
             does: m = sum c x / sum c, variance = sum c (x - m)^2 / (sum c - 1), advantage (x - m) / (std + eps).
-            Here m is not 0, so groups without signal get an advantage too.
-        conditions: ``(k, l, threshold)`` triples or a mapping ``{k: (l, threshold)}``: reward k counts as 0 in rows
-            where reward l is below the threshold (arXiv 2601.05242, Eq. 8). All look at the raw rewards, so they do
-            not chain; several for one k must all hold. A missing reward k stays missing, a missing reward l does not
-            fulfil the condition.
+            Here m is not 0, so groups without a signal get an advantage too.
+        conditions: ``(k, l, threshold)`` triples or a mapping ``{k: (l, threshold)}``. Reward k counts as 0 in rows
+            where reward l is below the threshold (arXiv 2601.05242, Eq. 8). All conditions read the raw rewards, so
+            they do not chain. Several conditions for one k must all hold. A missing reward k stays missing; a missing
+            reward l does not fulfil the condition.
 
     Returns:
-        ``[N]``, detached, on the device of ``rewards``: float64 for float64 rewards, else float32.
+        ``[N]``, detached, on the device of ``rewards``; fp64 for fp64 rewards, else fp32.
 
     Raises:
         TypeError: ``rewards`` is not a floating tensor, ``token_counts`` not an integer or floating one, or
             ``num_generations`` not an int.
         ValueError: a shape, range or name is wrong, or a setting would have no effect: ``scale="batch"`` with
             ``dr_grpo`` or ``rloo``, ``scale`` other than ``"group"`` with ``gdpo``, ``token_counts`` without ``gdpo``,
-            another ``eps`` than the default where nothing is divided. Infinite rewards, weights that are not finite
-            and token counts that are negative or not finite raise on the CPU; on another device, where the check costs
-            a synchronisation, only under ``RLLOSS_CHECK=1``, and without it what they touch is not meaningful.
+            an ``eps`` other than the default where nothing is divided. Infinite rewards, weights that are not finite,
+            and token counts that are negative or not finite raise on a CPU. On another device the check costs a
+            synchronisation and needs ``RLLOSS_CHECK=1``; without it the affected advantages are meaningless.
     """
     _check_settings(method, scale, eps, token_counts)
     rewards_NK = checked_rewards(rewards, num_generations)
@@ -124,13 +124,13 @@ def group_advantage(
 
 
 def _sum_in_order(values_NK: Tensor) -> Tensor:
-    # torch.sum may add the K values of equal rows in different orders, and then their totals are not a tie.
+    # torch.sum may add the K values of equal rows in different orders, which would break ties of their totals.
     return functools.reduce(torch.add, values_NK.unbind(dim=1))
 
 
 def _deviation(values: Tensor, present: Tensor, dim: int) -> Tensor:
-    """``values`` minus the mean of the present ones along ``dim``; 0 where not present."""
-    # Measured from the smallest value, so that the mean of equal values is exact: 0.1 + 0.1 + 0.1 is not 3 * 0.1.
+    """Return ``values`` minus the mean of the present ones along ``dim``; 0 where not present."""
+    # Relative to the smallest value the mean of equal values is exact: 0.1 + 0.1 + 0.1 is not 3 * 0.1.
     smallest = torch.where(present, values, torch.inf).amin(dim, keepdim=True)
     above = torch.where(present, values - smallest, 0.0)
     mean = above.sum(dim, keepdim=True) / present.sum(dim, keepdim=True).clamp(min=1)
@@ -138,7 +138,7 @@ def _deviation(values: Tensor, present: Tensor, dim: int) -> Tensor:
 
 
 def _std(deviation: Tensor, present: Tensor, dim: int) -> Tensor:
-    """Unbiased standard deviation along ``dim`` (kept) from deviations that are 0 where not present."""
+    """Return the unbiased standard deviation along ``dim`` (kept) of deviations that are 0 where not present."""
     degrees = (present.sum(dim, keepdim=True) - 1).clamp(min=1)  # a single value deviates by 0, so its std is 0
     return (deviation.square().sum(dim, keepdim=True) / degrees).sqrt()
 
@@ -174,7 +174,7 @@ def _check_settings(method: str, scale: str, eps: float, token_counts: Tensor | 
 
 
 def checked_rewards(rewards: Tensor, num_generations: int) -> Tensor:
-    """Rewards as [N, K], of whole groups."""
+    """Check that the rewards form whole groups, and return them as [N, K]."""
     checks.floating("rewards", rewards)
     if rewards.ndim not in (1, 2) or rewards.numel() == 0:
         raise ValueError(f"rewards: found shape {list(rewards.shape)}, expected a non-empty [N] or [N, K]")
@@ -187,12 +187,12 @@ def checked_rewards(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def checked_weights(weights: Sequence[float] | Tensor | None, rewards_NK: Tensor) -> Tensor:
-    """[K], in the dtype and on the device of the rewards."""
+    """Return the weights [K] in the dtype and on the device of the rewards."""
     K = rewards_NK.shape[1]
     if weights is None:
         return rewards_NK.new_ones(K)
     try:
-        # Not in the default dtype, which may be bf16.
+        # The dtype is given because the default dtype may be bf16.
         weights_K = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=rewards_NK.dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"weights: found {weights!r}, expected a number for each reward") from error
@@ -216,7 +216,7 @@ def _checked_token_counts(token_counts: Tensor, like_N: Tensor) -> Tensor:
 def apply_conditions(
     rewards_NK: Tensor, conditions: Mapping[int, tuple[int, float]] | Sequence[Condition] | None
 ) -> Tensor:
-    """Rewards [N, K] that count as 0 where a condition is not fulfilled; see `group_advantage`."""
+    """Set rewards [N, K] to 0 where a condition is not fulfilled; see `group_advantage`."""
     if conditions is None:
         return rewards_NK
     K = rewards_NK.shape[1]

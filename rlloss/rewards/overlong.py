@@ -1,4 +1,4 @@
-"""The soft penalty on overlong completions: DAPO (2503.14476), Eq. 13."""
+"""Compute DAPO's soft penalty on overlong completions (2503.14476, Eq. 13), as a function or as a TRL reward."""
 
 from collections.abc import Sequence, Sized
 
@@ -10,19 +10,19 @@ from rlloss import checks
 
 @torch.no_grad()
 def soft_overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
-    """0 up to max_length - cache tokens, from there linearly down to -1 at max_length, and -1 beyond.
+    """Return 0 up to max_length - cache tokens; from there the penalty falls linearly to -1 at max_length and stays -1.
 
     Args:
-        lengths: `[...]` real, tokens of each completion.
-        max_length: tokens, >= 1. The paper: 20480.
-        cache: tokens of the interval in which the penalty grows, 0 to max_length; with 0 it jumps from 0 at max_length
-            to -1 beyond. The paper: 4096.
+        lengths: `[...]` real, number of tokens of each completion.
+        max_length: tokens, >= 1. The paper uses 20480.
+        cache: tokens of the interval in which the penalty grows, 0 to max_length. With 0 the penalty jumps from 0 at
+            max_length to -1 beyond. The paper uses 4096.
 
     Returns:
-        Shaped like lengths, detached, on its device: fp64 for fp64 lengths, else fp32.
+        Shaped like lengths, detached, on its device; fp64 for fp64 lengths, else fp32.
 
     Raises:
-        TypeError: lengths is complex, bool or no tensor.
+        TypeError: lengths is complex, bool or no tensor, or max_length or cache is no int.
         ValueError: max_length or cache is out of range.
 
     Source: 2503.14476, Eq. 13: (max_length - cache - length) / cache in between.
@@ -35,9 +35,16 @@ def soft_overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Te
 
 
 class SoftOverlongPenalty:
-    """`soft_overlong_penalty` as a reward function of TRL: `GRPOTrainer(reward_funcs=[..., SoftOverlongPenalty(...)])`.
+    """`soft_overlong_penalty` as a TRL reward function, `GRPOTrainer(reward_funcs=[..., SoftOverlongPenalty(...)])`.
 
-    It is logged as `rewards/soft_overlong/mean`. It can be pickled, as rollout workers need.
+    TRL logs it as `rewards/soft_overlong/mean`. It can be pickled, as rollout workers need.
+
+    Args:
+        max_length: as for `soft_overlong_penalty`.
+        cache: as for `soft_overlong_penalty`.
+
+    Raises:
+        TypeError, ValueError: as for `soft_overlong_penalty`.
     """
 
     __name__ = "soft_overlong"
@@ -47,7 +54,7 @@ class SoftOverlongPenalty:
         self.max_length, self.cache = max_length, cache
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
-        """One penalty for each completion, from its token ids. What else TRL hands over is not read."""
+        """Return one penalty per completion, from its token ids. Other arguments of TRL are not read."""
         checks.of_type("completion_ids", completion_ids, Sized, "the token ids of each completion")
         for ids in completion_ids:
             checks.of_type("completion_ids", ids, Sized, "the token ids of each completion")

@@ -1,4 +1,4 @@
-"""How much of the rewards an advantage keeps apart: what GDPO tells apart and GRPO's sum does not (2601.05242)."""
+"""Measure how many groups of rewards the advantages tell apart; GDPO tells apart more than GRPO's sum (2601.05242)."""
 
 import itertools
 import math
@@ -11,18 +11,26 @@ from torch import Tensor
 from rlloss import checks
 from rlloss.rewards.advantages import Condition, apply_conditions, checked_rewards, checked_weights, group_advantage
 
-# Advantages closer than this share of the largest are one: rewards in fp32 carry errors of 1e-7 of their size, which a
-# group's std that is a hundredth of that size turns into 1e-5, and no optimizer tells such advantages apart.
+# Advantages closer than this share of the largest count as equal. Rewards in fp32 have errors of 1e-7 of their size. If
+# a group's std is a hundredth of that size, the error becomes 1e-5, and no optimizer tells such advantages apart.
 _SAME_ADVANTAGE = 1e-5
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 @torch.no_grad()
 def group_accuracy(rewards: Tensor, *, num_generations: int) -> Tensor:
-    """How often each completion's group is right: `[N]`, what `diagnose` takes as `group`.
+    """Compute the accuracy of each completion's group, which `diagnose` takes as `group`.
 
-    rewards `[N]` or `[N, K]`, groups consecutive; the mean of the first reward over those of the group that have it.
-    All NaN (not known) where that reward is no accuracy: where any of its values lies outside [0, 1].
+    Args:
+        rewards: `[N]` or `[N, K]`, floating, groups consecutive. Only the first reward is read.
+        num_generations: completions per group.
+
+    Returns:
+        `[N]` fp64, the mean of the first reward over the completions of the group that have it. All NaN (unknown) if a
+        value of that reward lies outside [0, 1], because it is then no accuracy.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the error names it.
     """
     first = checked_rewards(rewards, num_generations)[:, 0]
     mean = first.detach().double().unflatten(0, (-1, num_generations)).nanmean(-1, keepdim=True)
@@ -40,44 +48,46 @@ def reward_resolution(
     names: Sequence[str] | None = None,
     conditions: Mapping[int, tuple[int, float]] | Sequence[Condition] | None = None,
 ) -> dict[str, float]:
-    """Which rewards still carry a signal, and how many different groups the advantages still tell apart.
+    """Measure which rewards still carry a signal, and how many different groups the advantages still tell apart.
 
     Args:
         rewards: `[N]` or `[N, K]`, floating, as for `group_advantage`: a NaN is missing, groups are consecutive. Across
-            ranks, pass the gathered batch. It is copied to the CPU once; the rest happens there, in fp64.
+            ranks, pass the gathered batch. It is copied to the CPU once and processed there, in fp64.
         num_generations: completions per group.
         weights: `[K]`, default all 1.
-        method: how advantages are made, "grpo", "dr_grpo", "rloo" or "gdpo", here without eps.
-        names: of the K rewards; default "0", "1", ...
-        conditions: as `group_advantage` takes them; what is measured are the rewards after them.
+        method: method of the advantages, "grpo", "dr_grpo", "rloo" or "gdpo", here without eps.
+        names: names of the K rewards; default "0", "1", ...
+        conditions: as for `group_advantage`. They are applied before anything is measured.
 
     Returns:
         name -> number. The values belong to this batch: average them, do not add them up.
 
         ==============================  ===============================================================================
-        ``groups``                      how many
-        ``distinct_rewards``            different groups of reward vectors, the order of completions aside: all there
-                                        would be to tell apart
-        ``distinct_advantages``         different groups of advantages, the order aside (for ``gdpo`` before the
-                                        division by the batch's std, which scales all alike)
+        ``groups``                      number of groups
+        ``distinct_rewards``            number of different groups of reward vectors, ignoring the order of completions;
+                                        no advantage can tell apart more
+        ``distinct_advantages``         number of different groups of advantages, ignoring the order (for ``gdpo``
+                                        before the division by the batch's std, which scales all alike)
         ``distinct_advantages_grpo``    the same for GRPO on the same rewards and weights
         ``zero_advantage_groups``       share of the groups in which every advantage is 0
-        ``zero_variance/<name>``        share of the groups in which this reward is the same for all completions that
-                                        have it, or is missing: it tells none of them apart
-        ``effective_weight/<name>``     sum x a / sum a^2 over completions; a is the advantage, x what this reward
-                                        contributes to it (over rewards, x sums to a): its share of the advantage's
-                                        variance. The weights sum to 1; one below 0 is outvoted. NaN if all a are 0
-        ``correlation/<name>/<name>``   Pearson's, of two rewards normalised in their groups, over the completions that
-                                        have both; 1: the second adds nothing. NaN if either is constant there
+        ``zero_variance/<name>``        share of the groups in which this reward tells no completions apart: it is
+                                        missing, or the same for all that have it
+        ``effective_weight/<name>``     this reward's share of the advantage's variance, sum x a / sum a^2 over
+                                        completions. a is the advantage, x the contribution of this reward to it (summed
+                                        over rewards, x gives a). The weights sum to 1. A reward with a weight below 0
+                                        is outvoted. NaN if all a are 0
+        ``correlation/<name>/<name>``   Pearson correlation of two rewards, each normalised in its group, over the
+                                        completions that have both. At 1 the second adds nothing. NaN if either is
+                                        constant there
         ==============================  ===============================================================================
 
-        Sums of rewards that differ by no more than four fp32 roundings of the largest reward of their group are equal,
-        and so are advantages that differ by no more than 1e-5 of the largest contribution of a reward.
+        Sums of rewards are equal if they differ by at most four fp32 roundings of the largest reward of their group.
+        Advantages are equal if they differ by at most 1e-5 of the largest contribution of a reward.
 
     Raises:
-        TypeError, ValueError: as `group_advantage`, and if `names` does not name each reward once.
+        TypeError, ValueError: as `group_advantage`, or `names` does not name each reward once.
 
-    Source: 2601.05242, section 3 (groups told apart); the gauges are this library's.
+    Source: 2601.05242, section 3 (groups told apart). The gauges are defined by this library.
     """
     group_advantage(  # checks the arguments
         rewards, num_generations=num_generations, weights=weights, method=method, conditions=conditions
@@ -122,7 +132,7 @@ def reward_resolution(
 
 
 class Resolution(NamedTuple):
-    """Groups of `group_size` completions: how many there are, and how many different advantages they get."""
+    """Number of different groups of `group_size` completions (rewards), and of their advantages for each method."""
 
     group_size: int
     rewards: int
@@ -134,16 +144,24 @@ class Resolution(NamedTuple):
 def resolution_table(
     num_rewards: int = 2, group_sizes: Sequence[int] = (2, 3, 4, 5, 6, 8, 10)
 ) -> list[Resolution]:  # fmt: skip
-    """How many groups of binary rewards the advantages tell apart, by enumeration of all of them.
+    """Count how many groups of binary rewards the advantages tell apart, by enumerating all groups.
 
     Completions of a group have no order: a group is a multiset of vectors in {0, 1}^num_rewards, and its advantages
-    are a sorted list. All weights are 1 and eps is 0, so groups with equal advantages on paper have equal ones here to
-    1e-15, and different ones differ by far more than the tolerance. "dr_grpo" is GRPO without the std. GDPO's division
-    by the batch's std scales all groups alike and so changes no count. The number of groups grows as
-    G^(2^num_rewards - 1).
+    are a sorted list. All weights are 1 and eps is 0. Advantages that are equal on paper then agree here to 1e-15, and
+    different ones differ by far more than the tolerance. "dr_grpo" is GRPO without the std. GDPO's division by the
+    batch's std scales all groups alike, so it changes no count. The number of groups grows as G^(2^num_rewards - 1).
+
+    Args:
+        num_rewards: number of binary rewards, >= 1.
+        group_sizes: sizes G of the groups, each >= 1.
+
+    Returns:
+        One `Resolution` per group size.
 
     Raises:
-        ValueError: num_rewards or a group size is below 1.
+        TypeError, ValueError: an argument has another type, or num_rewards or a group size is below 1.
+
+    Source: 2601.05242.
     """
     checks.whole("num_rewards", num_rewards, 1)
     checks.of_type("group_sizes", group_sizes, Sequence, "sizes of groups")
@@ -173,22 +191,22 @@ def _advantage(rewards: Tensor, G: int, method: str) -> Tensor:
 
 
 def _parts(rewards_NK: Tensor, weights_K: Tensor, G: int, method: str) -> Tensor:
-    """What each reward contributes to the advantage of a method that sums the rewards first, [N, K]."""
+    """Return the contribution [N, K] of each reward to the advantage, for a method that sums the rewards first."""
     present_NK = ~rewards_NK.isnan()
     scorable_N1 = present_NK.any(1, keepdim=True)
     weighted_NK = torch.where(present_NK, rewards_NK * weights_K, 0.0)
     weighted_NK = torch.where(scorable_N1, weighted_NK, math.nan)
     total_N = _snap(weighted_NK.sum(1), G, size_N=weighted_NK.abs().amax(1))
-    # The methods differ by a factor of the group: that of the lengths of their vectors of advantages.
+    # The methods differ by a factor per group, which is the ratio of the lengths of their advantage vectors.
     length_B, centred_B = (_in_groups(_advantage(total_N, G, m), G).norm(dim=1) for m in (method, "dr_grpo"))
     factor_N = torch.where(centred_B == 0, 0.0, length_B / centred_B).repeat_interleave(G)
     return torch.stack([_advantage(part, G, "dr_grpo") * factor_N for part in weighted_NK.unbind(1)], dim=1)
 
 
 def _snap(values_N: Tensor, G: int, size_N: Tensor | None = None) -> Tensor:
-    """Values of a group that differ by no more than roundings (of `size_N`, default their own size) become one.
+    """Make values of a group equal if they differ by no more than roundings (of `size_N`, default their own size).
 
-    Without eps a std of 1e-17 would make +-1 of them.
+    Without eps, a std of 1e-17 would turn the difference into +-1.
     """
     size_BG = _in_groups((values_N if size_N is None else size_N).abs().nan_to_num(nan=0.0), G)
     value, order = _in_groups(values_N, G).sort(dim=1)  # NaN last
@@ -199,7 +217,7 @@ def _snap(values_N: Tensor, G: int, size_N: Tensor | None = None) -> Tensor:
 
 
 def _classes(values: Tensor, tolerance: float | Tensor) -> Tensor:
-    """A number for each value, the same for values that are equal or linked by steps of at most `tolerance`."""
+    """Number the values; values that are equal or linked by steps of at most `tolerance` get the same number."""
     value, order = values.sort()  # NaN last
     new = (value.diff(prepend=value[:1]) > tolerance) | (value.isnan() & ~value.roll(1).isnan())
     return torch.empty_like(order).scatter_(0, order, new.cumsum(0))
@@ -210,7 +228,7 @@ def _distinct(advantage_N: Tensor, G: int, tolerance: float) -> int:
 
 
 def _count(classes_BGK: Tensor) -> int:
-    """How many different multisets of G vectors."""
+    """Count the different multisets of G vectors."""
     vector_NK, G = classes_BGK.flatten(0, 1), classes_BGK.shape[1]
     vector_BG = _in_groups(torch.unique(vector_NK, dim=0, return_inverse=True)[1], G)
     return torch.unique(vector_BG.sort(dim=1).values, dim=0).shape[0]
@@ -220,5 +238,5 @@ def _correlation(x: Tensor, y: Tensor) -> float:
     if x.numel() == 0:
         return math.nan
     x, y = x - x.mean(), y - y.mean()
-    constant = min(x.abs().amax(), y.abs().amax()) < 1e-9  # of values around 1
+    constant = min(x.abs().amax(), y.abs().amax()) < 1e-9  # the values are around 1
     return math.nan if constant else ((x * y).sum() / (x.norm() * y.norm())).item()

@@ -1,4 +1,4 @@
-"""Tokens: which count, which are kept by their entropy, which are picked by their covariance, and why one is dead."""
+"""This package selects tokens (that count, are kept by entropy or picked by covariance) and tells their states."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""The covariance of log-probability and advantage, token by token, and the tokens that "clip_cov" and "kl_cov" pick.
+"""Compute each token's covariance of log-probability and advantage, and pick tokens for "clip_cov" and "kl_cov".
 
-A token that is likely and better than average (or unlikely and worse) sharpens the policy when it is trained on: to
-first order the entropy falls by the learning rate times Cov(logp, A) (2505.22617). A few tokens hold most of it.
+Training on a token that is likely and better than average (or unlikely and worse) sharpens the policy: to first order
+the entropy falls by the learning rate times Cov(logp, A) (2505.22617). A few tokens make up most of the covariance.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,20 @@ from rlloss.tokens.exact_k import check_sequence_key, gathered, largest, mixed, 
 
 
 def token_covariance(logp: Tensor, advantage: Tensor, mask: Tensor, *, process_group=None) -> Tensor:
-    """(logp - mean logp) (A - mean A) of each token (2505.22617 Eq. 10), 0 where it does not count.
+    """Compute (logp - mean logp) (A - mean A) of each token (2505.22617 Eq. 10).
 
-    logp `[B, T]`, advantage `[B]` or `[B, T]`, mask `[B, T]` bool; returns fp64 `[B, T]` without gradient. The means
-    are those of the tokens that count in all processes of the group; a token that is not finite is in neither, and its
-    own covariance is NaN.
+    Args:
+        logp: `[B, T]` log-probability of each token, in nats.
+        advantage: `[B]` or `[B, T]`.
+        mask: `[B, T]` bool, True: the token counts.
+        process_group: the processes over whose tokens the means are taken. None: this one alone.
+
+    Returns:
+        `[B, T]` fp64 without gradient, 0 for tokens that do not count. A token whose numbers are not finite is left out
+        of both means, and its covariance is NaN.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the error names it.
     """
     _checked(logp, advantage, mask, process_group)
     return _covariance(logp, advantage, mask, process_group)
@@ -33,7 +42,7 @@ def _checked(logp: Tensor, advantage: Tensor, mask: Tensor, process_group) -> No
 
 
 def _covariance(logp: Tensor, advantage: Tensor, mask: Tensor, process_group) -> Tensor:
-    """`token_covariance` after its checks; advantage `[B]`, `[B, 1]` or `[B, T]`."""
+    """Compute `token_covariance` after its checks. advantage is `[B]`, `[B, 1]` or `[B, T]`."""
     logp = logp.detach().double()
     advantage = (advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)).detach().double().expand(mask.shape)
     counted = mask & logp.isfinite() & advantage.isfinite()
@@ -57,31 +66,31 @@ def covariance_selection(
     sequence_key: Tensor | None = None,
     process_group=None,
 ) -> Tensor:
-    """The tokens that "clip_cov" leaves out or "kl_cov" penalises: what `policy_loss` takes as `selected`.
+    """Pick the tokens that "clip_cov" leaves out or "kl_cov" penalises. Pass the result to `policy_loss` as `selected`.
 
-    Of N tokens, floor(ratio N) are picked, at least one with `config.at_least_one`: for "clip_cov" at random (or the
-    largest) among those with low <= covariance <= high, for "kl_cov" those with the largest covariance.
+    Of N tokens that count, floor(ratio N) are picked, at least one with `config.at_least_one`. "kl_cov" picks those
+    with the largest covariance. "clip_cov" picks at random (or the largest) among those with low <= covariance <= high.
 
     Args:
-        logp: `[B, T]` log-probability of each token, in nats: of the whole generation batch from a pass without
-            gradient, for `scope="generation"`.
+        logp: `[B, T]` log-probability of each token, in nats. For `scope="generation"` it belongs to the whole
+            generation batch and comes from a pass without gradient.
         advantage: `[B]` or `[B, T]`.
-        mask: `[B, T]` bool, True = counts.
+        mask: `[B, T]` bool, True: the token counts.
         loss_type: "clip_cov" or "kl_cov".
-        config: `CovarianceConfig()` if None; its scope does not matter here.
-        candidates: `[B, T]` bool, the tokens that may be picked (means and N are of the mask); None: all.
-        draw: the number of the draw, for the random selection: another one picks others. None: made from the lengths
-            and advantages of the batch.
+        config: settings. None: `CovarianceConfig()`. Its scope has no effect here.
+        candidates: `[B, T]` bool, the tokens that may be picked. Means and N are still taken over the mask. None: all.
+        draw: number of the draw of the random selection; each number picks other tokens. None: computed from the
+            lengths and advantages of the batch.
         sequence_key: `[B]` int64, an identity of each sequence, such as `rlloss.tokens.exact_k.sequence_key` of its
-            token ids. The pick, of equal covariances too, then depends neither on the order of the sequences nor on how
-            they are spread over processes. None: the place of a sequence is its identity. Padding never matters.
+            token ids. The pick, also among equal covariances, then depends neither on the order of the sequences nor on
+            how they are spread over processes. None: the place of a sequence is its identity. Padding never matters.
         process_group: the processes whose tokens count together. None: this one alone.
 
     Returns:
         `[B, T]` bool. A token whose numbers are not finite is not picked.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; it is named.
+        ValueError, TypeError: an argument does not fit; the error names it.
 
     Source: 2505.22617 Eq. 10 to 14.
     """
@@ -104,8 +113,8 @@ def covariance_selection(
 
 
 class Candidates(NamedTuple):
-    """Tokens that may be picked: `candidates` among those of the mask, `[B, T]` bool; advantage `[B]`, `[B, 1]` or
-    `[B, T]`."""
+    """Inputs of `select`. candidates `[B, T]` bool marks the tokens of the mask that may be picked; advantage is `[B]`,
+    `[B, 1]` or `[B, T]`."""
 
     logp: Tensor
     advantage: Tensor
@@ -121,7 +130,7 @@ def select(
     sequence_key: Tensor | None = None,
     process_group=None,
 ) -> Tensor:
-    """`covariance_selection` after its checks."""
+    """Compute `covariance_selection` after its checks."""
     logp, advantage, mask, candidates = tokens
     covariance = _covariance(logp, advantage, mask, process_group)
     candidates = candidates & ~covariance.isnan()
@@ -141,8 +150,7 @@ def select(
 def _random(
     advantage: Tensor, mask: Tensor, seed: int, draw: Tensor | int | None, key: Tensor | None, process_group
 ) -> Tensor:
-    """A number per token that counts, a hash of seed, draw and what the token is known by: no generator, whose seed
-    the host would have to know."""
+    """Return a hash of seed, draw and the key of each token. A generator would need its seed on the host."""
     if draw is None:
         draw = _draw_of(advantage, mask)
         if process_group is not None:
@@ -159,8 +167,8 @@ def _random(
 
 
 def _draw_of(advantage: Tensor, mask: Tensor) -> Tensor:
-    """A number made of the batch's lengths and advantages. Unlike logp, they have the same bits on every machine and
-    for every split of the batch."""
+    """Compute the number of the draw from the batch's lengths and advantages. Unlike logp, these have the same bits on
+    every machine and for every split of the batch."""
     advantage = advantage if advantage.dim() == 2 else advantage.unsqueeze(-1)
-    bits = (advantage.detach().float() + 0.0).expand(mask.shape).contiguous().view(torch.int32)  # -0 is 0
+    bits = (advantage.detach().float() + 0.0).expand(mask.shape).contiguous().view(torch.int32)  # + 0.0 turns -0 into 0
     return exact_k.sequence_key((bits, mask)).sum()

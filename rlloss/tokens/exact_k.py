@@ -1,4 +1,4 @@
-"""Exactly k tokens out of many, on one process or over several, by what they are and not by where they stand."""
+"""Select exactly k tokens over one or more processes. With keys, the order of the sequences does not matter."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ _32_BITS = 0xFFFFFFFF
 
 
 def sequence_key(*parts: tuple[Tensor, Tensor]) -> Tensor:
-    """A hash of each sequence's token ids, `[B]` int64: its identity, which does not depend on where it stands.
+    """Compute a hash of each sequence's token ids, `[B]` int64, as an identity that does not depend on its place.
 
-    parts: (token ids `[B, T]` integer, mask `[B, T]` bool) of the prompt, of the completion, ...; padding does not
-    matter.
+    Each part is (token ids `[B, T]` integer, mask `[B, T]` bool), for the prompt, the completion and so on. Padding
+    does not matter.
     """
     total = torch.zeros((), dtype=torch.int64, device=parts[0][0].device)
     for number, (ids, mask) in enumerate(parts):
@@ -22,7 +22,7 @@ def sequence_key(*parts: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def token_key(mask: Tensor, sequence_key: Tensor) -> Tensor:
-    """`[B, T]` int64: of each token that counts, by its sequence's key `[B]` and its place among those that count."""
+    """Compute a key `[B, T]` int64 of each token from its sequence's key `[B]` and its place among those that count."""
     return mixed(mask.cumsum(-1) + mixed(sequence_key).unsqueeze(-1))
 
 
@@ -34,7 +34,7 @@ def check_sequence_key(key: Tensor | None, mask: Tensor) -> None:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """The last step of MurmurHash3 (32 bits, held in int64): every bit of x moves about half of the result's."""
+    """Apply the last step of MurmurHash3 (32 bits, held in int64). Flipping a bit of x flips about half of the bits."""
     x = x & _32_BITS
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _32_BITS
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _32_BITS
@@ -44,15 +44,18 @@ def mixed(x: Tensor) -> Tensor:
 def largest(
     score: Tensor, candidates: Tensor, k: Tensor | int, *, key: Tensor | None = None, process_group=None
 ) -> Tensor:
-    """The k candidates with the largest score, all of them if there are fewer: bool, shaped like `candidates`.
+    """Select the k candidates with the largest score, or all if there are fewer.
 
     Args:
         score: `[...]` floating point; a NaN counts as the largest.
         candidates: `[...]` bool.
-        k: how many, of all processes together; a 0-d tensor is not looked at by the host.
-        key: `[...]` int64, of equal scores those with the largest are taken. None, or equal keys: the first ones, in
-            the order of processes, then of the flat index.
+        k: number to select, over all processes together. The host does not read a 0-d tensor.
+        key: `[...]` int64; of equal scores the largest keys are taken. None, or equal keys: the first ones, in the
+            order of processes, then of the flat index.
         process_group: the processes whose tokens count together; they exchange scores and keys. None: this one alone.
+
+    Returns:
+        Bool, shaped like `candidates`.
     """
     flat = torch.where(candidates, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf).reshape(-1)
     key = None if key is None else key.reshape(-1)
@@ -64,7 +67,7 @@ def largest(
 
 
 def gathered(flat: Tensor, process_group) -> tuple[int, Tensor]:
-    """(where this process's part begins, the parts of all processes one after the other) of vectors of any lengths."""
+    """Concatenate vectors of any lengths over the processes. Return (start of this process's part, the whole)."""
     distributed = torch.distributed
     ranks, rank = distributed.get_world_size(process_group), distributed.get_rank(process_group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=flat.device) for _ in range(ranks)]
@@ -78,7 +81,7 @@ def gathered(flat: Tensor, process_group) -> tuple[int, Tensor]:
 
 
 def _places(flat: Tensor, key: Tensor | None) -> Tensor:
-    """Each element's place in the order from the largest to the smallest."""
+    """Return each element's place in the order from the largest to the smallest."""
     if key is None:
         order = flat.argsort(descending=True, stable=True)
     else:

@@ -1,4 +1,4 @@
-"""Which tokens count: selections as bool [B, T], True = counts."""
+"""Make masks of tokens (bool [B, T]): those that count, are kept by entropy, or pass the off-policy test."""
 
 import functools
 import math
@@ -11,20 +11,43 @@ from rlloss.operators import operator
 from rlloss.tokens.exact_k import check_sequence_key, largest, token_key
 from rlloss.torch_kernels import entropy_quantile
 
-# Before 2.14 torch.quantile rounds the position, q (n - 1), to the values' dtype, and takes no more than 2^24 values;
-# later it leaves it in fp64. q is rounded in both: 0.8 in fp32 times 5 is 4.00000006, in which fp32 sees a 4.
+# Before 2.14, torch.quantile rounds the position q (n - 1) to the values' dtype and takes at most 2^24 values. From
+# 2.14 on the position stays in fp64. Both round q: 0.8 in fp32 times 5 is 4.00000006, which fp32 rounds to 4.
 _TORCH_ROUNDS = not torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu").quantile(0.8)
 POSITION = {"rounded_up_to": entropy_quantile.EXACT_IN_FP32 if _TORCH_ROUNDS else 0}
 
 
 def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Tokens [B, T] up to and including the first end-of-sequence token."""
+    """Select the tokens up to and including the first end-of-sequence token.
+
+    Args:
+        completion_ids: `[B, T]` int64 or int32 token ids.
+        eos_token_id: id of the end-of-sequence token.
+
+    Returns:
+        `[B, T]` bool.
+
+    Raises:
+        TypeError: an argument does not fit; the error names it.
+    """
     is_eos = _is_eos(completion_ids, eos_token_id)
     return is_eos.cumsum(-1) - is_eos.to(torch.int64) == 0
 
 
 def not_truncated(completion_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Sequences [B] that ended by themselves: DAPO's overlong filtering (2503.14476) drops the others."""
+    """Select the sequences that contain an end-of-sequence token. DAPO's overlong filtering (2503.14476) drops the
+    others.
+
+    Args:
+        completion_ids: `[B, T]` int64 or int32 token ids.
+        eos_token_id: id of the end-of-sequence token.
+
+    Returns:
+        `[B]` bool.
+
+    Raises:
+        TypeError: an argument does not fit; the error names it.
+    """
     return _is_eos(completion_ids, eos_token_id).any(-1)
 
 
@@ -57,23 +80,29 @@ def _full_precision(x: Tensor) -> Tensor:
 
 
 def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=None) -> Tensor:
-    """The entropy at or above which a token is among the top rho: the (1 - rho) quantile, linearly interpolated.
+    """Compute the cutoff of the top rho by entropy, which is the linearly interpolated (1 - rho) quantile.
 
-    Bit for bit the installed torch's `torch.quantile(entropy[mask].float(), 1 - rho)`, and so TRL's cutoff. Among n
-    sorted values, numbered from 0, it lies at the position (1 - rho)(n - 1), where 1 - rho is rounded to fp32. Before
-    2.14 torch rounds that product to fp32 too, later it does not: of 6 tokens rho 0.2 keeps 2 at position 4 before,
-    and 1 at position 4.00000006 since. More than 2^24 values are never rounded. fp64 entropies: all in fp64.
+    The bits equal those of the installed torch's `torch.quantile(entropy[mask].float(), 1 - rho)`, and so TRL's cutoff.
+    Among n sorted values, numbered from 0, the cutoff lies at the position (1 - rho)(n - 1), where 1 - rho is rounded
+    to fp32. torch before 2.14 rounds the product to fp32 too, later versions do not: of 6 tokens rho 0.2 keeps 2
+    (position 4) before, and 1 (position 4.00000006) since. For more than 2^24 values the position is never rounded.
+    fp64 entropies use fp64 throughout.
 
     Args:
         entropy: `[...]` floating point, in nats.
-        mask: `[...]` bool; only these tokens count. NaN entropies do not.
+        mask: `[...]` bool, True: the token counts. NaN entropies do not count.
         rho: in [0, 1]; 1 gives the smallest entropy, 0 the largest.
-        process_group: ranks whose tokens count together, on one backend and in one dtype (a few sums of at most
-            32 KiB; no entropy travels). None: this process alone.
+        process_group: ranks whose tokens count together, on one backend and in one dtype. They exchange a few sums of
+            at most 32 KiB, but no entropies. None: this process alone.
 
     Returns:
         0-d fp32 tensor (fp64 for fp64 entropies) without gradient; +inf if no token counts. The number of tokens is
-        not limited (torch.quantile's is before 2.14, to 2^24). Source: 2506.01939, Eq. 6.
+        not limited, as it is to 2^24 for torch.quantile before 2.14.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the error names it.
+
+    Source: 2506.01939, Eq. 6.
     """
     entropy = _checked(entropy, mask, rho)
     checks.process_group("process_group", process_group)
@@ -84,12 +113,12 @@ def entropy_cutoff(entropy: Tensor, mask: Tensor, rho: float, *, process_group=N
 
 
 def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k: bool) -> tuple[Tensor, Tensor | None]:
-    """What decides for a token alone whether it is among the top rho: (cutoff, last).
+    """Return (cutoff, last), which decide for each token alone whether it is among the top rho.
 
-    entropy and mask as for `entropy_cutoff`; both results are 0-d, the cutoff fp32 (fp64 for fp64 entropies), `last`
-    int64. Of the tokens that count, those are kept with an entropy that is NaN, above the cutoff, or equal to it: all
-    of these where `last` is None (without `exact_k`), else those whose flat index is at most `last`. The cutoff is +inf
-    and `last` -1 if no token counts.
+    entropy and mask are as for `entropy_cutoff`. Both results are 0-d, the cutoff fp32 (fp64 for fp64 entropies), last
+    int64 or None. A token that counts is kept if its entropy is NaN, above the cutoff or equal to it. With `exact_k`,
+    of the tokens at the cutoff only those with a flat index of at most last are kept; without it last is None. If no
+    token counts, the cutoff is +inf and last is -1.
     """
     if not exact_k:
         return entropy_cutoff(entropy, mask, rho), None
@@ -97,7 +126,7 @@ def top_entropy_selection(entropy: Tensor, mask: Tensor, rho: float, *, exact_k:
 
 
 def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
-    """The entropies without gradient, in full precision: a bf16 entropy would round the cutoff it is compared with."""
+    """Return the entropies without gradient in fp32 or fp64, because bf16 would round the cutoff in comparisons."""
     checks.floating("entropy", entropy)
     checks.boolean("mask", mask)
     checks.same_shape("mask", mask, entropy.shape, "like entropy")
@@ -116,14 +145,31 @@ def top_entropy_mask(
     sequence_key: Tensor | None = None,
     process_group=None,
 ) -> Tensor:
-    """Tokens that count and are among the top rho by entropy: bool, shaped like `mask`.
+    """Select the tokens that count and are among the top rho by entropy.
 
-    By default every token at or above the cutoff (`cutoff`, or the `entropy_cutoff` of these tokens), so ties may keep
-    more: where rho reaches down to the entropies of 0, everything. With `exact_k` n - ceil((1 - rho) (n - 1)) of n, the
-    product in fp32 under every version of torch: rho 0.2 keeps 2 of 6. Of equal entropies the first ones are kept, or
-    with a sequence_key (`[B]` int64, of entropies `[B, T]`) by that: `rlloss.tokens.exact_k.sequence_key` makes it of
-    token ids, and where a sequence stands does not matter then. A NaN entropy is kept: it must show. process_group: the
-    processes whose tokens count together; with `exact_k` they exchange their entropies.
+    By default every token at or above the cutoff is kept. Ties may keep more than rho: if the cutoff is an entropy of
+    0, every token is kept. A NaN entropy is kept, so that it shows.
+
+    Args:
+        entropy: `[...]` floating point, in nats.
+        mask: `[...]` bool, True: the token counts.
+        rho: share in [0, 1].
+        cutoff: smallest entropy to keep, in nats. None: the `entropy_cutoff` of these tokens.
+        exact_k: keep exactly n - ceil((1 - rho) (n - 1)) of n tokens. Every version of torch rounds the product to
+            fp32: rho 0.2 keeps 2 of 6.
+        sequence_key: `[B]` int64 for entropies `[B, T]`, with `exact_k`. It orders equal entropies, so that the place
+            of a sequence does not matter; `rlloss.tokens.exact_k.sequence_key` makes it from token ids. None: the
+            first of equal entropies are kept.
+        process_group: the processes whose tokens count together; with `exact_k` they exchange entropies. None: this
+            process alone.
+
+    Returns:
+        Bool, shaped like `mask`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit or has no effect; the error names it.
+
+    Source: 2506.01939, Eq. 6.
     """
     last, entropy = None, _checked(entropy, mask, rho)
     checks.flag("exact_k", exact_k)
@@ -150,7 +196,7 @@ def top_entropy_mask(
 
 
 def kept_by_entropy(entropy: Tensor, mask: Tensor, cutoff: Tensor | float, last: Tensor | None) -> Tensor:
-    """Tokens [B, T] that count and that (cutoff, last) of `top_entropy_selection` keep."""
+    """Return the tokens [B, T] that count and that (cutoff, last) of `top_entropy_selection` keep."""
     kept = (entropy >= cutoff) | entropy.isnan()
     if last is not None:
         index = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
@@ -159,11 +205,11 @@ def kept_by_entropy(entropy: Tensor, mask: Tensor, cutoff: Tensor | float, last:
 
 
 def off_policy_mask(advantage: Tensor, logp: Tensor, behavior_logp: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """Sequences (or tokens, for advantages per token) to keep: advantage >= 0, or mean behavior_logp - logp of the
-    sequence at most `threshold` (2512.02556 Eq. 9).
+    """Select sequences (or tokens, for an advantage per token) whose surrogate acts (2512.02556 Eq. 9).
 
-    advantage [B, 1] or [B, T], the others [B, T]; returns bool shaped like advantage. A NaN log-probability (a token
-    the sampler could not score) is no evidence and counts as 0.
+    These have advantage >= 0, or a mean of behavior_logp - logp over the sequence of at most `threshold`. advantage is
+    [B, 1] or [B, T], the others are [B, T]; the result is bool, shaped like advantage. A NaN log-probability (a token
+    that the sampler could not score) counts as a difference of 0.
     """
     checks.tokens(logp, advantage, mask, narrow="[B, 1]")
     checks.floating("behavior_logp", behavior_logp)

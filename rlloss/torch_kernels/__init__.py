@@ -1,1 +1,1 @@
-"""The kernels of kernels/ in plain torch: the same files, the same functions."""
+"""This package repeats kernels of kernels/ in plain torch, under the same names of files and functions."""

@@ -1,7 +1,7 @@
-"""The order statistic of the token entropies in plain torch: the twin of kernels/entropy_quantile.py, any device, fp64.
+"""This module is kernels/entropy_quantile.py in plain torch, for any device and also for fp64.
 
-Keys and results are the kernels'. Digits have 11 bits here: three passes, and six for the 64 bits of an fp64 key, where
-the last digit begins with bits that are known already. The host never waits for a GPU.
+Keys and results equal those of the kernels. Digits have 11 bits here, which takes three passes. The 64 bits of an fp64
+key take six, where the last digit starts with known bits. The host never waits for a GPU.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ def entropy_quantile(
     rounded_up_to: int,
     reduce: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
-    """The linearly interpolated (1 - rho) quantile, 0-d, in the entropies' dtype; +inf if nothing counts.
+    """Return the linearly interpolated (1 - rho) quantile, 0-d, in the entropies' dtype; +inf if nothing counts.
 
-    entropy [N] fp32 or fp64; mask [N] bool or None, True = counts; NaN does not count. rounded_up_to: see `position`.
-    `reduce` is called once a pass with the histograms, int64 [2, BINS], to change them in place: their sum over shards
-    gives every shard the quantile of all. Bit for bit torch.quantile of the values that count, but for the sign of a
-    zero.
+    entropy is [N] fp32 or fp64. mask is [N] bool, True: the value counts, or None. NaN does not count. rounded_up_to is
+    that of `position`. Each pass calls `reduce` with the histograms, int64 [2, BINS], to change them in place. If it
+    sums them over shards, every shard gets the quantile of all. The bits equal torch.quantile of the values that count,
+    except the sign of a zero.
     """
     keys, counted = _keys(entropy), _counted(entropy, mask)
     found, n, _ = _select(keys, counted, rho, entropy.dtype, rounded_up_to, reduce)
@@ -39,11 +39,10 @@ def entropy_quantile(
 
 
 def entropy_top_k(entropy: Tensor, mask: Tensor | None, rho: float) -> tuple[Tensor, Tensor]:
-    """(cutoff, last): the k-th largest value, 0-d, and the index of the last one equal to it among the top k, 0-d
-    int64, the first of equal ones being taken. k of n that count, see `top_k`.
+    """Return (cutoff, last): the k-th largest value, 0-d, and the index of the last tie to keep, 0-d int64.
 
-    The top k are those that count with entropy > cutoff, or entropy == cutoff and index <= last. If nothing counts,
-    (+inf, -1).
+    The top k (see `top_k`) are the values that count with entropy > cutoff, or entropy == cutoff and index <= last, so
+    the first of equal values are taken. If nothing counts, the result is (+inf, -1).
     """
     keys, counted = _keys(entropy), _counted(entropy, mask)
     found, n, ties = _select(keys, counted, rho, entropy.dtype, EXACT_IN_FP32, None)
@@ -55,12 +54,12 @@ def entropy_top_k(entropy: Tensor, mask: Tensor | None, rho: float) -> tuple[Ten
 def _select(
     keys: Tensor, counted: Tensor, rho: float, dtype: torch.dtype, rounded_up_to: int, reduce
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(keys of the values next below and above the position [2], how many values count, how many of those that equal
-    the upper one are at or above its rank)."""
+    """Return (keys [2] of the values next below and above the position, number of values that count, number of values
+    equal to the upper one at or above its rank)."""
     found = keys.new_zeros(2)
     n = rank = counts = digit = keys.new_zeros((), dtype=torch.int64)
     for shift, known in _passes(keys.dtype.itemsize * 8):
-        # Bins of the lower rank, of the upper one where the two are apart, and one that nobody reads.
+        # Bins of the lower rank, bins of the upper rank once their keys differ, and one unused bin.
         digits = ((keys >> shift) & (BINS - 1)).long()
         prefix = keys & known
         upper = torch.where(prefix == found[1], digits + BINS, 2 * BINS)
@@ -77,14 +76,14 @@ def _select(
         digit = passed.sum(1).clamp(max=BINS - 1)
         rank = rank - torch.where(passed, counts, 0).sum(1)
         found = found | (digit << shift).to(found.dtype)
-        if keys.device.type == "cpu":  # where the host need not wait, what can no longer be found is left behind
+        if keys.device.type == "cpu":  # the host need not wait, so values that are ruled out can be dropped
             candidates = slot < 2 * BINS
             keys, counted = keys[candidates], counted[candidates]
     return found, n, counts[1].gather(0, digit[1:]).squeeze(0) - rank[1]
 
 
 def _histogram(slot: Tensor) -> Tensor:
-    """int64 [2, BINS]; the last bin, which nobody reads, is left out. bincount is faster, but waits for a GPU."""
+    """Return the histograms, int64 [2, BINS], without the unused last bin. bincount is faster, but waits for a GPU."""
     if slot.device.type == "cpu":
         return slot.bincount(minlength=2 * BINS + 1)[:-1].view(2, BINS)
     one = slot.new_ones(()).expand(slot.shape)
@@ -92,19 +91,20 @@ def _histogram(slot: Tensor) -> Tensor:
 
 
 def _passes(width: int) -> list[tuple[int, int]]:
-    """(shift of the digit, which bits of a key are known by then) for keys of `width` bits."""
+    """Return (shift of the digit, mask of the bits known before) of each pass for keys of `width` bits."""
     shifts = [*range(width - BITS, 0, -BITS), 0]
     return list(zip(shifts, [0, *(-(1 << s) for s in shifts)], strict=False))
 
 
 def position(n: Tensor, rho: float, dtype: torch.dtype, rounded_up_to: int) -> Tensor:
-    """(1 - rho) (n - 1), with 1 - rho in dtype: in fp64, and rounded to dtype where n is at most rounded_up_to."""
+    """Return (1 - rho) (n - 1) in fp64, with 1 - rho in dtype; rounded to dtype if n is at most rounded_up_to."""
     exact = torch.full((), 1.0 - rho, dtype=dtype, device=n.device).double() * (n - 1).clamp(min=0).double()
     return torch.where(n <= rounded_up_to, exact.to(dtype).double(), exact)
 
 
 def top_k(n: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
-    """How many of n are the top rho: n - ceil((1 - rho) (n - 1)), the product rounded as far as fp32 counts exactly."""
+    """Return how many of n values are the top rho, n - ceil((1 - rho) (n - 1)). The product is rounded to dtype as long
+    as fp32 holds n exactly."""
     return n - position(n, rho, dtype, EXACT_IN_FP32).ceil()
 
 
@@ -114,7 +114,7 @@ def _counted(entropy: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _keys(entropy: Tensor) -> Tensor:
-    """Integers whose unsigned order is the order of the values; both zeros are one."""
+    """Return integers whose unsigned order is the order of the values; both zeros have one key."""
     bits = torch.where(entropy == 0, 0.0, entropy).view(_INTEGER[entropy.dtype])
     return bits ^ ((bits >> (entropy.dtype.itemsize * 8 - 1)) | torch.iinfo(bits.dtype).min)
 

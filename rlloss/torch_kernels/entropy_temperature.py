@@ -1,4 +1,4 @@
-"""The twin of `rlloss.kernels.entropy_temperature`."""
+"""This module is `rlloss.kernels.entropy_temperature` in plain torch."""
 
 import math
 
@@ -12,18 +12,18 @@ from rlloss.torch_kernels.token_stats_forward import token_stats_forward
 def temperature_of(
     rule: str, constants: tuple[float, float, float], least: float, entropy: Tensor, candidates: Tensor | None
 ) -> Tensor:
-    """The temperature of a row, shaped like entropy. candidates: its logits above -inf, for "dynatemp"."""
+    """Return the temperature of each row, shaped like entropy. candidates counts logits above -inf, for "dynatemp"."""
     a, b, c = constants
     if rule == "two_level":
         chosen = torch.where(entropy > c, torch.full_like(entropy, a), b)
         found = torch.where(entropy.isnan(), entropy, chosen)
     elif rule == "edt":
-        # An entropy that rounding made negative would be a temperature without bound.
+        # If rounding made an entropy negative, its temperature would have no bound.
         found = torch.where(entropy <= 0, 0.0, a * torch.exp2(b / entropy)).clamp(min=c)
     else:
         assert candidates is not None
         n = candidates.to(entropy.dtype)
-        # entropy - entropy is 0 and keeps a NaN.
+        # entropy - entropy is 0, or NaN for a NaN.
         share = torch.where(n > 1, entropy / n.clamp(min=2).log(), entropy - entropy).clamp(0.0, 1.0)
         found = a + b * share**c
     return torch.where(found < least, 0.0, found)

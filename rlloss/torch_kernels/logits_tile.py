@@ -1,6 +1,6 @@
-"""Tiles of logits in plain torch: what `rlloss.kernels.logits_tile` does, where Triton does not run.
+"""This module is `rlloss.kernels.logits_tile` in plain torch, for machines without Triton.
 
-Same inputs, same outputs and same meaning. Every step is one pass over a tile that lies in the cache.
+Inputs and outputs are the same. Every step is one pass over a tile that lies in the cache.
 """
 
 import math
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from rlloss.torch_kernels.rows import FLOOR, LOG2_E, row_scale
 
-PART_ENTRIES = 1 << 17  # of a part, for each thread
+PART_ENTRIES = 1 << 17  # entries of a part, per thread
 
 
 def _shift(m: Tensor) -> Tensor:
-    """m, and something finite where it is -inf: a row without an entry above -inf."""
+    """Return m, or a finite number where m is -inf because the row has no entry above -inf."""
     return m.clamp(min=torch.finfo(m.dtype).min)
 
 
 def _scale_(t: Tensor, scale: Tensor | float, rows: slice) -> None:
-    """t *= scale in place, where that changes anything."""
+    """Multiply t by scale in place, unless scale is 1."""
     if isinstance(scale, Tensor):
         t.mul_(scale[rows].unsqueeze(-1))
     elif scale != 1.0:
@@ -28,7 +28,7 @@ def _scale_(t: Tensor, scale: Tensor | float, rows: slice) -> None:
 
 
 def _parts(tile: Tensor) -> Iterator[slice]:
-    """Some rows of a tile at a time: what is made of them stays in the cores' own caches."""
+    """Yield a few rows of a tile at a time, so that intermediate results stay in the cores' own caches."""
     rows, C = tile.shape
     step = max(1, PART_ENTRIES * torch.get_num_threads() // C) if tile.is_cpu else rows
     for start in range(0, rows, step):
@@ -46,7 +46,7 @@ def fold_tile(
     extra: bool,
     overwrite: bool,
 ) -> None:
-    """See `rlloss.kernels.logits_tile.fold_tile`. `overwrite`: the tile's values are not needed any more."""
+    """See `rlloss.kernels.logits_tile.fold_tile`. `overwrite` allows the function to overwrite the tile."""
     _, softcap, logit_scale = transform
     u = tile
     if softcap is not None:
@@ -78,7 +78,7 @@ def fold_tile(
         e = torch.exp(t)
         torch.sum(e, -1, out=sum_e[r])
         if entropy:
-            # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
+            # p log p is 0 at p = 0, where the code has 0 * -inf. A NaN of the row itself still shows through s.
             torch.nansum(t.mul_(e), -1, out=sum_et[r])
         if extra:
             torch.sum(e.mul_(e), -1, out=sum_ee[r])
@@ -107,8 +107,8 @@ def gradient_tile(
     if softcap is not None:
         bend = torch.tanh(tile * (logit_scale / softcap))
         u = tile.copy_(bend).mul_(softcap)
-    # With e = exp t, p = e / s and log p = t - log s, a row's gradient is, but for the target's own entry,
-    # e (slope t + level): all that is constant along the row is in these two.
+    # With e = exp t, p = e / s and log p = t - log s, the gradient is e (slope t + level), except at the target's
+    # entry. slope and level are constant along the row.
     t = u.sub_(_shift(m).unsqueeze(-1))
     _scale_(t, scale, slice(None))
     level = torch.zeros_like(m) if g_lse is None else g_lse

@@ -1,4 +1,4 @@
-"""Rows of logits, a cache-sized tile at a time: where they lie, how they are read and written."""
+"""Find, read and write rows of logits in tiles that fit the cache."""
 
 import math
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from torch import Tensor
 
 LOG2_E = 1.0 / math.log(2.0)
 TILE_ENTRIES = 1 << 19  # entries of a tile: 2 MiB in fp32
-FLOOR = {torch.float32: -200.0, torch.float64: -1100.0}  # below it 2^t is 0: then t 2^t reads 0 * FLOOR, not 0 * -inf
-WIDE_ROW = 4096  # from here on, copying scattered rows one by one beats one indexed write
+FLOOR = {torch.float32: -200.0, torch.float64: -1100.0}  # 2^FLOOR is 0, and t 2^t is then 0 * FLOOR, not 0 * -inf
+WIDE_ROW = 4096  # for rows at least this wide, copying scattered rows one by one beats one indexed write
 
 
 def tiles(rows: int | Tensor, V: int) -> Iterator[slice | Tensor]:
-    """Rows 0..rows-1, or the given ascending row numbers: slices where they are consecutive, index tensors elsewhere.
+    """Yield rows 0..rows-1, or the given ascending row numbers, as slices if consecutive, else as index tensors.
 
     A slice is read and written in place, without the copies that an index costs.
     """
@@ -29,7 +29,7 @@ def tiles(rows: int | Tensor, V: int) -> Iterator[slice | Tensor]:
 
 
 def as_matrix(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The memory of logits [..., V] as a matrix, and which of its rows they are, in order (None: all of them)."""
+    """Return the memory of logits [..., V] as a matrix, and the matrix rows of the logits in order (None: all)."""
     V = logits.shape[-1]
     try:
         return logits.view(-1, V), None
@@ -45,7 +45,8 @@ def as_matrix(logits: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def reader(logits: Tensor, dtype: torch.dtype):
-    """A function from row numbers to a row-major tile [rows, V], which may be the logits' own memory: read only."""
+    """Return a function from row numbers to a row-major tile [rows, V]. Do not write to the tile: it may be a view of
+    the logits."""
     matrix, places = as_matrix(logits)
 
     def read(rows: slice | Tensor) -> Tensor:
@@ -54,14 +55,14 @@ def reader(logits: Tensor, dtype: torch.dtype):
             if (rows.diff() == 1).all():
                 rows = slice(int(rows[0]), int(rows[-1]) + 1)
         tile = matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)
-        # The sums of a column-major tile would run in another order and end in other bits.
+        # Sums over a column-major tile would run in another order and give other bits.
         return tile.to(dtype) if tile.stride(-1) == 1 else tile.to(dtype).contiguous()
 
     return read
 
 
 def write(matrix: Tensor, rows: slice | Tensor, tile: Tensor) -> None:
-    """matrix[rows] = tile."""
+    """Set matrix[rows] = tile."""
     if isinstance(rows, slice):
         matrix[rows] = tile
     elif matrix.shape[-1] < WIDE_ROW:
@@ -76,12 +77,12 @@ def softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tenso
 
 
 def row_scale(temperature: Tensor | float, softcap: float | None, logit_scale: float) -> Tensor | float:
-    """What a row is multiplied by after the softcap, as [N] or a number."""
+    """Return the factor of a row after the softcap, as [N] or a number."""
     return (1.0 if softcap is not None else logit_scale) / temperature
 
 
 def exponents(u: Tensor, m: Tensor, scale: Tensor | float, rows: slice | Tensor) -> Tensor:
-    """log2 of e^(scale (u - m)), in memory of its own. m [rows], scale [N] or a number."""
+    """Return log2 of e^(scale (u - m)) as a new tensor. m is [rows], scale [N] or a number."""
     k = scale[rows].unsqueeze(-1) * LOG2_E if isinstance(scale, Tensor) else scale * LOG2_E
     shift = torch.where(m == -math.inf, 0.0, m)
     return (u - shift.unsqueeze(-1)).mul_(k)

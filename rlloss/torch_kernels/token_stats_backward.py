@@ -1,4 +1,4 @@
-"""The twin of `rlloss.kernels.token_stats_backward`."""
+"""This module is `rlloss.kernels.token_stats_backward` in plain torch."""
 
 import math
 
@@ -23,7 +23,7 @@ def token_stats_backward(
     V = logits.shape[-1]
     dtype = saved.dtype
     given = [g for g in coefs if g is not None]
-    live = torch.stack(given).ne(0).any(0)  # NaN != 0: a broken coefficient is live and shows itself
+    live = torch.stack(given).ne(0).any(0)  # NaN != 0, so a broken coefficient is live and shows itself
     if mask is not None:
         live &= mask
     live_rows = live.nonzero().squeeze(-1)
@@ -32,8 +32,8 @@ def token_stats_backward(
     grad = logits if inplace else fresh(logits.shape, dtype=logits.dtype, device=logits.device)
     matrix = grad.view(-1, V)
 
-    # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, a row's gradient is, but for the target's own entry,
-    # e (slope t + level): all that is constant along the row is in these two.
+    # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, the gradient is e (slope t + level), except at the target's
+    # entry. slope and level are constant along the row.
     m, log_s = saved
     scale = row_scale(*transform)
     inside = (target >= 0) & (target < V)

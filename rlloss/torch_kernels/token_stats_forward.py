@@ -1,4 +1,4 @@
-"""The twin of `rlloss.kernels.token_stats_forward`; fp64 logits are computed in fp64."""
+"""This module is `rlloss.kernels.token_stats_forward` in plain torch. It computes fp64 logits in fp64."""
 
 import math
 
@@ -40,7 +40,7 @@ def token_stats_forward(
             total[rows] = u.mean(-1)
             first[rows] = u.argmax(-1)
         if entropy:
-            # p log p is 0 at p = 0, where it reads 0 * -inf. A NaN of the row's own is in s.
+            # p log p is 0 at p = 0, where the code has 0 * -inf. A NaN of the row itself still shows through s.
             w[rows] = t.mul_(e).nansum(-1)
 
     def where_counted(x: Tensor) -> Tensor:
