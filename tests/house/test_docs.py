@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,8 +166,19 @@ def test_the_chinese_pages_say_what_the_english_ones_say(page):
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_a_warning(tmp_path):
+def test_the_site_is_built_without_a_warning_and_searched_offline(tmp_path):
     pytest.importorskip("furo", reason="`make docs` installs what builds the site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser")):
+        pytest.skip("the site was built, but there is no Chromium to search it")
+    for query, page in (
+        ("static_capacity", "own-loop.html"),
+        ("熵崩溃", "zh/remedies.html"),
+        ("崩溃", "zh/concepts.html"),
+    ):
+        browser = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+        url = f"{(tmp_path / 'search.html').as_uri()}?q={query}"
+        found = subprocess.run([*browser, url], capture_output=True, text=True, timeout=120).stdout
+        assert f'<a href="{page}' in found, (query, re.findall(r'<a href="([^"]*)" data-score', found))
