@@ -37,7 +37,7 @@ NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_h
 # Options that accept a fixed set of words.
 CHOICES = {
     "gauges": ("basic", "all"),
-    "lm_head_plan": ("auto", "trl", *PLANS),
+    "lm_head_plan": (*PLANS, "trl"),
     "zero_advantage": ("forward_only", "drop", "keep"),
     "entropy_scope": ("microbatch", "window", "generation"),
     "entropy_denominator": ("all", "kept"),
@@ -128,10 +128,10 @@ class PluginOptions:
     dynamic_sampling_rounds: int = dataclasses.field(
         default=0,
         metadata={
-            "help": "At most so many times per generation batch, groups whose completions all got the same reward give "
-            "way to groups of fresh prompts (dynamic sampling, DAPO 2503.14476), drawn from the training set by `seed` "
-            "and step. Every process has to hold whole groups; text only, without tools. Metrics of generations and "
-            "rewards stay those of the first draw. 0: such groups stay."
+            "help": "Replace groups whose completions all got the same reward by groups of fresh prompts, in at most "
+            "this many rounds per generation batch (dynamic sampling, DAPO 2503.14476). Prompts are drawn from the "
+            "training set by `seed` and step. Every process has to hold whole groups; text only, without tools. "
+            "Metrics of generations and rewards stay those of the first draw. 0: such groups stay."
         },
     )
     reward_conditions: dict | str | None = dataclasses.field(
@@ -186,8 +186,8 @@ class PluginOptions:
     token_log_steps: int = dataclasses.field(
         default=0,
         metadata={
-            "help": "Every so many optimizer steps, write the completions of the step with each token's entropy and "
-            "state to output_dir/tokens, and all metrics to output_dir/metrics.jsonl: `rlloss report output_dir` makes "
+            "help": "Write the completions of every n-th optimizer step with each token's entropy and state to "
+            "output_dir/tokens, and all metrics to output_dir/metrics.jsonl: `rlloss report output_dir` makes "
             "a page of them. About 3 KB a completion. 0: never."
         },
     )

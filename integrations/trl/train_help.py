@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "soft_overlong_cache": ("64", "penalty on the last tokens before max_completion_length, DAPO"),
         "collapse_monitor": ("true", "warn in words when the entropy or a reward collapses"),
         "gauges": ("all", "log 'basic' gauges or 'all'"),
-        "token_log_steps": ("20", "write completions every so many steps, for `rlloss report`"),
+        "token_log_steps": ("20", "write the completions of every 20th step, for `rlloss report`"),
     },
     "memory and speed": {
         "zero_advantage": ("drop", "completions without a signal: 'forward_only', 'drop' or 'keep'"),

@@ -118,7 +118,8 @@ def test_a_trl_that_is_too_new(monkeypatch):
     plugin = pytest.importorskip("rlloss.integrations.trl.compat")
     monkeypatch.setattr(plugin, "IN_TESTED_RANGE", False)
     check = doctor._trl()
-    assert check.remedy == 'pip install "trl>=1.14.0,<1.17.0"' and plugin.trl.__version__ in check.text
+    first, beyond = plugin.TESTED
+    assert check.remedy == f'pip install "trl>={first},<{beyond}"' and plugin.trl.__version__ in check.text
     assert not doctor.Report((check,)).ok
 
 

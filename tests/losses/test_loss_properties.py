@@ -10,14 +10,14 @@ from rlloss import GRPOLoss, LossConfig, policy_loss, token_stats
 from rlloss.backends import backend, triton
 from rlloss.config import KL_ESTIMATORS, CovarianceConfig, SapoConfig, VespoConfig
 from rlloss.tokens.masks import top_entropy_mask
-from tests.support.loss_cases import BACKENDS, FUSED, LENGTH, LOSS_TYPES, READ_BY, converted, make_config
+from tests.support.loss_cases import BACKENDS, FUSED, LENGTH, LOSS_TYPES, OVER, READ_BY, converted, make_config
 from tests.support.rounding import assert_sums_close
 
 COVARIANCES = {
     "clip_cov": [CovarianceConfig(), CovarianceConfig(ratio=0.3, low=0.0), CovarianceConfig(0.3, selection="top")],
     "kl_cov": [CovarianceConfig(), CovarianceConfig(ratio=0.3), CovarianceConfig(ratio=0.3, penalty="k3")],
 }
-SEQUENCE_LOSSES = ("grpo", "sapo", "gspo", "luspo")
+SEQUENCE_LOSSES = [name for name, over in OVER.items() if over.startswith("sequence")]
 
 
 def draw(seed: int, B: int | None = None, T: int | None = None) -> tuple[LossConfig, dict]:

@@ -8,6 +8,7 @@ import torch
 
 from rlloss import GRPOLoss, LossConfig, means, policy_loss, reference, token_stats
 from rlloss.backends import backend
+from rlloss.loss_types import LOSSES
 from tests.support.loss_cases import (
     BACKENDS,
     COVARIANCE,
@@ -65,10 +66,10 @@ def test_loss_and_gradients_are_as_good_as_torchs(loss_type, level, settings):
 
 @pytest.mark.skipif(FUSED not in BACKENDS, reason="needs Triton")
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("loss_type, level", [pair for pair in TYPES_AND_LEVELS if pair[0] not in ("sapo", "vespo")])
+@pytest.mark.parametrize("loss_type, level", [pair for pair in TYPES_AND_LEVELS if LOSSES[pair[0]].kernel])
 def test_so_are_those_of_the_kernel(loss_type, level, per_token):
     """tests/losses/test_token_pass.py compares it with the general path over many more settings."""
-    own = {"max_log_ratio": 0.4} if loss_type in ("cispo", "kl_cov") else {"delta": 1.5, "epsilon_high": 0.2}
+    own = {"delta": 1.5, "epsilon_high": 0.2} if "delta" in LOSSES[loss_type].reads else {"max_log_ratio": 0.4}
     own |= {"top_entropy_quantile": 0.6, "beta": 0.1, "kl_bias_correction": True, "entropy_coef": 0.2}
     config = make_config(loss_type, level, **own)
     assert_as_good_as_torch(config, batch(1, per_token=per_token), "token", torch.float32, FUSED)
@@ -175,7 +176,7 @@ def test_off_policy_sequences_with_a_negative_advantage_are_dropped():
     drift = torch.tensor([0.3, 0.1, 0.9, 0.9])[:, None].expand(4, 3)
     mask = torch.ones(4, 3, dtype=torch.bool)
     for loss_type in LOSS_TYPES:
-        own = {} if loss_type in ("cispo", "sapo", "vespo", "kl_cov") else {"epsilon_low": 1.0}
+        own = {"epsilon_low": 1.0} if "epsilon_low" in LOSSES[loss_type].reads else {}
         config = make_config(loss_type, off_policy_threshold=0.2, **own)
         for given in ({"old_logp": drift}, {"sampler_logp": drift}, {"old_logp": 2 * drift, "sampler_logp": drift}):
             loss = policy_loss(logp, advantage, mask, config=config, **given).loss
@@ -241,7 +242,7 @@ def test_every_metric_is_what_it_says(loss_type, level, on):
                 advantage >= 0, (3 + 2 * log_w - 3 * ratio).exp(), (2 + 3 * log_w - 2 * ratio).exp()
             )[:, :width]  # fmt: skip
             expected["weight"] = phi[counted].sum()
-        elif loss_type not in ("sapo", "kl_cov"):
+        elif LOSSES[loss_type].logs:
             top = 1.3 if loss_type == "cispo" else 1.28
             low = counted & ((ratio < (0.0 if loss_type == "cispo" else 0.8)) & (advantage < 0))[:, :width]
             high = counted & ((ratio > top) & (advantage > 0))[:, :width]

@@ -21,6 +21,7 @@ _OWN_LEVELS = {"gspo": ("sequence",), "vespo": (None,), "clip_cov": ("token",), 
 # of the table.
 READ_BY = {name: {x for x in row.reads if "." not in x} for name, row in LOSSES.items()}
 LOSS_TYPES = tuple(LOSSES)
+SILENCES = ("clip", "sapo", "vespo")  # surrogates whose clip, gate or weight makes a gradient exactly 0
 OVER = {
     **dict.fromkeys(("grpo", "sapo", "gspo"), "sequence means"),
     **dict.fromkeys(("bnpo", "dapo", "cispo", "vespo", "clip_cov", "kl_cov"), "tokens"),
@@ -222,4 +223,4 @@ def settings_of(loss_type: str) -> list[dict]:
         "cispo": [{"epsilon_high": 1.0}, {"epsilon_high": 5.0}],
         "sapo": [{"sapo": SapoConfig(0.3, 4.0)}],
     }
-    return _BOTH + _BOUNDED + kept + own.get(loss_type, _CLIP)
+    return _BOTH + _BOUNDED + kept + own.get(loss_type, _CLIP if "delta" in READ_BY[loss_type] else [])
