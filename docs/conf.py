@@ -46,7 +46,7 @@ FILES = {
 }  # fmt: skip
 PAGES = {file: page for page, file in FILES.items()}
 # Code is left as it is.
-LINK = re.compile(r"^```.*?^```|`[^`\n]+`(?!\])|\]\((?!https?:|#)([^)\s]+)\)", re.M | re.S)
+LINK = re.compile(r"^```.*?^```|`[^`\n]+`|\]\((?!https?:|#)([^)\s]+)\)", re.M | re.S)
 
 
 def as_a_page(app: Sphinx, page: str, source: list[str]) -> None:

@@ -91,7 +91,7 @@ def anchors(text):
 
 def links(page):
     """(target as written, file, anchor) of the links within the repository."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`(?!\])", "", FENCE.sub("", PAGES[page]))):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", FENCE.sub("", PAGES[page]))):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")
             yield target, ((ROOT / page).parent / file if file else ROOT / page).resolve(), anchor
