@@ -17,7 +17,7 @@ from rlloss.rewards.advantages import Condition, group_advantage
 from rlloss.rewards.overlong import SoftOverlongPenalty
 from rlloss.rewards.resolution import reward_resolution
 
-ROUNDING = 1e-2  # more than what TRL leaves of rewards of about 1
+ROUNDING = 1e-2  # more than TRL leaves of an advantage that is 0, where rewards are about 1
 
 
 def add_soft_overlong(trainer: Any) -> None:
@@ -161,19 +161,20 @@ class RewardsToAdvantages:
             advantages = self._advantages(rewards, G, self._token_counts(output))
             output["advantages"] = advantages[process * B : (process + 1) * B]
         elif not rewards.isinf().any():
-            self._restore_zeros(output, self._advantages(rewards, G))
+            limit = ROUNDING * max(1.0, rewards.nan_to_num().abs().max().item())
+            self._restore_zeros(output, self._advantages(rewards, G), limit)
         self.rewards = rewards
         return output
 
-    def _restore_zeros(self, output: dict, exact: Tensor) -> None:
-        """Set the advantages to 0 that TRL leaves at rounding.
+    def _restore_zeros(self, output: dict, exact: Tensor, limit: float) -> None:
+        """Set the advantages to 0 that are 0 in `exact` and that TRL leaves at rounding, below `limit`.
 
         The mean of eight rewards of 0.1 is not 0.1, and the difference is divided by a standard deviation of 0 + 1e-4.
         With GDPO TRL subtracts the mean of the batch last, also from groups that had 0.
         """
         B, process = output["advantages"].shape[0], self.trainer.accelerator.process_index
         theirs, ours = output["advantages"], exact[process * B : (process + 1) * B].to(output["advantages"].device)
-        output["advantages"] = theirs.masked_fill((ours == 0) & (theirs.abs() < ROUNDING), 0.0)
+        output["advantages"] = theirs.masked_fill((ours == 0) & (theirs.abs() < limit), 0.0)
 
     def _log_advantages(self, advantages: Tensor) -> None:
         """Replace the advantages in TRL's table of completions."""
