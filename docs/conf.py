@@ -20,12 +20,10 @@ import rlloss  # noqa: E402
 project, author, copyright = "rlloss", "The rlloss authors", "The rlloss authors, Apache-2.0"
 version = release = rlloss.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
 nitpicky = True  # a missing reference is an error under -W, but for types of other libraries
 nitpick_ignore_regex = [(r"py:.*", r"(?!rlloss\b).*|.*\.LmHead")]
 
 html_theme, html_title = "furo", "rlloss"
-html_theme_options = {"source_directory": "docs/"}
 html_static_path, html_css_files = ["static"], ["site.css"]
 html_show_sourcelink = html_copy_source = False
 

@@ -17,6 +17,7 @@ from docs import draw
 from rlloss import plan
 from rlloss.loss_types import LOSSES, read_by_some
 from rlloss.report import replace_file
+from rlloss.rewards import resolution_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- figures: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
@@ -69,9 +70,9 @@ def options_of_the_plugin() -> list[str]:
 
 
 def groups_of_rewards() -> list[str]:
-    from tests.rewards.test_resolution import markdown
-
-    return markdown().splitlines()
+    """What GRPO and GDPO tell apart of all groups of 2 binary rewards."""
+    lines = ["| generations | groups of rewards | GRPO | GRPO without std | GDPO |", "|---:|---:|---:|---:|---:|"]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in resolution_table(2)]
 
 
 def advantages(title: str) -> list[str]:

@@ -129,6 +129,8 @@ def test_what_is_generated_is_up_to_date():
     """`python -m docs.generate` writes it."""
     shown = {path.relative_to(ROOT).as_posix() for path in generate.pages()}
     assert {"README.md", "docs/performance.md", *(f"docs/losses/{name}.md" for name in LOSSES)} <= shown
+    named = {name for page in shown for _, name, _ in generate.BLOCK.findall(PAGES[page])}
+    assert named == set(generate.BLOCKS)
     for page in shown:
         assert generate.filled(PAGES[page]) == PAGES[page], page
     assert draw.imports() == draw.FILE.read_text(encoding="utf-8")

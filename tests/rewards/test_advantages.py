@@ -337,7 +337,3 @@ def markdown_tables():
             lines.append(f"| {i // G + 1} | ({correct:.0f}, {formed:.0f}) | {cells} |")
         lines.append("")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown_tables())

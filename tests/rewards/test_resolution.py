@@ -276,13 +276,3 @@ def test_the_accuracy_of_a_group_is_the_mean_of_the_first_reward():
     assert group_accuracy(rewards[:, 0], num_generations=4).tolist() == pytest.approx([2 / 3] * 4)
     assert group_accuracy(rewards[:, 1], num_generations=2).isnan().all()
     assert group_accuracy(torch.full((2,), NAN), num_generations=2).isnan().all()
-
-
-def markdown(num_rewards: int = 2) -> str:
-    columns = ("generations", "groups of rewards", "GRPO", "GRPO without std", "GDPO")
-    lines = ["| " + " | ".join(columns) + " |", "|---:|" + "---:|" * (len(columns) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in resolution_table(num_rewards)])
-
-
-if __name__ == "__main__":
-    print(markdown())
