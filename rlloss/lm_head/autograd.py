@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rlloss.backends import backend, choose_backend
 from rlloss.lm_head import vocab_loop
+from rlloss.lm_head.head import Head, Settings
 from rlloss.lm_head.matmul import count_unit
-from rlloss.lm_head.row_subset import Capacity, Picked, Survey, fitting
-from rlloss.lm_head.vocab_loop import Coefs, Head, Kept, Settings, Stats, Wanted
+from rlloss.lm_head.row_subset import Capacity, Hold, Picked, Survey, fitting
+from rlloss.lm_head.vocab_loop import Coefs, Kept, Stats, Wanted
 from rlloss.logits.transform import Transform
 
 # Entered wherever the weight is read, so that an engine that shards the weight can gather it.
@@ -129,13 +130,12 @@ def gradients(
     found = vocab_loop.backward(
         operands(hidden, head, places), head, target, rows.transform(places), stats, coefs, needed
     )
-    return spread_hidden(hidden, found.hidden, places), found.weight, found.bias
+    of_hidden = None if found.hidden is None else spread_hidden(hidden, found.hidden, places)
+    return of_hidden, found.weight, found.bias
 
 
-def spread_hidden(hidden: Tensor, gradient: Tensor | None, places: Picked | None) -> Tensor | None:
+def spread_hidden(hidden: Tensor, gradient: Tensor, places: Picked | None) -> Tensor:
     """Return the gradient of hidden [..., D] from the gradient of some rows."""
-    if gradient is None:
-        return None
     if places is None:
         return gradient.to(hidden.dtype).view(hidden.shape)
     N, D = places.total, hidden.shape[-1]
@@ -144,18 +144,33 @@ def spread_hidden(hidden: Tensor, gradient: Tensor | None, places: Picked | None
     return out.index_copy_(0, places.index, gradient.to(hidden.dtype))[:N].view(hidden.shape)
 
 
-def _forward(hidden, head, rows, counted, keep, wanted, edges=None):
-    """Return (logp, entropy, lse, extra, stats, kept): the first four shaped like target, stats of the rows that count,
-    and the kept logits."""
+def from_jacobian(hidden: Tensor, jacobian: Tensor, held: Picked | None, counted: Picked | None, g: Tensor) -> Tensor:
+    """Return the gradient of hidden [..., D] from d logp / d hidden of the held rows and d loss / d logp [...]."""
+    of_row = flat(g, counted).to(jacobian.dtype)
+    own = (of_row if held is None else held.take(of_row)).unsqueeze(-1)
+    places = counted if held is None else held if counted is None else counted.of(held)
+    # A broken row without a coefficient has a gradient of 0.
+    out = spread_hidden(hidden, (jacobian * own).masked_fill_(own == 0, 0.0), places)
+    if held is not None:
+        # A coefficient outside the held rows is NaN, or an error of the caller.
+        stray = of_row.ne(0).index_fill_(0, held.index, False)
+        stray = spread(stray, counted, g.shape)
+        out = out.masked_fill_(stray.unsqueeze(-1), torch.nan)
+    return out
+
+
+def _forward(hidden, head, rows, counted, hold, wanted):
+    """Return (logp, entropy, lse, extra, stats, held): the first four shaped like target, stats of the rows that count,
+    and what is held."""
     target = flat(rows.target, counted).contiguous()
     count_unit(len(target), *head.weight.shape)
-    stats, kept = vocab_loop.forward(
-        operands(hidden, head, counted), head, target, rows.transform(counted), wanted, keep, edges=edges
-    )  # fmt: skip
+    stats, held = vocab_loop.forward(
+        operands(hidden, head, counted), head, target, rows.transform(counted), wanted, hold
+    )
     shape = rows.target.shape
     extra = spread(stats.extra, counted, shape) if wanted.extra else stats.extra
     logp, entropy, lse = (spread(x, counted, shape) for x in (stats.logp, stats.entropy, stats.lse))
-    return logp, entropy, lse, extra, stats, kept
+    return logp, entropy, lse, extra, stats, held
 
 
 def _backward(hidden, head, rows, counted, stats, grads, kept, needed):
@@ -170,7 +185,7 @@ class How(NamedTuple):
 
     rows: Rows
     counted: Picked | None
-    keep: tuple[Picked | bool, list[int] | None]
+    hold: Hold | None
     wanted: Wanted
     entropy_grad: bool
     settings: Settings
@@ -182,16 +197,17 @@ class LinearTokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, how):
-        rows, counted, keep, wanted, entropy_grad, settings, gather = how
+        rows, counted, hold, wanted, entropy_grad, settings, gather = how
         ctx.set_materialize_grads(False)
         with plain(hidden.device), gather():
             head = Head(weight, bias, *settings)
-            logp, entropy, lse, extra, stats, ctx.kept = _forward(hidden, head, rows, counted, keep[0], wanted, keep[1])
+            logp, entropy, lse, extra, stats, held = _forward(hidden, head, rows, counted, hold, wanted)
+        ctx.kept, jacobian = (held, None) if isinstance(held, Kept) else (None, held)
         ctx.save_for_backward(
             hidden, weight, bias, rows.target, rows.temperature if isinstance(rows.temperature, Tensor) else None,
-            stats.saved, stats.entropy if entropy_grad else None,
+            stats.saved, stats.entropy if entropy_grad else None, jacobian,
         )  # fmt: skip
-        ctx.rest, ctx.backend = (rows, counted, settings, gather), choose_backend(hidden)
+        ctx.rest, ctx.backend = (rows, counted, hold, settings, gather), choose_backend(hidden)
         ctx.mark_non_differentiable(extra, *(() if entropy_grad else (entropy,)))
         return logp, entropy, lse, extra
 
@@ -201,9 +217,11 @@ class LinearTokenStats(torch.autograd.Function):
         grads = (g_logp, g_entropy, g_lse)
         if all(g is None for g in grads):
             return (None,) * 4
-        hidden, weight, bias, _, _, saved, entropy = ctx.saved_tensors
+        hidden, weight, bias, _, _, saved, entropy, jacobian = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward computes the logits again
-        rows, counted, settings, gather = ctx.rest
+        rows, counted, hold, settings, gather = ctx.rest
+        if jacobian is not None and g_entropy is None and g_lse is None:
+            return from_jacobian(hidden, jacobian, hold.rows, counted, g_logp), None, None, None
         with plain(hidden.device), gather(), backend(ctx.backend):
             head = Head(weight, bias, *settings)
             found = _backward(hidden, head, rows, counted, (saved, entropy), grads, kept, ctx.needs_input_grad[:3])
@@ -232,7 +250,7 @@ def linear_token_stats_op(
         rows = _rows(target, temperatures, temperature, softcap, logit_scale, capacity)
         head, counted = Head(weight, bias, dtype, batch_invariant), counted_rows(target, mask, rows.capacity)
         wanted = Wanted(entropy, extra)
-        logp, entropy_out, lse, more, stats, _ = _forward(hidden, head, rows, counted, False, wanted)
+        logp, entropy_out, lse, more, stats, _ = _forward(hidden, head, rows, counted, None, wanted)
         more = more.view(3, *_extra_shape(target, extra))
         return logp, entropy_out, lse, spread(stats.saved, counted, target.shape), more
 

@@ -17,14 +17,16 @@ from rlloss.lm_head.autograd import (
     counted_rows,
     linear_token_stats_op,
 )
-from rlloss.lm_head.plans import PLANS, PlanReport, Work, make_plan
-from rlloss.lm_head.row_subset import Capacity, Picked, Survey
-from rlloss.lm_head.vocab_loop import Settings, Wanted
+from rlloss.lm_head.head import Settings
+from rlloss.lm_head.plans import HELD, PLANS, HeadOptions, PlanReport, Work, make_plan
+from rlloss.lm_head.row_subset import Capacity, Hold, Picked, Survey
+from rlloss.lm_head.vocab_loop import Wanted
 from rlloss.lm_head.vocab_parallel import shard_of
 from rlloss.logits.statistics import EXTRA, LOCAL_ROWS, TokenStats, as_asked, check_outputs, check_rows
 from rlloss.logits.transform import Transform
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
+MORE_THAN_LOGP = "a gradient may also come from the entropy or lse, for which the logits are needed again"
 # FSDP averages the gradients of the ranks. full_tensor() alone drops the gradients of the other ranks.
 WHOLE = (
     "call inside the forward of FSDP2's root module, which gathers it; or give .to_local() with vocab_group, where the "
@@ -50,28 +52,20 @@ class HeadInputs(NamedTuple):
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
 
 
-class HeadOptions(NamedTuple):
-    """Options of `linear_token_stats`, described there. memory_budget is in bytes."""
-
-    plan: str = "auto"
-    memory_budget: int | None = None
-    batch_invariant: bool = False
-    vocab_group: Any = None
-    static_capacity: tuple[int, int] | None = None
-
-
 class Expected(NamedTuple):
     """Knowledge of a loss about the gradient, before the forward.
 
     candidates is a bool tensor like target, True for rows that may get a gradient; None: all. live_share is the share
     of the candidates that is expected to get one, known_share the share of the rows that count. no_gradient_in_forward
-    is the reason that forbids the plan "gradient_in_forward", or None.
+    is the reason that forbids the plan "gradient_in_forward", or None. logp_alone tells whether only logp gets a
+    gradient.
     """
 
     candidates: Tensor | None = None
     live_share: float | None = None
     no_gradient_in_forward: str | None = ONLY_WITH_A_LOSS
     known_share: float | None = None
+    logp_alone: bool = False
 
 
 NOTHING_EXPECTED = Expected()
@@ -97,8 +91,7 @@ class Call(NamedTuple):
     """Checked arguments, the rows that count and the plan. The last three fields are unknown while compiling and for
     tensors without values.
 
-    keep holds the rows whose logits the forward keeps (the candidates among the rows that count, or True for all rows,
-    or False for none), and the number of kept rows before each chunk of rows.
+    hold is what the forward holds of the candidates among the rows that count.
     """
 
     hidden: Tensor
@@ -110,7 +103,7 @@ class Call(NamedTuple):
     gather: Gather
     counted: Picked | None = None
     report: PlanReport | None = None
-    keep: tuple[Picked | bool, list[int] | None] = (False, None)
+    hold: Hold | None = None
 
     def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
         check_outputs(outputs, entropy_grad)
@@ -125,7 +118,7 @@ class Call(NamedTuple):
                 None if capacity is None else list(capacity),
             )  # fmt: skip
         else:
-            how = How(self.rows, self.counted, self.keep, wanted, entropy_grad, self.settings, self.gather)
+            how = How(self.rows, self.counted, self.hold, wanted, entropy_grad, self.settings, self.gather)
             logp, entropy, lse, extra = LinearTokenStats.apply(self.hidden, self.weight, self.bias, how)  # type: ignore[misc]
         return as_asked(outputs, entropy_grad, logp, entropy, lse, extra)
 
@@ -172,9 +165,9 @@ def prepare(
     if not has_values or not inputs.needs_gradient:
         expected = expected._replace(candidates=None)
     known = inputs if has_values else inputs._replace(mask=None)
-    report, counted, keep = choose(known, (V if shard is None else shard.largest, D), options, expected, capacity)
+    report, counted, hold = choose(known, (V if shard is None else shard.largest, D), options, expected, capacity)
     # Without values only shapes are needed. They are the same for every plan, and the operator returns them.
-    return call._replace(counted=counted, report=report, keep=keep) if has_values else call
+    return call._replace(counted=counted, report=report, hold=hold) if has_values else call
 
 
 def choose(
@@ -183,13 +176,13 @@ def choose(
     options: HeadOptions,
     expected: Expected,
     capacity: Capacity | None,
-) -> tuple[PlanReport, Picked | None, tuple[Picked | bool, list[int] | None]]:
-    """Return the plan of a call, the rows that count and the rows to keep (see `Call`). One host sync at most.
+) -> tuple[PlanReport, Picked | None, Hold | None]:
+    """Return the plan of a call, the rows that count and what to hold (see `Call`). One host sync at most.
 
     shape is (V, D) of the weight, or of the largest shard. Only the shape of the target matters.
     """
     hidden, weight, target, mask = inputs.hidden, inputs.weight, inputs.target, inputs.mask
-    N, why_not = target.numel(), expected.no_gradient_in_forward
+    N, forbidden = target.numel(), why_not(inputs, options, expected)
     if capacity is None:
         chunk = vocab_loop.chunk_rows(hidden.device, shape[0], options.batch_invariant)
         survey = Survey(N, mask, expected.candidates, chunk)
@@ -200,18 +193,32 @@ def choose(
         survey, counted = None, counted_rows(target, mask, capacity)
         rows = count = N if counted is None else len(counted)
         live = min(capacity.live, rows) / max(rows, 1)
-        why_not = why_not or "its chunks of rows have no static_capacity of their own"
     work = Work(
-        rows, count, *shape, live if expected.known_share is None else expected.known_share,
+        N, rows, count, *shape, live if expected.known_share is None else expected.known_share,
         (hidden.requires_grad, weight.requires_grad), weight.element_size(), 8 if hidden.dtype == torch.float64 else 4,
-        hidden.device, options.batch_invariant,
+        hidden.device, options,
     )  # fmt: skip
-    forbidden = {"gradient_in_forward": why_not}
-    report = make_plan(work, options.plan, options.memory_budget, forbidden, needs_gradient=inputs.needs_gradient)
-    if report.plan != "keep" or count == 0:
-        return report, counted, (False, None)
+    report = make_plan(work, forbidden, needs_gradient=inputs.needs_gradient)
+    what = HELD.get(report.plan)
+    if what is None or count == 0:
+        return report, counted, None
     some = None if survey is None else survey.candidates(counted)
-    return report, counted, (True, None) if some is None or survey is None else (some, survey.edges)
+    return report, counted, Hold(what) if some is None or survey is None else Hold(what, some, survey.edges)
+
+
+def why_not(inputs: HeadInputs, options: HeadOptions, expected: Expected) -> dict[str, str | None]:
+    """Return {plan: reason that forbids it for these inputs, or None}."""
+    trained = [name for name in ("weight", "bias") if (x := getattr(inputs, name)) is not None and x.requires_grad]
+    jacobian = None
+    if trained:
+        jacobian = f"the {trained[0]} gets a gradient"
+    elif not expected.logp_alone and options.plan == "auto":
+        jacobian = MORE_THAN_LOGP
+    forbidden = {"gradient_in_forward": expected.no_gradient_in_forward, "jacobian": jacobian}
+    if options.static_capacity is not None:
+        for name in forbidden:
+            forbidden[name] = forbidden[name] or "it has no static_capacity of its own"
+    return forbidden
 
 
 def check_capacity(

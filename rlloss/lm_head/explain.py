@@ -74,7 +74,7 @@ def explain_plan(
     inputs = HeadInputs(hidden, weight, hidden[..., 0], bias, mask if readable else None)
     expected = Expected(
         some if inputs.needs_gradient else None, None if config is None else config.top_entropy_quantile, why_not,
-        live_share,
+        live_share, config is not None and config.entropy_coef == 0.0,
     )  # fmt: skip
     capacity = check_capacity(static_capacity, inputs.target, mask)
     return choose(inputs, (weight.shape[0], weight.shape[1]), options, expected, capacity)[0]

@@ -17,9 +17,10 @@ from rlloss.config import LossConfig
 from rlloss.lm_head import vocab_loop
 from rlloss.lm_head.autograd import compute_dtype, flat, gradients, operands, plain, spread, spread_hidden
 from rlloss.lm_head.call import Call, Expected, HeadInputs, HeadOptions, check_head, prepare
+from rlloss.lm_head.head import Head
 from rlloss.lm_head.matmul import count_unit
-from rlloss.lm_head.row_subset import Picked
-from rlloss.lm_head.vocab_loop import Coefs, Gradients, Head, Stats, Wanted
+from rlloss.lm_head.row_subset import Hold, Picked
+from rlloss.lm_head.vocab_loop import Coefs, Gradients, Kept, Stats, Wanted
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import row_local
 from rlloss.losses.inputs import AwaitingLogp
@@ -137,8 +138,8 @@ class _Made:
         self.held = _Held(*(into[1:] if into else (None, None)))
         for start in range(0, n, step):
             r = slice(start, min(start + step, n))
-            stats, kept = vocab_loop.forward(h[r], head, target[r], transform.of(r), Wanted(), keep=True, tile_of=tile)
-            assert kept is not None
+            stats, kept = vocab_loop.forward(h[r], head, target[r], transform.of(r), Wanted(), Hold("logits"), tile)
+            assert isinstance(kept, Kept)
             self.logp[r], self.entropy[r], self.saved[:, r] = stats.logp, stats.entropy, stats.saved
             self._ask(given, r, counted, rows.target.shape)
             coefs = Coefs(self.coefs[0, r], self.coefs[1, r] if entropy_grad else None, None)
@@ -197,7 +198,7 @@ def prepare_loss(
     checks.same_device("advantage", advantage, mask, "mask")
     expected = Expected(
         candidates(advantage, mask, config), config.top_entropy_quantile,
-        why_not_in_forward(hidden, weight, config, cutoff, denominator),
+        why_not_in_forward(hidden, weight, config, cutoff, denominator), logp_alone=config.entropy_coef == 0.0,
     )  # fmt: skip
     return prepare(inputs, options, expected)
 

@@ -1,24 +1,40 @@
 """Choose how to compute the loss from hidden states: compute the cost of each plan and take the best that fits.
 
-A share r of the n rows that count is live. The unit is one matrix product for the logits of all n rows. The forward
-takes 1. The backward takes r each for hidden and weight, and r more to compute the logits again. Products and memory::
+A share r of the n rows that count is live; c is the share that may be, as known before the forward. g is 1 if the
+weight gets a gradient, else 0. The unit is one matrix product for the logits of all n rows. Products and memory::
 
-    recompute             1 + 3 r    no memory beyond a tile
-    keep                  1 + 2 r    the logits of the rows that may get a gradient
-    gradient_in_forward   1 + 2 r    the gradients of hidden and weight, from the forward on
+    recompute             1 + r (2 + g)    no memory beyond a tile
+    keep                  1 + r (1 + g)    the logits of the rows that may get a gradient
+    gradient_in_forward   1 + r (1 + g)    the logits of a chunk of rows, and the weight's gradient in the sums' dtype
+    jacobian              1 + c            d logp / d hidden of the rows that may get a gradient; only if g is 0
 
-Under every plan the forward reads each entry of a tile of logits once. The backward reads those of live rows once and
-writes their gradient once. `tests/lm_head/test_counts.py` counts both.
+Under every plan the forward reads each entry of a tile of logits once ("jacobian" twice). The backward reads those of
+live rows once and writes their gradient once. `tests/lm_head/test_counts.py` counts both.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
 from rlloss import checks
 from rlloss.lm_head import vocab_loop
 
-PLANS = ("recompute", "keep", "gradient_in_forward")
+PLANS = ("recompute", "keep", "gradient_in_forward", "jacobian")
+HELD = {"keep": "logits", "jacobian": "jacobian"}  # what a plan holds of rows; see `row_subset.Hold`
+SHARE_OF_MEMORY = 16
+ASSUMED_GPU = 80 * 2**30  # bytes of the GPU that stands for the device "meta"
+OTHER_DEVICE = 2**30
+
+
+class HeadOptions(NamedTuple):
+    """Options of `linear_token_stats`, described there. memory_budget is in bytes."""
+
+    plan: str = "auto"
+    memory_budget: int | None = None
+    batch_invariant: bool = False
+    vocab_group: Any = None
+    static_capacity: tuple[int, int] | None = None
 
 
 class PlanReport(NamedTuple):
@@ -54,8 +70,10 @@ class PlanReport(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Inputs of the cost. needed tells whether hidden and weight get a gradient."""
+    """Inputs of the cost. columns counts all rows, with those that do not count. needed tells whether hidden and weight
+    get a gradient."""
 
+    columns: int
     rows: int
     candidates: int
     V: int
@@ -65,24 +83,39 @@ class Work(NamedTuple):
     weight_bytes: int  # per entry
     sum_bytes: int
     device: torch.device
-    batch_invariant: bool
+    options: HeadOptions
 
 
-def default_budget(V: int, D: int) -> int:
-    """Return half the bytes of an fp32 gradient of the weight: the logits of D / 2 rows fit, and raise the peak of the
-    backward by at most half."""
-    return 2 * V * D
+@functools.cache
+def _memory(kind: str, index: int | None) -> int:
+    """Return the bytes that a plan may take of a device by default."""
+    if kind == "meta":
+        return ASSUMED_GPU // SHARE_OF_MEMORY
+    if kind not in ("cuda", "xpu"):
+        return OTHER_DEVICE
+    return getattr(torch, kind).get_device_properties(index).total_memory // SHARE_OF_MEMORY
 
 
-def make_plan(
-    work: Work, plan: str, memory_budget: int | None, forbidden: dict[str, str | None], *, needs_gradient: bool
-) -> PlanReport:
+def default_budget(work: Work) -> int:
+    """Return the bytes that a plan may hold by default: a third of what plain logits hold, at most a sixteenth of the
+    GPU's memory (1 GiB elsewhere), and half an fp32 gradient of the weight.
+
+    Plain logits hold 12 bytes for each of columns * V entries. The result is the same in every step of a run in which
+    the batch has one shape. Ranks that share a vocabulary count on 1 GiB, since they must take the same plan.
+    """
+    device = work.device if work.options.vocab_group is None else torch.device("cpu")
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    return 2 * work.V * work.D + min(4 * work.columns * work.V, _memory(device.type, index))
+
+
+def make_plan(work: Work, forbidden: dict[str, str | None], *, needs_gradient: bool) -> PlanReport:
     """Return the requested plan, or with "auto" the one with the fewest products whose bytes fit the budget.
 
     forbidden is {plan: reason that forbids it here, or None}. Raises ValueError if the requested plan is not possible.
     """
-    budget = default_budget(work.V, work.D) if memory_budget is None else memory_budget
-    tile_rows, width = vocab_loop.tile_shape(work.rows, work.V, work.device, work.batch_invariant)
+    plan, given = work.options.plan, work.options.memory_budget
+    budget = default_budget(work) if given is None else given
+    tile_rows, width = vocab_loop.tile_shape(work.rows, work.V, work.device, work.options.batch_invariant)
     r, gradients = work.live_share, sum(work.needed)
     chunks = -(-work.rows // tile_rows)
     chunk_logits = min(work.rows, tile_rows) * work.V * work.sum_bytes
@@ -91,12 +124,13 @@ def make_plan(
         "recompute": (1 + r * (1 + gradients), 0),
         "keep": (1 + r * gradients, work.candidates * work.V * work.sum_bytes),
         "gradient_in_forward": (1 + r * gradients, chunk_logits + max(0, wider)),
+        "jacobian": (1 + work.candidates / max(work.rows, 1), work.candidates * work.D * work.sum_bytes),
     }
     alternatives = {}
     for name, (products, extra) in costs.items():
         why_not = forbidden.get(name)
         # The default budget does not limit a plan that was requested explicitly.
-        limited = memory_budget is not None or plan == "auto"
+        limited = given is not None or plan == "auto"
         if why_not is None and extra > budget and limited:
             why_not = f"it needs {size_text(extra)}, and the memory budget is {size_text(budget)}"
         alternatives[name] = (products, extra, why_not)

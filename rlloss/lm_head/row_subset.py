@@ -65,6 +65,28 @@ class Picked:
         return Picked(inner.take(self.index).masked_fill_(inner.index == inner.total, self.total), self.total, beyond)
 
 
+class Hold(NamedTuple):
+    """What the forward holds for the backward ("logits" or "jacobian"), and of which rows (None: all that count).
+
+    For a subset, edges is the number of its rows before each chunk of rows.
+    """
+
+    what: str
+    rows: Picked | None = None
+    edges: list[int] | None = None
+
+    def count(self, n: int) -> int:
+        """Return the number of rows that are held, of n that count."""
+        return n if self.rows is None else len(self.rows)
+
+    def of_chunk(self, chunk: int, r: slice) -> tuple[slice, Tensor | None]:
+        """Return where the held rows of a chunk, rows r, are among the held ones and within the chunk (None: all)."""
+        if self.rows is None or self.edges is None:
+            return r, None
+        own = slice(self.edges[chunk], self.edges[chunk + 1])
+        return own, self.rows.index[own] - r.start
+
+
 def positions(flags: Tensor, n: int) -> Tensor:
     """Return the positions of the first n set flags [N], filled up with N if there are fewer. No host sync."""
     N = len(flags)

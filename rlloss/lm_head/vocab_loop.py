@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rlloss import backends
+from rlloss.lm_head.head import Head
+from rlloss.lm_head.jacobian import JacobianSum
 from rlloss.lm_head.matmul import multiply
-from rlloss.lm_head.row_subset import Picked
-from rlloss.lm_head.vocab_parallel import Shard
+from rlloss.lm_head.row_subset import Hold, Picked
 from rlloss.logits.transform import Transform
 from rlloss.torch_kernels.rows import LOG2_E, row_scale
 
@@ -23,43 +24,6 @@ STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
 CPU_ROWS, CPU_WIDTH = 1024, 2048
 INVARIANT_ROWS = {"cpu": 128}
 GPU_INVARIANT_ROWS = 512
-
-
-class Settings(NamedTuple):
-    """compute_dtype is the dtype of rounded operands. shard is this rank's part of the vocabulary, or None."""
-
-    compute_dtype: torch.dtype
-    batch_invariant: bool = False
-    shard: Shard | None = None
-
-
-class Head(NamedTuple):
-    """weight [V, D] and bias [V] or None (with a `shard` those of this rank), then the fields of `Settings`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    compute_dtype: torch.dtype
-    batch_invariant: bool = False
-    shard: Shard | None = None
-
-    @property
-    def V(self) -> int:
-        """Number of entries of the whole vocabulary."""
-        return len(self.weight) if self.shard is None else self.shard.total
-
-    @property
-    def offset(self) -> int:
-        """First vocabulary entry of this rank."""
-        return 0 if self.shard is None else self.shard.offset
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Return x as an operand of a product: rounded to the compute dtype, then widened unless on a GPU."""
-        x = x.to(self.compute_dtype)
-        return x if x.is_cuda else x.to(self.sum_dtype)
 
 
 class Wanted(NamedTuple):
@@ -161,15 +125,13 @@ def forward(
     target: Tensor,
     transform: Transform,
     wanted: Wanted,
-    keep: Picked | bool = False,
+    hold: Hold | None = None,
     tile_of: tuple[int, int] | None = None,
-    edges: list[int] | None = None,
-) -> tuple[Stats, Kept | None]:
-    """Return statistics, and the logits of the rows `keep`, from hidden [N, D] (an operand) and target [N].
+) -> tuple[Stats, Kept | Tensor | None]:
+    """Return statistics, and what to `hold` of its rows, from hidden [N, D] (an operand) and target [N].
 
-    target and a per-row temperature are contiguous. keep=True keeps all rows. For rows to keep, edges is the number of
-    them before each chunk of `chunk_rows`. tile_of is the shape of the tile if these rows are part of more rows; None:
-    `tile_shape` of these rows.
+    target and a per-row temperature are contiguous. Held logits are `Kept`, a held Jacobian is d logp / d hidden of
+    those rows. tile_of is the shape of the tile if these rows are part of more rows; None: `tile_shape` of these rows.
     """
     n, V = len(hidden), len(head.weight)
     rows, width = tile_shape(n, V, hidden.device, head.batch_invariant) if tile_of is None else tile_of
@@ -179,14 +141,15 @@ def forward(
     state[5].fill_(-math.inf)
     kept: list[Tensor | None] = []
     buffer = None
-    some_of = edges if isinstance(keep, Picked) else None
+    keep = hold if hold is not None and hold.what == "logits" else None
+    jacobian = None if hold is None or keep is not None else JacobianSum(hold, hidden, head, target, transform)
     for start, stop in blocks(V, width) if n else ():
         w = head.operand(head.weight[start:stop])
-        whole = torch.empty((n, stop - start), dtype=dtype, device=hidden.device) if keep is True else None
-        some = None
-        if some_of is not None:
-            some = torch.empty((some_of[-1], stop - start), dtype=dtype, device=hidden.device)
-        for r in _chunks(n, rows):
+        whole = some = None
+        if keep is not None:
+            held = torch.empty((keep.count(n), stop - start), dtype=dtype, device=hidden.device)
+            whole, some = (held, None) if keep.rows is None else (None, held)
+        for chunk, r in enumerate(_chunks(n, rows)):
             R = r.stop - r.start
             if whole is not None and not head.batch_invariant:
                 tile = whole[r]
@@ -201,9 +164,11 @@ def forward(
             if whole is not None and head.batch_invariant:
                 whole[r] = tile
             if some is not None:
-                assert isinstance(keep, Picked) and some_of is not None
-                first, last = some_of[r.start // rows], some_of[r.start // rows + 1]
-                torch.index_select(tile, 0, keep.index[first:last] - r.start, out=some[first:last])
+                assert keep is not None
+                own, inside = keep.of_chunk(chunk, r)
+                assert inside is not None
+                torch.index_select(tile, 0, inside, out=some[own])
+            before = None if jacobian is None else state[0, r].clone()
             folder.fold_tile(
                 tile,
                 head.offset + start,
@@ -211,16 +176,21 @@ def forward(
                 state[:, r],
                 transform.of(r),
                 **wanted._asdict(),
-                overwrite=whole is None,
+                overwrite=whole is None and jacobian is None,
             )
-        kept.append(whole if whole is not None else some)
+            if jacobian is not None:
+                assert before is not None
+                jacobian.add(chunk, r, tile, w, start, (before, state[0, r]))
+        kept.append(whole if some is None else some)
+    of_rank = state[0]
     if head.shard is not None:
         scale = row_scale(*transform)
         state = head.shard.merge(state, scale * LOG2_E)
     stats = _finish(state, head.V, target, transform, wanted)
-    if keep is False:
-        return stats, None
-    return stats, Kept(kept, keep if isinstance(keep, Picked) else None)
+    if jacobian is not None:
+        m, log_s = stats.saved
+        return stats, jacobian.finished(of_rank, m, log_s, stats.logp, state[6])
+    return stats, None if keep is None else Kept(kept, keep.rows)
 
 
 def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted: Wanted) -> Stats:
