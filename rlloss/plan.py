@@ -173,9 +173,9 @@ def head_costs(
         way("Liger 0.8.5, chunked loss", (3 + g) * N / n, 4 * min(tokens, LIGER_TILE[0]) * min(V, LIGER_TILE[1])),
     ]
     place = "meta" if device == "cuda" else "cpu"
-    hidden, weight = (torch.empty((), dtype=DTYPES[dtype], device=place).expand(rows, D) for rows in (n, V))
+    hidden, weight = (torch.empty((), dtype=DTYPES[dtype], device=place).expand(rows, D) for rows in (N, V))
     report = explain_plan(
-        hidden.requires_grad_(), weight.requires_grad_(not frozen_head),
+        hidden.requires_grad_(), weight.requires_grad_(not frozen_head), mask=torch.arange(N) < n,
         config=LossConfig("dapo", top_entropy_quantile=rho), live_share=rho, memory_budget=budget,
     )  # fmt: skip
     for name in PLANS:

@@ -61,7 +61,7 @@ def bare_products(case: Case, *, again: bool, tiled: bool) -> Callable[[], Calla
         return backward
 
     def backward() -> Tensor:
-        d_weight = vocab_loop.fresh_gradient(like)
+        d_weight = vocab_loop.fresh_gradient(like, like.dtype)
         with operands_in(case.weight.dtype, hidden):
             for start in range(0, V, width):
                 w = W[start : start + width]

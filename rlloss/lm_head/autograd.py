@@ -121,7 +121,7 @@ def gradients(
     if rows.capacity is not None or len(live) < n:
         stats = _stats_of(stats, live)
         if kept is not None:
-            vocab_loop.keep_only(kept, live)
+            vocab_loop.keep_only(kept, live, len(head.weight))
     if kept is not None:
         stats = stats._replace(logits=kept.blocks)
     if rows.capacity is None and len(live) == rows.target.numel():

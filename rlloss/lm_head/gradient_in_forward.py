@@ -20,7 +20,7 @@ from rlloss.lm_head.call import Call, Expected, HeadInputs, HeadOptions, check_h
 from rlloss.lm_head.head import Head
 from rlloss.lm_head.matmul import count_unit
 from rlloss.lm_head.row_subset import Hold, Picked
-from rlloss.lm_head.vocab_loop import Coefs, Gradients, Kept, Stats, Wanted
+from rlloss.lm_head.vocab_loop import Coefs, Kept, Stats, Sums, Wanted
 from rlloss.loss_types import LOSSES
 from rlloss.losses.aggregate import row_local
 from rlloss.losses.inputs import AwaitingLogp
@@ -87,10 +87,11 @@ class _GradientInForward(torch.autograd.Function):
 class _Held:
     """Gradients for an incoming gradient of 1, of some rows of hidden (fp32 at least), of weight and of bias."""
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None):
+    def __init__(self):
         self.hidden: list[Tensor] = []
         self.places: list[Tensor] = []
-        self.weight, self.bias = weight, bias
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self.any_live = False
 
     def scaled(self, factor, hidden, weight, bias, counted):
@@ -103,17 +104,20 @@ class _Held:
                 places = counted.of(places)
             gradient = torch.cat(self.hidden) if len(self.hidden) > 1 else self.hidden[0]
             of_hidden = spread_hidden(hidden, gradient.mul_(factor), None if len(places) == N else places)
-        # Without a live row the gradient is 0 even if the factor is inf or NaN.
-        for g in (self.weight, self.bias):
-            if g is None:
-                continue
-            for part in g.split(_PART) if self.any_live else ():
-                # Multiplied in fp32 or fp64: in bf16 the factor itself would be rounded.
-                part.copy_(part.to(factor.dtype).mul_(factor))
-        of_weight, of_bias = (
-            None if g is None else g.to(x.dtype) for g, x in ((self.weight, weight), (self.bias, bias))
-        )
-        return of_hidden, of_weight, of_bias
+        return of_hidden, *(self._scaled(g, x, factor) for g, x in ((self.weight, weight), (self.bias, bias)))
+
+    def _scaled(self, g: Tensor | None, like: Tensor, factor: Tensor) -> Tensor | None:
+        """Return factor * g in the dtype of `like`."""
+        if g is None:
+            return None
+        out = g if g.dtype == like.dtype else torch.empty_like(g, dtype=like.dtype)
+        if not self.any_live:
+            # The gradient is 0 even if the factor is inf or NaN.
+            return out.zero_()
+        for part, into in zip(g.split(_PART), out.split(_PART), strict=True):
+            # Multiplied in fp32 or fp64: in bf16 the factor itself would be rounded.
+            torch.mul(part.to(factor.dtype), factor, out=into)
+        return out
 
 
 class _Made:
@@ -134,8 +138,8 @@ class _Made:
         # A single chunk writes its product straight into the weight's gradient. Several are added up in fp32. So is an
         # fp16 gradient, which would underflow before it is scaled.
         adds_up = n > step or any(x is not None and x.dtype == torch.float16 for x in (head.weight, head.bias))
-        into = Gradients(None, zeros(V, D) if needed[1] else None, zeros(V) if needed[2] else None) if adds_up else None
-        self.held = _Held(*(into[1:] if into else (None, None)))
+        into = None
+        self.held = _Held()
         for start in range(0, n, step):
             r = slice(start, min(start + step, n))
             stats, kept = vocab_loop.forward(h[r], head, target[r], transform.of(r), Wanted(), Hold("logits"), tile)
@@ -146,15 +150,17 @@ class _Made:
             live = coefs.live().nonzero().squeeze(-1)
             if len(live) == 0:
                 continue
-            self.held.any_live = True
+            if adds_up:
+                into = Sums.fresh(head, needed) if into is None else into._replace(empty=False)
             if len(live) < r.stop - r.start:
-                vocab_loop.keep_only(kept, Picked(live, r.stop - r.start))
+                vocab_loop.keep_only(kept, Picked(live, r.stop - r.start), V)
             own = target[r][live].contiguous()
             found = vocab_loop.backward(
                 h[r][live], head, own, transform.of(r).of(live),
                 Stats(stats.logp, stats.entropy[live], stats.lse, stats.saved[:, live], stats.extra, kept.blocks),
                 coefs.of(live), needed, into,
             )  # fmt: skip
+            self.held.any_live = True
             if found.hidden is not None:
                 self.held.hidden.append(found.hidden)
                 self.held.places.append(live + start)

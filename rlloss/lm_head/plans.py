@@ -24,7 +24,7 @@ PLANS = ("recompute", "keep", "gradient_in_forward", "jacobian")
 HELD = {"keep": "logits", "jacobian": "jacobian"}  # what a plan holds of rows; see `row_subset.Hold`
 SHARE_OF_MEMORY = 16
 ASSUMED_GPU = 80 * 2**30  # bytes of the GPU that stands for the device "meta"
-OTHER_DEVICE = 2**30
+OTHER_DEVICE = 2 * 2**30
 
 
 class HeadOptions(NamedTuple):
@@ -98,10 +98,10 @@ def _memory(kind: str, index: int | None) -> int:
 
 def default_budget(work: Work) -> int:
     """Return the bytes that a plan may hold by default: a third of what plain logits hold, at most a sixteenth of the
-    GPU's memory (1 GiB elsewhere), and half an fp32 gradient of the weight.
+    GPU's memory (2 GiB elsewhere), and half an fp32 gradient of the weight.
 
     Plain logits hold 12 bytes for each of columns * V entries. The result is the same in every step of a run in which
-    the batch has one shape. Ranks that share a vocabulary count on 1 GiB, since they must take the same plan.
+    the batch has one shape. Ranks that share a vocabulary count on 2 GiB, since they must take the same plan.
     """
     device = work.device if work.options.vocab_group is None else torch.device("cpu")
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index

@@ -66,6 +66,19 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Sums(NamedTuple):
+    """Gradients of weight and bias in the dtype of the sums, to which `backward` adds. If empty, it writes them."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    empty: bool
+
+    @staticmethod
+    def fresh(head: Head, needed: tuple[bool, bool, bool]) -> "Sums":
+        bias = head.weight.new_empty(len(head.weight), dtype=head.sum_dtype) if needed[2] else None
+        return Sums(fresh_gradient(head.weight, head.sum_dtype) if needed[1] else None, bias, True)
+
+
 class Kept(NamedTuple):
     """Raw logits of some rows (None: all), as one tensor [len(rows), width] per block of the vocabulary."""
 
@@ -99,11 +112,11 @@ def _folder(x: Tensor):
     return backends.of(x)
 
 
-def fresh_gradient(weight: Tensor) -> Tensor:
+def fresh_gradient(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return contiguous memory for the gradient of the weight."""
     # A CPU product reads the fresh pages that it writes: two page faults per page, or one if they are filled before.
-    make = torch.zeros if weight.is_cpu and weight.dtype.itemsize >= 4 else torch.empty
-    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+    make = torch.zeros if weight.is_cpu and dtype.itemsize >= 4 else torch.empty
+    return make(weight.shape, dtype=dtype, device=weight.device)
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:
@@ -210,17 +223,28 @@ def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted:
     return Stats(logp, entropy, lse, torch.stack((m, log_s)), extra)
 
 
-def keep_only(kept: Kept, live: Picked) -> None:
-    """Reduce the kept logits to the live rows, block by block, before anything else is allocated."""
+def keep_only(kept: Kept, live: Picked, V: int) -> None:
+    """Reduce the kept logits to the live rows, block by block, before anything else is allocated. The blocks become as
+    wide as tiles of so few rows are."""
+    if not kept.blocks:
+        return
     if kept.rows is not None:
         if not len(kept.rows):
             return
         # A live row that was not kept has a coefficient of NaN, so its gradient is NaN whatever the logits are.
         places = torch.searchsorted(kept.rows.index, live.index).clamp_(max=len(kept.rows) - 1)
         live = Picked(places, len(kept.rows))
-    for i, block in enumerate(kept.blocks):
-        assert block is not None
-        kept.blocks[i] = live.take(block)
+    first = kept.blocks[0]
+    assert first is not None
+    together = max(1, tile_shape(len(live), V, first.device, False)[1] // first.shape[1])
+    for i in range(0, len(kept.blocks), together):
+        taken: list[Tensor] = []
+        for j in range(i, min(i + together, len(kept.blocks))):
+            block, kept.blocks[j] = kept.blocks[j], None
+            assert block is not None
+            taken.append(live.take(block))
+        kept.blocks[i] = taken[0] if len(taken) == 1 else torch.cat(taken, 1)
+    kept.blocks[:] = [block for block in kept.blocks if block is not None]
 
 
 def poisoned(coefs: Coefs, target: Tensor, V: int) -> Coefs:
@@ -238,13 +262,12 @@ def backward(
     stats: Stats,
     coefs: Coefs,
     needed: tuple[bool, bool, bool],
-    into: Gradients | None = None,
+    into: Sums | None = None,
 ) -> Gradients:
     """Return the `needed` gradients of (hidden, weight, bias) from rows that are all live.
 
     hidden [L, D] is an operand; stats and coefs belong to its rows. Kept logits are overwritten and released on the
-    way; otherwise the logits are computed again. into holds gradients of weight and bias in the dtype of the sums, to
-    which these are added.
+    way; otherwise the logits are computed again. The gradients of weight and bias are added to `into`, if given.
     """
     kept, coefs = stats.logits, poisoned(coefs, target, head.V)
     n, V, D = *hidden.shape[:1], *head.weight.shape
@@ -258,7 +281,7 @@ def backward(
     if into is not None:
         g_weight, g_bias = into.weight, into.bias
     else:
-        g_weight = fresh_gradient(head.weight) if needed[1] else None
+        g_weight = fresh_gradient(head.weight, head.weight.dtype) if needed[1] else None
         g_bias = torch.empty((V,), dtype=dtype, device=device) if needed[2] else None
     buffer = None
     for i, (start, stop) in enumerate(blocks(V, width)):
@@ -285,7 +308,7 @@ def backward(
             gradient = folder.gradient_tile(
                 tile, head.offset + start, target[r], transform.of(r), (m, log_s, entropy), coefs.of(r), operand_dtype
             )
-            add = into is not None or r.start > 0
+            add = r.start > 0 or (into is not None and not into.empty)
             if g_hidden is not None:
                 assert w is not None
                 multiply(g_hidden[r], gradient, w, "hidden_grad", add=start > 0, dtype=head.compute_dtype)

@@ -111,6 +111,8 @@ def step(plan, hidden, weight, batch):
 ])  # fmt: skip
 @pytest.mark.parametrize("plan", ["forward", *plans.PLANS])
 def test_a_plan_costs_what_is_said(monkeypatch, plan, needed, rows, dtype, widened):
+    if plan == "jacobian":
+        needed = (True, False)  # it is for a frozen head
     monkeypatch.setattr(vocab_loop, "CPU_ROWS", rows)
     monkeypatch.setattr(vocab_loop, "CPU_WIDTH", 256)
     if not widened:  # as on a GPU, whose products take bf16 and give fp32
@@ -125,7 +127,9 @@ def test_a_plan_costs_what_is_said(monkeypatch, plan, needed, rows, dtype, widen
     live = batch["mask"] & (batch["advantage"] != 0)[:, None]
     live[0, :2] = False
     batch["live"] = live
-    n, L = int(batch["mask"].sum()), 0 if plan == "forward" else int(live.sum())
+    candidates = batch["mask"] & (batch["advantage"] != 0)[:, None]
+    # Of how many rows a gradient of the logits is computed.
+    n, L = int(batch["mask"].sum()), {"forward": 0, "jacobian": int(candidates.sum())}.get(plan, int(live.sum()))
     assert 4 < live.sum() <= 8 < n < B * T
 
     hidden.requires_grad_(needed[0])
@@ -137,7 +141,8 @@ def test_a_plan_costs_what_is_said(monkeypatch, plan, needed, rows, dtype, widen
     expected = 1 + r * (gradients + (plan == "recompute")) if plan != "forward" else 1
     assert sum(run.flop.values()) == expected * run.unit
     report = explain_plan(
-        hidden, weight, mask=batch["mask"], config=LossConfig(), live_share=L / n, plan=plan
+        hidden, weight, mask=batch["mask"], config=LossConfig(), advantage=batch["advantage"], live_share=L / n,
+        plan=plan,
     ) if plan != "forward" else explain_plan(hidden.detach(), weight.detach(), mask=batch["mask"])  # fmt: skip
     assert report.plan == plan and report.products == pytest.approx(float(expected))
 

@@ -308,7 +308,8 @@ def test_the_plan_that_is_explained_is_the_one_that_runs(monkeypatch, dtype, set
         )
         assert reports[-1].report == report
         assert (report.plan == "forward") == (not training)
-        assert report.extra_bytes <= report.memory_budget == (2 * V * D if budget is None else budget)
+        assert report.extra_bytes <= report.memory_budget
+        assert report.memory_budget == (2 * V * D + 4 * B * T * V if budget is None else budget)
         assert report.plan in str(report) and report.why in str(report)
     no_mask = explain_plan(*(torch.empty(s, device="meta") for s in ((3, 5, D), (V, D))), plan="recompute")
     assert no_mask.rows == 15 and no_mask.plan == "forward"

@@ -38,6 +38,10 @@ def steps(hidden, weight, bias, target, mask, advantage, group):
         ).loss
         (3 * loss).backward()
         found += [loss, hidden.grad, weight.grad, bias.grad]
+    hidden.grad = None
+    logp = linear_token_stats(hidden, weight.detach(), target, plan="jacobian", **more | {"bias": bias.detach()}).logp
+    (logp * (advantage[:, None] * mask)).sum().backward()
+    found += [logp, hidden.grad]
     return [x.detach().clone() for x in found]
 
 
