@@ -73,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--fill", type=float, default=1.0, help="share of the columns that count (default: 1)")
     plan.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32 (default: %(default)s)")
     plan.add_argument("--lora", action="store_true", help="the head is not trained")
-    plan.add_argument("--memory_budget", metavar="SIZE", help='that a plan may take, such as "1GiB" (default: 2 V D)')
+    plan.add_argument(
+        "--memory_budget",
+        metavar="SIZE",
+        help='that a plan may take, such as "1GiB" (default: a third of plain logits)',
+    )
     plan.add_argument("--device", default="cuda", help="cuda or cpu: whose tiles (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print it as JSON")
     doctor = commands.add_parser(

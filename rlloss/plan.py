@@ -14,7 +14,7 @@ The largest block of logits, in bytes::
     plain logits    4 N V                 the fp32 log-softmax that the backward needs
     TRL             4,096 x 32,768        one tile, in the model's dtype
     Liger           2,048 x 4,096         one tile at most, in fp32
-    rlloss          one tile, and the logits that the plan keeps
+    rlloss          one tile, and the logits that the plan holds
 
 More than that may be alive at one time: three such blocks in the backward of plain logits, several tiles for Liger, and
 half a tile for the gradient of a 16-bit model in rlloss on a GPU. `tests/house/test_plan.py` compares each line with
@@ -31,7 +31,7 @@ import torch
 from rlloss import checks
 from rlloss.config import LossConfig
 from rlloss.lm_head.explain import explain_plan
-from rlloss.lm_head.plans import PLANS, size_text
+from rlloss.lm_head.plans import HOLD_LOGITS, PLANS, size_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRL_TILE, LIGER_TILE = (4096, 32768), (2048, 4096)  # rows, vocabulary entries
@@ -180,7 +180,7 @@ def head_costs(
     )  # fmt: skip
     for name in PLANS:
         products, extra, why_not = report.alternatives[name]
-        ways.append(way(f"rlloss {name}", products, report.tile_bytes + extra, why_not))
+        ways.append(way(f"rlloss {name}", products, report.tile_bytes + (extra if name in HOLD_LOGITS else 0), why_not))
     parameters = backbone_parameters(config)
     passes = 4 if frozen_head else 6  # 2 each for the forward, the gradients of inputs and those of weights
     flop = None if parameters is None else passes * parameters * N

@@ -194,13 +194,17 @@ class PluginOptions:
     lm_head_plan: str = dataclasses.field(
         default="auto",
         metadata={
-            "help": "How log-probabilities and entropies are computed from the model's hidden states: 'recompute' or "
-            "'keep' (see `rlloss.linear_token_stats`), 'auto': what fits the memory, or 'trl': by TRL's own lm_head."
+            "help": "How log-probabilities and entropies are computed from the model's hidden states: 'recompute', "
+            "'keep' or, for a frozen lm_head, 'jacobian' (see `rlloss.linear_token_stats`); 'auto': the one with the "
+            "fewest products that fits the memory; or 'trl': by TRL's own lm_head."
         },
     )
     lm_head_memory_budget: int | str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Bytes of logits that 'keep' may hold, also as a size such as '1GiB'. None: 2 V D."},
+        metadata={
+            "help": "Bytes that a plan may hold, also as a size such as '1GiB'. None: at most a third of what plain "
+            "logits would, and a sixteenth of the GPU's memory (2 GiB on a CPU)."
+        },
     )
 
 

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor, Partial
 
 from rlloss import checks
 from rlloss.integrations.trl import compat
-from rlloss.lm_head.call import HeadInputs, HeadOptions, prepare
+from rlloss.lm_head.call import Expected, HeadInputs, HeadOptions, choose, prepare
 from rlloss.lm_head.plans import PlanReport
 
-PLANS = ("auto", "recompute", "keep")
+PLANS = ("auto", "recompute", "keep", "jacobian")
 # TRL's name of an output -> rlloss's name, in the order in which TRL unpacks them.
 OUTPUTS = {
     "log_probs": "logp", "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit",
@@ -48,8 +48,13 @@ def token_temperatures(temperatures: Tensor) -> Iterator[None]:
 class LmHead:
     """Replaces TRL's autograd.Function."""
 
-    def __init__(self, plan: str, memory_budget: int | None, batch_invariant: bool):
+    def __init__(
+        self, plan: str, memory_budget: int | None, batch_invariant: bool, live_share: float = 1.0, bonus: bool = False
+    ):
+        """live_share is the share of the tokens that is expected to get a gradient. bonus tells whether the entropy
+        gets one."""
         self.plan, self.memory_budget, self.batch_invariant = plan, memory_budget, batch_invariant
+        self.live_share, self.bonus = live_share, bonus
         self.on_call: Callable[[PlanReport], None] | None = None
         """Called with the plan of every call outside torch.compile."""
 
@@ -71,9 +76,10 @@ class LmHead:
             hidden, weight, targets, bias, None, temperature if per_row is None else per_row, final_logit_softcapping,
             logit_scale,
         )  # fmt: skip
-        options = HeadOptions(self.plan, self.memory_budget, self.batch_invariant)
         # The backward gathers again: an engine that shards the weight has released it since the forward.
-        call = prepare(inputs, options, gather=lambda: compat.utils.maybe_gather_lm_head_ctx(weight, bias))  # type: ignore[arg-type]
+        call = prepare(
+            inputs, *self._how(), gather=lambda: compat.utils.maybe_gather_lm_head_ctx(weight, bias)  # type: ignore[arg-type]
+        )  # fmt: skip
         if call.report is not None and self.on_call is not None:
             self.on_call(call.report)
         if not torch.is_autocast_enabled(hidden.device.type):
@@ -82,7 +88,24 @@ class LmHead:
         wanted = tuple(ours for theirs, ours in OUTPUTS.items() if theirs in outputs or theirs == "log_probs")
         # If the entropy is only logged, it gets no gradient, and none is computed.
         stats = call.stats(wanted, entropy_grad="entropy" in outputs)
+        if stats.entropy is not None and stats.entropy.requires_grad and not torch.compiler.is_compiling():
+            stats.entropy.register_hook(self._saw_gradient_of_entropy)
         return tuple(getattr(stats, ours) for ours in OUTPUTS.values())
+
+    def _how(self) -> tuple[HeadOptions, Expected]:
+        return (
+            HeadOptions(self.plan, self.memory_budget, self.batch_invariant),
+            Expected(live_share=self.live_share, logp_alone=not self.bonus),
+        )
+
+    def explain(self, hidden: Tensor, weight: Tensor) -> PlanReport:
+        """Return the plan of a call with tensors [N, D] and [V, D], of which only the shapes matter."""
+        inputs = HeadInputs(hidden, weight, hidden[..., 0])
+        return choose(inputs, (weight.shape[0], weight.shape[1]), *self._how(), None)[0]
+
+    def _saw_gradient_of_entropy(self, gradient: Tensor | None) -> None:
+        # TRL asks for the entropy whether its loss uses it or not. If it does, "jacobian" saves nothing from now on.
+        self.bonus = self.bonus or gradient is not None
 
 
 def _whole(x: Any) -> Any:
@@ -146,8 +169,8 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, bat
     A label that is neither -100 nor in the vocabulary raises on a CPU and gives NaN on a GPU.
 
     Args:
-        plan: "recompute", "keep" or "auto", as for `linear_token_stats`.
-        memory_budget: bytes for kept logits, as a number or a size such as "1GiB". None: 2 V D.
+        plan: "recompute", "keep", "jacobian" or "auto", as for `linear_token_stats`.
+        memory_budget: bytes that a plan may hold, as a number or a size such as "1GiB"; as for `linear_token_stats`.
         batch_invariant: make the bits of a token's log-probability independent of its batch.
 
     Returns:
@@ -163,7 +186,11 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, bat
     checks.flag("batch_invariant", batch_invariant)
     if (reason := compat.why_no_lm_head()) is not None:
         raise RuntimeError(f"patch_trl: {reason}")
-    patch = Patch(LmHead(plan, budget, batch_invariant))
+    return patch_with(LmHead(plan, budget, batch_invariant))
+
+
+def patch_with(head: LmHead) -> Patch:
+    patch = Patch(head)
     _patches.append(patch)
     _install()
     return patch

@@ -18,9 +18,8 @@ from rlloss import __version__, backends
 from rlloss.integrations.transformers.notice import say
 from rlloss.integrations.trl import compat
 from rlloss.integrations.trl.config import options
-from rlloss.lm_head.explain import explain_plan
 from rlloss.lm_head.matmul import Products, count_products
-from rlloss.lm_head.plans import PlanReport
+from rlloss.lm_head.plans import HOLD_LOGITS, PlanReport
 
 MIB = 2**20
 PLAIN_BYTES = 4  # bytes of one fp32 logit
@@ -117,12 +116,14 @@ class RunSummary(TrainerCallback):
             weight = torch.empty(head.V, head.D, dtype=head.dtype, device=head.device)
             hidden.requires_grad_()
             weight.requires_grad_(head.gradients > 1)
-            # An explicit plan need not fit the largest possible micro-batch; actual ones may be smaller.
-            budget = options(args).lm_head_memory_budget if plan == "auto" else None
-            report = explain_plan(hidden, weight, plan=plan, memory_budget=budget)
+            lm_head = self.trainer._lm_head()
+            if plan != "auto":  # it need not fit the largest possible micro-batch; actual ones may be smaller
+                lm_head.memory_budget = None
+            report = lm_head.explain(hidden, weight)
         self._tile_bytes = report.tile_bytes
         why_not = report.alternatives["keep"][2]
-        why = "asked for" if plan != "auto" else "keep: " + why_not if why_not is not None else "its logits fit"
+        why = "it fits the memory" if report.plan != "recompute" or why_not is None else f"keep: {why_not}"
+        why = why if plan == "auto" else "asked for"
         return (
             f"plan {report.plan} ({why}) with up to {B} x {T} tokens, {head.V:,} x {head.D:,} "
             f"{str(head.dtype).removeprefix('torch.')}"
@@ -176,7 +177,7 @@ class RunSummary(TrainerCallback):
     def saw(self, report: PlanReport) -> None:
         """Take the report of one call of the lm_head."""
         if self._counter is not None:
-            self._held = max(self._held, report.tile_bytes, report.extra_bytes)
+            self._held = max(self._held, report.tile_bytes, report.extra_bytes if report.plan in HOLD_LOGITS else 0)
 
     def tokens(self, live: float, counted: float) -> None:
         """Take the live tokens and the tokens that count of a micro-batch, summed over all processes."""

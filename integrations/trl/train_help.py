@@ -34,8 +34,8 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "memory and speed": {
         "zero_advantage": ("drop", "completions without a signal: 'forward_only', 'drop' or 'keep'"),
-        "lm_head_plan": ("auto", "'auto', 'keep', 'recompute' or 'trl'"),
-        "lm_head_memory_budget": ("1GiB", "bytes of logits that may be kept"),
+        "lm_head_plan": ("auto", "'auto', 'keep', 'recompute', 'jacobian' or 'trl'"),
+        "lm_head_memory_budget": ("1GiB", "bytes that a plan may hold"),
     },
     "GRPO": {
         "output_dir": ("out", "where checkpoints, logs and the model go"),

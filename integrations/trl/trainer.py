@@ -30,7 +30,7 @@ from rlloss.integrations.trl.config import (
 )
 from rlloss.integrations.trl.config import GRPOConfig as GRPOConfig
 from rlloss.integrations.trl.generation_batch import Rollout, content_key
-from rlloss.integrations.trl.lm_head import patch_trl
+from rlloss.integrations.trl.lm_head import LmHead, patch_with
 from rlloss.integrations.trl.metrics import LogOrder, LossMetrics
 from rlloss.integrations.trl.model_call import ModelCall
 from rlloss.integrations.trl.model_card import about_run, complete_card, dataset_of
@@ -360,10 +360,9 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         trls_pass = not isinstance(model, ModelCall)
         if trls_pass:
             model = self._rollout.in_generation(model, input_ids, attention_mask, logits_to_keep)
-        plan = options(self.args).lm_head_plan
         patch = contextlib.nullcontext()
-        if plan != "trl" and compat.why_no_lm_head() is None:
-            patch = patch_trl(plan=plan, memory_budget=options(self.args).lm_head_memory_budget)
+        if options(self.args).lm_head_plan != "trl" and compat.why_no_lm_head() is None:
+            patch = patch_with(self._lm_head())
             patch.head.on_call = self._summary.saw
         with patch:
             result = super()._get_per_token_logps_and_entropies(
@@ -372,6 +371,12 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         if trls_pass:
             self._rollout.remember(result)
         return result
+
+    def _lm_head(self) -> LmHead:
+        chosen = options(self.args)
+        budget = checks.memory_budget("lm_head_memory_budget", chosen.lm_head_memory_budget)
+        bonus = compat.has_entropy_bonus(self)
+        return LmHead(chosen.lm_head_plan, budget, False, self.top_entropy_quantile, bonus)
 
     def _token_stats(self, model, inputs):
         """Return (logp, entropy, auxiliary loss or None) of the completions."""

@@ -22,7 +22,7 @@ from rlloss.lm_head.plans import HELD, PLANS, HeadOptions, PlanReport, Work, mak
 from rlloss.lm_head.row_subset import Capacity, Hold, Picked, Survey
 from rlloss.lm_head.vocab_loop import Wanted
 from rlloss.lm_head.vocab_parallel import shard_of
-from rlloss.logits.statistics import EXTRA, LOCAL_ROWS, TokenStats, as_asked, check_outputs, check_rows
+from rlloss.logits.statistics import EXTRA, LOCAL_ROWS, TokenStats, as_asked, check_rows
 from rlloss.logits.transform import Transform
 
 ONLY_WITH_A_LOSS = "it is a plan of LinearGRPOLoss, which knows the loss"
@@ -106,7 +106,6 @@ class Call(NamedTuple):
     hold: Hold | None = None
 
     def stats(self, outputs: tuple[str, ...], entropy_grad: bool) -> TokenStats:
-        check_outputs(outputs, entropy_grad)
         wanted = Wanted("entropy" in outputs, any(name in outputs for name in EXTRA))
         if self.report is None:
             target, temperature, softcap, logit_scale, capacity = self.rows

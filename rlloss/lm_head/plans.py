@@ -22,6 +22,7 @@ from rlloss.lm_head import vocab_loop
 
 PLANS = ("recompute", "keep", "gradient_in_forward", "jacobian")
 HELD = {"keep": "logits", "jacobian": "jacobian"}  # what a plan holds of rows; see `row_subset.Hold`
+HOLD_LOGITS = ("keep", "gradient_in_forward")
 SHARE_OF_MEMORY = 16
 ASSUMED_GPU = 80 * 2**30  # bytes of the GPU that stands for the device "meta"
 OTHER_DEVICE = 2 * 2**30
@@ -147,7 +148,10 @@ def make_plan(work: Work, forbidden: dict[str, str | None], *, needs_gradient: b
     if plan == "auto":
         possible = [name for name, (_, _, why_not) in alternatives.items() if why_not is None]
         plan = min(possible, key=lambda name: alternatives[name][:2])
-        better = [name for name in costs if costs[name][0] < costs[plan][0]]
+        # "jacobian" is no alternative where the weight is trained.
+        better = [
+            name for name in costs if costs[name][0] < costs[plan][0] and not (name == "jacobian" and work.needed[1])
+        ]
         reasons = [f"{name} is not possible: {alternatives[name][2]}" for name in better]
         why = "; ".join(reasons) if reasons else "no plan has fewer products"
     else:

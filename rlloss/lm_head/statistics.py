@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlloss.lm_head.call import HeadInputs, head_options, prepare
-from rlloss.logits.statistics import TokenStats
+from rlloss.lm_head.call import Expected, HeadInputs, head_options, prepare
+from rlloss.logits.statistics import TokenStats, check_outputs
 
 
 def linear_token_stats(
@@ -45,10 +45,14 @@ def linear_token_stats(
         temperature, softcap, logit_scale, outputs, entropy_grad: as for `token_stats`.
         plan: "recompute" computes the logits of rows with a gradient again: 1 + 3r products for a share r of live rows,
             one tile of memory. "keep" holds the logits of the rows that count until the backward, which releases them:
-            1 + 2r products. "auto" takes "keep" if it fits the budget, and "recompute" under torch.compile. Ask for
-            "recompute" inside a checkpointed region, where kept logits would stay. See `explain_plan`.
-        memory_budget: bytes that a plan may hold beyond one tile, or a size such as "1GiB". None: 2 V D, half an fp32
-            gradient of the weight, in which the logits of D / 2 rows fit.
+            1 + 2r products. With a weight and bias that are not trained, these are 1 + 2r and 1 + r, and "jacobian"
+            holds d logp / d hidden of the rows that count: 2 products for any r. (A gradient of the entropy or lse then
+            computes the logits again.) "auto" takes the plan with the fewest products that fits the budget, "jacobian"
+            only if neither an entropy with gradient nor lse is requested, and "recompute" under torch.compile. Ask for
+            "recompute" inside a checkpointed region, where what is held would stay. See `explain_plan`.
+        memory_budget: bytes that a plan may hold beyond inputs, gradients and one tile, or a size such as "1GiB".
+            None: a third of what plain logits would hold, 4 V bytes a row, but at most a sixteenth of the GPU's memory
+            (2 GiB on a CPU); and 2 V D, half an fp32 gradient of the weight.
         batch_invariant: make the bits of a row's logp independent of the rows around it. Tiles are padded, so small
             batches take longer.
         vocab_group: process group over which the vocabulary is split. weight and bias hold this rank's entries, in the
@@ -68,4 +72,6 @@ def linear_token_stats(
     """
     options = head_options(plan, memory_budget, batch_invariant, vocab_group, static_capacity)
     inputs = HeadInputs(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
-    return prepare(inputs, options).stats(outputs, entropy_grad)
+    check_outputs(outputs, entropy_grad)
+    expected = Expected(logp_alone="lse" not in outputs and not entropy_grad)
+    return prepare(inputs, options, expected).stats(outputs, entropy_grad)

@@ -180,6 +180,28 @@ def test_from_hidden_states(plan, dtype):
         assert error < 4 * torch.finfo(dtype).eps + 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frozen_heads_jacobian(dtype):
+    """A fifth of the targets are the likeliest token."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    N, D, V = 2800, 256, 50257
+    hidden = (torch.randn(N, D, generator=g, device=DEVICE) * 3 * D**-0.5).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=g, device=DEVICE).to(dtype)
+    target = torch.randint(0, V, (N,), generator=g, device=DEVICE)
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ weight.double().T
+    target[::5] = logits[::5].argmax(-1)
+    mask = torch.rand(N, generator=g, device=DEVICE) < 0.7
+    coefficients = torch.randn(N, generator=g, device=DEVICE).where(mask, 0.0)
+    stats = {plan: linear_token_stats(hidden, weight, target, mask=mask, plan=plan) for plan in ("jacobian", "keep")}
+    assert torch.equal(stats["jacobian"].logp, stats["keep"].logp)
+    expected = torch.autograd.grad(reference.token_stats(logits, target)[0], exact, coefficients.double())[0]
+    for of in stats.values():
+        assert of.logp is not None
+        found = torch.autograd.grad(of.logp, hidden, coefficients)[0].double()
+        assert (found - expected).norm() / expected.norm() < 4 * torch.finfo(dtype).eps + 1e-5
+
+
 @contextlib.contextmanager
 def sync_mode(mode):
     torch.cuda.synchronize()

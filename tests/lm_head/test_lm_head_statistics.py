@@ -432,6 +432,7 @@ def test_kept_logits_are_released_block_by_block(monkeypatch, live):
 
     def spied_forward(*args, **kwargs):
         stats, kept = forward(*args, **kwargs)
+        assert isinstance(kept, vocab_loop.Kept)
         blocks.extend(StorageWeakRef(block.untyped_storage()) for block in kept.blocks)
         return stats, kept
 

@@ -140,6 +140,32 @@ def test_tokens_without_a_gradient_and_an_entropy_that_is_only_logged_cost_nothi
     assert products.units == pytest.approx(1 + 3 * int(live.sum()) / counted)
 
 
+def test_a_frozen_head_costs_two_products():
+    """As under LoRA. Logits do not fit the budget, d logp / d hidden does."""
+    model, (ids, labels) = with_head(), batch()
+    model.lm_head.weight.requires_grad_(False)
+    expected, _ = run(model, ids, labels)
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    counted, D = int((labels[:, 1:] != -100).sum()), model.config.hidden_size
+    with patch_trl(memory_budget=4 * counted * D) as patch, backend("torch"):
+        with rlloss.count_products() as products:
+            found, _ = run(model, ids, labels)
+        assert products.units == 2 and products.units_of("hidden_grad") == 1
+        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=ROUNDING, atol=ROUNDING)
+        ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert_same_gradients(ours, theirs)
+        # A loss that uses the entropy is right at once, and as cheap as it can be from the second call on.
+        for units in (1 + 1 + 2, 1 + 2):
+            assert patch.head.bonus == (units == 3)
+            with rlloss.count_products() as products:
+                _, ours = run(model, ids, labels, 0.3)
+            assert products.units == units
+    _, theirs = run(model, ids, labels, 0.3)
+    for of in (ours, theirs):
+        del of["lm_head.weight"]
+    assert_same_gradients(ours, theirs)
+
+
 def test_no_token_at_all_is_a_differentiable_zero():
     model, (ids, labels) = with_head(), batch()
     with patch_trl(), backend("torch"):
