@@ -57,6 +57,7 @@ TABLE: dict[tuple[str, str, str, int], Choice] = {
     ("statistics", "sm_100", "fp16", LARGEST): Choice((2048, 4)),
     ("statistics", "sm_90", "bf16", 151936): Choice((2048, 4), "NVIDIA H200, triton 3.6.0, 2026-11-26"),
     ("tile", "", "fp32", LARGEST): Choice((4096, 67108864)),
+    ("tile", "sm_90", "fp32", 151936): Choice((4096, 134217728), "NVIDIA H200, triton 3.6.0, 2026-11-27"),
 }
 
 

@@ -154,7 +154,7 @@ def test_rllosss_plans(fill, rho, trained, plan):
 
 
 def test_the_plan_taken_is_marked_and_forbidden_ones_say_why():
-    found, ways = costs(1.0, 0.2, True, memory_budget="1MiB")
+    found, ways = costs(1.0, 0.5, True, memory_budget="1MiB")
     assert found.plan == "keep" and "keep               " in str(found) and "<- taken" in str(found)
     assert ways["rlloss gradient_in_forward"].why_not and ways["rlloss gradient_in_forward"].why_not in str(found)
     small, ways = costs(1.0, 1.0, True, memory_budget=0)

@@ -158,8 +158,8 @@ def test_passes_of_the_generation_are_not_counted(tmp_path):
 
 @pytest.mark.parametrize("options, parts", [
     ({}, [f"torch backend ({'the model is on the cpu' if torch.cuda.is_available() else 'no CUDA device'}); ",
-          "lm_head plan keep (it fits the memory) with up to 8 x 8 tokens, 48 x 32 float32; completions whose advantage "
-          "is 0 run forward only."]),
+          "lm_head plan keep (it fits the memory) with up to 8 x 8 tokens, 48 x 32 float32; completions whose "
+          "advantage is 0 run forward only."]),
     ({"lm_head_memory_budget": 12288}, ["lm_head plan keep (it fits the memory) with up to 8 x 8"]),
     ({"lm_head_memory_budget": 12287}, ["lm_head plan recompute (keep: it needs 12 KiB, and the"]),
     ({"lm_head_plan": "keep", "lm_head_memory_budget": 12287, "max_completion_length": 9, "pads": -1},
