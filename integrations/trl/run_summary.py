@@ -121,11 +121,8 @@ class RunSummary(TrainerCallback):
                 lm_head.memory_budget = None
             report = lm_head.explain(hidden, weight)
         self._tile_bytes = report.tile_bytes
-        why_not = report.alternatives["keep"][2]
-        why = "it fits the memory" if report.plan != "recompute" or why_not is None else f"keep: {why_not}"
-        why = why if plan == "auto" else "asked for"
         return (
-            f"plan {report.plan} ({why}) with up to {B} x {T} tokens, {head.V:,} x {head.D:,} "
+            f"plan {report.plan} ({report.why.partition(';')[0]}) with up to {B} x {T} tokens, {head.V:,} x {head.D:,} "
             f"{str(head.dtype).removeprefix('torch.')}"
         )
 

@@ -158,14 +158,14 @@ def test_passes_of_the_generation_are_not_counted(tmp_path):
 
 @pytest.mark.parametrize("options, parts", [
     ({}, [f"torch backend ({'the model is on the cpu' if torch.cuda.is_available() else 'no CUDA device'}); ",
-          "lm_head plan keep (it fits the memory) with up to 8 x 8 tokens, 48 x 32 float32; completions whose "
+          "lm_head plan keep (no plan has fewer products) with up to 8 x 8 tokens, 48 x 32 float32; completions whose "
           "advantage is 0 run forward only."]),
-    ({"lm_head_memory_budget": 12288}, ["lm_head plan keep (it fits the memory) with up to 8 x 8"]),
-    ({"lm_head_memory_budget": 12287}, ["lm_head plan recompute (keep: it needs 12 KiB, and the"]),
+    ({"lm_head_memory_budget": 12288}, ["lm_head plan keep (no plan has fewer products) with up to 8 x 8"]),
+    ({"lm_head_memory_budget": 12287}, ["lm_head plan recompute (keep is not possible: it needs 12 KiB, and"]),
     ({"lm_head_plan": "keep", "lm_head_memory_budget": 12287, "max_completion_length": 9, "pads": -1},
-     ["lm_head plan keep (asked for) with up to 8 x 9"]),  # more than fits, which no micro-batch has
+     ["lm_head plan keep (it was asked for) with up to 8 x 9"]),  # more than fits, which no micro-batch has
     ({"lm_head_plan": "recompute", "zero_advantage": "drop"},
-     ["lm_head plan recompute (asked for)", "completions whose advantage is 0 do not run."]),
+     ["lm_head plan recompute (it was asked for)", "completions whose advantage is 0 do not run."]),
     ({"lm_head_plan": "trl", "zero_advantage": "keep"},
      ["lm_head TRL's own (lm_head_plan='trl');", "run as the others do (zero_advantage='keep')."]),
     ({"beta": 0.04}, ["completions whose advantage is 0 run as the others do (beta=0.04)."]),
