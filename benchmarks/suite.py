@@ -48,10 +48,13 @@ def cells(
                 found += [
                     Cell("hidden", model, dtype, rho, f) for f in fills if model != "wide" or f == 1.0 for rho in rhos
                 ]
+                if model != "wide" and 1.0 in fills:
+                    found += [Cell("hidden", model, dtype, rho, 1.0, "frozen head") for rho in rhos]
     found.sort(key=lambda cell: (cell.model != "small") if cell.first else 3 if cell.suite == "hidden" else 2)
     first = [Cell("token pass", None, "float32", rho, 1.0) for rho in rhos if "token pass" in suites]
     if "step" in suites:
         first += [Cell("step", str(LLAMA), "float32", 0.2, 0.5, kind) for kind in ("step", "beta 0.04")]
+        first += [Cell("step", str(LLAMA), "float32", rho, 0.5, "LoRA") for rho in (0.2, 0.5, 1.0)]
     return first + found
 
 

@@ -29,12 +29,12 @@ def _peer(name: str, note: str, function: Function, **where) -> Peer:
     """Make a peer from a function (hidden, weight, case) -> (loss, mean entropy or None)."""
 
     def start(case: Case) -> Callable[[], Result]:
-        hidden, weight = (x.detach().requires_grad_() for x in (case.hidden, case.weight))
+        hidden, weight = case.leaves
         loss, entropy = function(hidden, weight, case)
 
         def backward() -> Result:
             loss.backward()
-            assert hidden.grad is not None and weight.grad is not None
+            assert hidden.grad is not None and (weight.grad is None) == case.frozen
             return Result(loss.detach(), entropy, hidden.grad, weight.grad)
 
         return backward
@@ -56,9 +56,8 @@ def _rlloss(plan: str, hidden: Tensor, weight: Tensor, case: Case) -> tuple[Tens
 
 def explained(plan: str, case: Case) -> PlanReport:
     config, cutoff = _options(plan, case)
-    hidden, weight = (x.detach().requires_grad_() for x in (case.hidden, case.weight))
     return explain_plan(
-        hidden, weight, mask=case.mask, advantage=case.advantage, config=config, cutoff=cutoff, plan=plan
+        *case.leaves, mask=case.mask, advantage=case.advantage, config=config, cutoff=cutoff, plan=plan
     )  # fmt: skip
 
 
@@ -170,14 +169,17 @@ def plan_of(name: str) -> str | None:
     return name.removeprefix("rlloss").strip() or "auto" if name.startswith("rlloss") else None
 
 
-def peers(*, compiled: bool = False) -> list[Peer]:
-    """Return the contenders, rlloss's plans first. compiled: whether torch.compile takes part."""
+def peers(*, compiled: bool = False, frozen: bool = False) -> list[Peer]:
+    """Return the contenders, rlloss's plans first. compiled: whether torch.compile takes part. frozen: whether the head
+    gets no gradient."""
     plans = {
         "rlloss": "`LinearGRPOLoss`",
         "rlloss recompute": "logits again for the rows with a gradient",
         "rlloss keep": "logits of the rows that count kept",
         "rlloss gradient_in_forward": "gradients made in the forward; below rho 1 with a cutoff that is given",
     }
+    if frozen:
+        plans["rlloss jacobian"] = "derivative of each log-probability made in the forward; for a frozen head"
     found = [_peer(name, note, functools.partial(_rlloss, plan_of(name) or "auto")) for name, note in plans.items()]
     trl = "`ChunkedLogProbFunction` as TRL's GRPOTrainer calls it, and TRL's loss in torch; without a GPU on all rows"
     naive = f"logits of all rows, `log_softmax` in fp32, entropies of {ENTROPY_ROWS} rows at a time without gradient"

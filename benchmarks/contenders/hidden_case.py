@@ -27,7 +27,8 @@ class Shape(NamedTuple):
 class Case:
     """hidden `[B, T, D]`, weight `[V, D]`, target int64 and mask bool `[B, T]`, advantage `[B]`.
 
-    rho: share of the counted tokens that the loss keeps. cutoff: an entropy between kept tokens and the others.
+    rho: share of the counted tokens that the loss keeps. cutoff: an entropy between kept tokens and the others. frozen:
+    whether the weight gets no gradient.
     """
 
     hidden: Tensor
@@ -37,6 +38,12 @@ class Case:
     advantage: Tensor
     rho: float
     cutoff: float | None = None
+    frozen: bool = False
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """New tensors for hidden and weight."""
+        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not self.frozen)
 
     @property
     def counted(self) -> int:
@@ -112,12 +119,12 @@ def make_case(
 
 
 class Result(NamedTuple):
-    """The result of a step. entropy: mean over the tokens that count, or None."""
+    """The result of a step. entropy: mean over the tokens that count, or None. weight: its gradient, or None."""
 
     loss: Tensor
     entropy: Tensor | None
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
 
 
 class Reference(NamedTuple):

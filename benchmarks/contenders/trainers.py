@@ -60,12 +60,14 @@ def build_trainer(trainer_class, config_class, size: Llama, **options):
         "disable_tqdm": True, "save_strategy": "no", "seed": 0, "top_entropy_quantile": RHO, "loss_type": "dapo",
         "beta": 0.0, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
     }  # fmt: skip
+    adapter = {"peft_config": lora()} if options.pop("with_lora", False) else {}
     trainer = trainer_class(
         model=folder,
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
         args=config_class(**{**arguments, **options}),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}),
         processing_class=_tokenizer(size.V),
+        **adapter,
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -155,15 +157,22 @@ NOTES = {
 }
 
 
-def contenders(size: Llama, beta: float = 0.0) -> list[Contender]:
-    """Return TRL's trainer, the same under `patch_trl` (undone after each step), and rlloss's modes."""
+def lora() -> Any:
+    """Return an adapter on the attention. Its second factor is not 0, as after a few steps."""
+    peft: Any = importlib.import_module("peft")
+    return peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def contenders(size: Llama, **options: Any) -> list[Contender]:
+    """Return TRL's trainer, the same under `patch_trl` (undone after each step), and rlloss's modes. options: those of
+    the trainers, and with_lora, whether they train an adapter only."""
     trl: Any = importlib.import_module("trl")
     trl_grpo: Any = importlib.import_module("rlloss.integrations.trl.trainer")
     patch_trl = importlib.import_module("rlloss.integrations.trl.lm_head").patch_trl
-    of_trl = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
+    of_trl = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, **options)
     with patch_trl():
-        under = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, beta=beta)
-    ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size, beta=beta)
+        under = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, **options)
+    ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size, **options)
     found = [Contender("TRL", of_trl), Contender("TRL, patch_trl()", under, context=patch_trl)]
     for mode, name in {"forward_only": "rlloss", "keep": "rlloss keep", "drop": "rlloss drop"}.items():
         contender = Contender(name, ours, mode)

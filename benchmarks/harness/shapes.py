@@ -54,7 +54,8 @@ LLAMA = Llama()
 
 class Cell(NamedTuple):
     """model: for logits all models with this V, separated by ", "; for the token pass None. kind: "step" (forward and
-    backward), "forward" (without gradient, independent of rho), or for the update step also "beta 0.04"."""
+    backward), "forward" (without gradient, independent of rho), from hidden states also "frozen head", and for the
+    update step also "beta 0.04" and "LoRA"."""
 
     suite: str
     model: str | None

@@ -100,7 +100,8 @@ def _step(folder: str) -> list[str]:
     return table(folder, "step", rows, columns, ms, of_trl, peak)
 
 
-PLANS = {"rlloss, default": OURS, "rlloss `keep`": "rlloss keep"}
+PLANS = {"rlloss, default": OURS, "rlloss `recompute`": "rlloss recompute", "rlloss `keep`": "rlloss keep"}
+FROZEN = {"rlloss `jacobian`": "rlloss jacobian"}
 TRL_CPU, PLAIN = {"TRL's lm_head on CPU": "TRL"}, {"plain logits": "naive"}
 LIGER = {"Liger's chunked loss (no entropies, no selection)": "Liger"}
 BARE = {"the bare products of `recompute`": "bare 1 + 3r", "of `keep`": "bare 1 + 2r"}
@@ -113,10 +114,23 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "step, in a picture": picture,
     "step": lambda: _step(CPU),
     "step on a GPU": lambda: _step(GPU),
+    "step with LoRA": lambda: table(
+        CPU, "step",
+        {"TRL": "TRL", "TRL's trainer inside `patch_trl()`": "TRL, patch_trl()", "rlloss's trainer": "rlloss",
+         'rlloss\'s trainer, `zero_advantage="keep"`': "rlloss keep"},
+        {f"rho {rho:g}, ms": {"kind": "LoRA", "rho": rho, "fill": 0.5} for rho in (0.2, 0.5, 1.0)},
+        ms, of_trl, peak,
+    ),
     "hidden states": lambda: table(
         CPU, "hidden", PLANS | TRL_CPU | PLAIN | LIGER | BARE,
         _columns({f"{dtype}, fill {fill:g}": {"model": "small", "dtype": dtype, "fill": fill}
                   for dtype in ("float32", "bfloat16") for fill in (0.5, 1.0)}),
+        ms, peak,
+    ),
+    "hidden states, frozen head": lambda: table(
+        CPU, "hidden", PLANS | FROZEN | TRL_CPU | PLAIN,
+        _columns({dtype: {"model": "small", "dtype": dtype, "kind": "frozen head"}
+                  for dtype in ("float32", "bfloat16")}),
         ms, peak,
     ),
     "hidden states, D 4096": lambda: table(
@@ -147,6 +161,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         {"rlloss": "rlloss", "TRL's kernel, loss in torch": "TRL kernel", "Liger, no entropies": "Liger",
          "torch.compile": "torch.compile"},
         _rhos(), ms, peak,
+    ),
+    "frozen head on a GPU": lambda: table(
+        GPU, "hidden", PLANS | FROZEN | {"TRL": "TRL"} | PLAIN,
+        _columns({name: {"model": model, "kind": "frozen head"}
+                  for name, model in (("D 896", "Qwen2.5-0.5B"), ("D 4096", "Qwen3-8B"))}),
+        ms, peak,
     ),
     "hidden states on a GPU": lambda: table(
         GPU, "hidden",

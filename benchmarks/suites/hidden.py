@@ -33,21 +33,22 @@ def compare(name: str, case: Case, found: Result, expected: Reference) -> dict[s
     result, rows, live, _ = expected
     if found.hidden.flatten(0, 1)[~live].ne(0).any():  # NaN is not 0 either
         raise ArithmeticError(f"{name}: the gradient of a dead row is not 0")
-    if not found.weight.sum(dtype=torch.float32).isfinite():
-        raise ArithmeticError(f"{name}: the gradient of the weight is not finite")
-    is_target = torch.isin(rows, case.target.flatten()[live])
     scale = case.advantage.abs().mean().double()
-    weight = found.weight[rows]
     of = {
         "loss": ((found.loss.double() - result.loss).abs() / scale).nan_to_num(nan=torch.inf).item(),
         "gradient of hidden": errors.relative(found.hidden, result.hidden),
-        "gradient of weight at targets": errors.relative(weight[is_target], result.weight[is_target]),
-        "gradient of weight elsewhere": errors.relative(weight[~is_target], result.weight[~is_target]),
     }
+    if found.weight is not None:
+        if not found.weight.sum(dtype=torch.float32).isfinite():
+            raise ArithmeticError(f"{name}: the gradient of the weight is not finite")
+        assert result.weight is not None
+        is_target, weight = torch.isin(rows, case.target.flatten()[live]), found.weight[rows]
+        of["gradient of weight at targets"] = errors.relative(weight[is_target], result.weight[is_target])
+        of["gradient of weight elsewhere"] = errors.relative(weight[~is_target], result.weight[~is_target])
     if found.entropy is not None:
         assert result.entropy is not None
         of["entropy"] = errors.relative(found.entropy, result.entropy)
-    allowed = dict.fromkeys(of, errors.allowed(len(found.weight), found.weight.dtype))
+    allowed = dict.fromkeys(of, errors.allowed(len(case.weight), case.weight.dtype))
     errors.require(name, of, allowed | {"loss": 1e-5})
     return of
 
@@ -75,7 +76,7 @@ def contest(cell: Cell, compiled: bool) -> Contest:
     shape, given = Shape(B, T, D, V), tuple(lengths(B, T, cell.fill))
     case = make_case(shape, getattr(torch, cell.dtype), cell.rho, DEVICE, given)
     reference = solve(case)
-    case = replace(case, cutoff=reference.cutoff)
+    case = replace(case, cutoff=reference.cutoff, frozen=cell.kind == "frozen head")
     taken = f"{OURS} {explained('auto', case).plan}"
 
     def checked(peer: Peer) -> Callable[[], dict[str, Any]]:
@@ -83,11 +84,11 @@ def contest(cell: Cell, compiled: bool) -> Contest:
 
     entrants = [
         entrant(peer, case, checked(peer), why_not=SAME if peer.name == taken else None)
-        for peer in peers(compiled=compiled)
+        for peer in peers(compiled=compiled, frozen=case.frozen)
     ]
     facts = {"counted": case.counted, "live": case.live, "unit_flop": case.unit}
-    return Contest(entrants, [bare(case, name) for name in BARE], facts)
+    return Contest(entrants, [] if case.frozen else [bare(case, name) for name in BARE], facts)
 
 
 def notes(compiled: bool) -> dict[str, str]:
-    return {peer.name: peer.note for peer in peers(compiled=compiled)}
+    return {peer.name: peer.note for peer in peers(compiled=compiled, frozen=True)}

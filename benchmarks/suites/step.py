@@ -1,7 +1,7 @@
 """Measure an update step (loss and backward) of a real GRPOTrainer: rlloss's against TRL's on the same batch.
 
 A contender is timed if its loss, gradients and metrics agree with TRL's. Kind "beta 0.04" adds the KL to a reference
-model, which gives every completion a gradient.
+model, which gives every completion a gradient. Kind "LoRA" trains an adapter on the attention; the head is frozen.
 """
 
 import functools
@@ -103,12 +103,19 @@ def contest(cell: Cell, compiled: bool) -> Contest:
     if why_not := absent("trl.trainer.utils"):  # TRL's trainers need datasets, which may be missing
         return Contest([Entrant(name, dict, why_not=why_not) for name in NOTES])
     beta = float(cell.kind.removeprefix("beta")) if cell.kind.startswith("beta") else 0.0
-    entrants, inputs = contenders(LLAMA, beta), make_batch(LLAMA, cell.fill)
+    with_lora = cell.kind == "LoRA"
+    if with_lora and (why_not := absent("peft")):
+        return Contest([Entrant(name, dict, why_not=why_not) for name in NOTES])
+    entrants = contenders(LLAMA, beta=beta, top_entropy_quantile=cell.rho, with_lora=with_lora)
+    inputs = make_batch(LLAMA, cell.fill)
     trl = entrants[0]
     if beta != 0.0:
         add_reference(trl.trainer, inputs)
     expected = trl.result(inputs)
-    parts = [*backbones(trl.trainer.model, inputs), generation(trl.trainer.model, inputs)]
+    parts = {}
+    if not with_lora:
+        model = trl.trainer.model
+        parts = dict(zip(PARTS, (*backbones(model, inputs), generation(model, inputs)), strict=True))
     mask = inputs["completion_mask"]
     return Contest(
         [
@@ -120,7 +127,7 @@ def contest(cell: Cell, compiled: bool) -> Contest:
         ],
         [
             Entrant(name, run, prepare=trl.clear, phased=False)
-            for name, run in zip(PARTS, parts, strict=True)
+            for name, run in parts.items()
         ],
         {"counted": int(mask.sum()), "with_signal": int(mask[inputs["advantages"] != 0].sum()), **LLAMA._asdict()},
     )  # fmt: skip

@@ -86,6 +86,20 @@ def test_the_products_are_those_expected(device):
     assert all(entries[name]["peak_bytes"] > 0 for name in ("rlloss", "TRL", "naive") if not absent.get(name))
 
 
+def test_the_products_of_a_frozen_head(device):
+    result = hold(bench.contest(shapes.Cell("hidden", "tiny", "float32", 0.2, 1.0, "frozen head"), False), 2)
+    r = result["live"] / result["counted"]
+    expected = {"rlloss recompute": 1 + 2 * r, "rlloss keep": 1 + r, "rlloss jacobian": 2.0, "naive": 2.0, "TRL": 3.0}
+    for name, units in expected.items():
+        entry = result["peers"][name]
+        entry = result["peers"]["rlloss"] if entry["status"] == "is what rlloss takes" else entry
+        if entry["status"] == "measured":
+            assert entry["units"] == pytest.approx(units)
+        else:
+            assert name == "TRL" and entry["status"].startswith("absent")
+    assert result["limits"] == {}
+
+
 def test_trl_without_datasets_is_absent(monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it raises, as if it were not installed

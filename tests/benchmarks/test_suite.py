@@ -244,7 +244,7 @@ def made_up():
         cell("logits", 1.0, limits=copy, ideal_bytes=300.0, peers={
             "rlloss": entry([1.0], [1.0], 10), "torch eager": entry([4.0], [4.0], 30), "Liger": entry([1.0], [1.7], 9),
         }),
-        cell("logits", 0.2, limits=copy, ideal_bytes=300.0, peers={"rlloss": entry([0.5], [0.5], 10), "TRL": absent}),
+        cell("logits", 0.2, ideal_bytes=300.0, peers={"rlloss": entry([0.5], [0.5], 10), "TRL": absent}),
         cell("hidden", 0.2, limits={"bare 1 + 3r": entry([1.0], [1.0]), "bare 1 + 2r": entry([0.9], [0.9])}, peers={
             "rlloss": entry([1.0], [1.2], 40, plan_name="recompute"), "TRL": entry([2.0], [4.0], 81),
             "naive": entry([1.0], [1.19, ], 39), "rlloss keep": entry([0.1], [0.1], 1),
@@ -252,7 +252,9 @@ def made_up():
         cell("hidden", 0.2, fill=0.5, peers={"rlloss": entry([9.0], [9.0], 9, plan_name="keep")}),
         cell("hidden", 1.0, limits={"bare 1 + 2r": entry([1.0], [1.0])}, peers={
             "rlloss": entry([1.0], [1.3], 40, plan_name="gradient_in_forward"), "TRL": entry([1.0], [1.5], 79),
+            "naive": entry([9.0], [9.0], 160),
         }),
+        cell("hidden", 1.0, kind="frozen head", peers={"rlloss": entry([1.0], [1.0], 4), "TRL": entry([1.3], [1.0], 3)}),
         cell("token pass", 1.0, dtype="float32", peers={"rlloss": entry([29e-6, 30e-6, 31e-6], [1.0, 1.0, 1.0])}),
     ]  # fmt: skip
 
@@ -260,14 +262,15 @@ def made_up():
 class TestTargets:
     EXPECTED = {
         "logits, forward without gradient: share of the copy bandwidth": (0.95, True),
-        "logits, forward and backward, rho 1: time of the fastest peer / rlloss": (1.35, False),
-        "logits, forward and backward, rho 0.2: time of the fastest peer / rlloss": (None, None),
+        "logits, forward and backward, rho 1: share of the copy bandwidth": (1.5, True),
+        "logits, forward and backward, rho 0.2: share of the copy bandwidth": (None, None),
         "hidden states, rho 0.2: time of rlloss / the bare products of its plan": (1.1, True),
         "hidden states, rho 1: time of rlloss / the bare products of its plan": (1.15, True),
         "hidden states, rho 0.2: time of TRL / rlloss": (6.0 / 2.2, True),
-        "hidden states, rho 1: time of TRL / rlloss": (2.5 / 2.3, False),
-        "hidden states, rho 0.2: peak memory of rlloss / TRL": (40 / 81, True),
-        "hidden states, rho 1: peak memory of rlloss / TRL": (40 / 79, False),
+        "hidden states, rho 1: time of TRL / rlloss": (2.5 / 2.3, True),
+        "frozen head, rho 1: time of TRL / rlloss": (1.15, False),
+        "hidden states, rho 0.2: peak memory of rlloss / plain logits": (40 / 39, False),
+        "hidden states, rho 1: peak memory of rlloss / plain logits": (0.25, True),
         "token pass of 16,384 tokens, forward": (30.0, True),
     }
 
@@ -278,8 +281,9 @@ class TestTargets:
             assert judged[what]["met"] is met, what
             assert judged[what]["found"] == (None if found is None else pytest.approx(found)), what
         words = {what: targets.verdict(j) for what, j in judged.items()}
-        assert words["logits, forward and backward, rho 1: time of the fastest peer / rlloss"] == "1.35x, missed"
-        assert words["logits, forward and backward, rho 0.2: time of the fastest peer / rlloss"] == "not measured"
+        assert words["hidden states, rho 1: time of TRL / rlloss"] == "1.09x, met"
+        assert words["frozen head, rho 1: time of TRL / rlloss"] == "1.15x, missed"
+        assert words["logits, forward and backward, rho 0.2: share of the copy bandwidth"] == "not measured"
         assert words["token pass of 16,384 tokens, forward"] == "30 µs, met"
 
     def test_they_are_for_one_kind_of_device(self):
