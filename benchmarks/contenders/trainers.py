@@ -61,6 +61,7 @@ def build_trainer(trainer_class, config_class, size: Llama, **options):
         "beta": 0.0, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     adapter = {"peft_config": lora()} if options.pop("with_lora", False) else {}
+    torch.manual_seed(0)  # an adapter is drawn at random
     trainer = trainer_class(
         model=folder,
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],

@@ -83,9 +83,10 @@ def _header(first: str, columns: Iterable[str]) -> list[str]:
 
 
 def _label(result: Result) -> str:
-    if result["suite"] == "step":
+    if result["suite"] == "step" and result["kind"] != "LoRA":
         return "beta 0" if result["kind"] == "step" else result["kind"]
-    return "forward without gradient" if result["kind"] == "forward" else f"rho {result['rho']:g}"
+    rho = f"rho {result['rho']:g}"
+    return {"forward": "forward without gradient", "step": rho}.get(result["kind"], f"{result['kind']}, {rho}")
 
 
 def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
@@ -98,7 +99,11 @@ def _groups(results: list[Result]) -> dict[tuple, list[Result]]:
         found,
         key=lambda key: (list(SECTIONS).index(key[0]), key[2], models.index((key[1] or "").split(", ")[0]), -key[3]),
     )
-    return {key: sorted(found[key], key=lambda r: (r["kind"] != "forward", r["rho"])) for key in order}
+    kinds = ["forward", "step"]  # others follow
+    return {
+        key: sorted(found[key], key=lambda r: (kinds.index(r["kind"]) if r["kind"] in kinds else 2, r["rho"]))
+        for key in order
+    }
 
 
 def _heading(group: list[Result]) -> str:

@@ -160,7 +160,13 @@ def _everywhere(device: torch.device) -> bool:
     return True
 
 
-def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, batch_invariant: bool = False) -> Patch:
+def patch_trl(
+    *,
+    plan: str = "auto",
+    memory_budget: int | str | None = None,
+    batch_invariant: bool = False,
+    live_share: float = 1.0,
+) -> Patch:
     """Make TRL's trainers run their lm_head with rlloss, until `.undo()` or the end of ``with patch_trl():``.
 
     The patch also affects models that TRL prepared before. If patches are nested, the inner one is active until it
@@ -172,6 +178,8 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, bat
         plan: "recompute", "keep", "jacobian" or "auto", as for `linear_token_stats`.
         memory_budget: bytes that a plan may hold, as a number or a size such as "1GiB"; as for `linear_token_stats`.
         batch_invariant: make the bits of a token's log-probability independent of its batch.
+        live_share: share of the tokens that will get a gradient, such as TRL's `top_entropy_quantile`; "auto" plans
+            with it.
 
     Returns:
         The `Patch`, which is also a context manager.
@@ -184,9 +192,10 @@ def patch_trl(*, plan: str = "auto", memory_budget: int | str | None = None, bat
     checks.one_of("plan", plan, PLANS)
     budget = checks.memory_budget("memory_budget", memory_budget)
     checks.flag("batch_invariant", batch_invariant)
+    checks.within("live_share", live_share, 0, 1)
     if (reason := compat.why_no_lm_head()) is not None:
         raise RuntimeError(f"patch_trl: {reason}")
-    return patch_with(LmHead(plan, budget, batch_invariant))
+    return patch_with(LmHead(plan, budget, batch_invariant, live_share))
 
 
 def patch_with(head: LmHead) -> Patch:

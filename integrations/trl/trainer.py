@@ -376,7 +376,9 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
         chosen = options(self.args)
         budget = checks.memory_budget("lm_head_memory_budget", chosen.lm_head_memory_budget)
         bonus = compat.has_entropy_bonus(self)
-        return LmHead(chosen.lm_head_plan, budget, False, self.top_entropy_quantile, bonus)
+        every = self.beta != 0.0 or (bonus and chosen.entropy_bonus_tokens == "all")
+        live_share = 1.0 if every else self.top_entropy_quantile
+        return LmHead(chosen.lm_head_plan, budget, False, live_share, bonus)
 
     def _token_stats(self, model, inputs):
         """Return (logp, entropy, auxiliary loss or None) of the completions."""

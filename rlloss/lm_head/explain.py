@@ -14,6 +14,7 @@ from rlloss.lm_head.call import (
     head_options,
 )
 from rlloss.lm_head.gradient_in_forward import candidates, why_not_in_forward
+from rlloss.lm_head.gradient_in_forward import live_share as expected_share
 from rlloss.lm_head.plans import PlanReport
 from rlloss.losses.inputs import check_scalars
 
@@ -43,7 +44,8 @@ def explain_plan(
         advantage, cutoff, denominator: as for `LinearGRPOLoss`; only together with `config`.
         config: settings of the loss that `LinearGRPOLoss` computes. None: the call is `linear_token_stats`.
         live_share: share of the rows that count which gets a gradient, if you know it. None: the share
-            config.top_entropy_quantile of the rows with an advantage, or all rows without a config.
+            config.top_entropy_quantile of the rows with an advantage; all rows with a KL, an entropy bonus for all
+            tokens, or without a config.
         plan, memory_budget, batch_invariant, static_capacity: as for the call.
 
     Returns:
@@ -73,7 +75,7 @@ def explain_plan(
             some = candidates(advantage, mask, config)
     inputs = HeadInputs(hidden, weight, hidden[..., 0], bias, mask if readable else None)
     expected = Expected(
-        some if inputs.needs_gradient else None, None if config is None else config.top_entropy_quantile, why_not,
+        some if inputs.needs_gradient else None, None if config is None else expected_share(config), why_not,
         live_share, config is not None and config.entropy_coef == 0.0,
     )  # fmt: skip
     capacity = check_capacity(static_capacity, inputs.target, mask)

@@ -203,10 +203,16 @@ def prepare_loss(
     checks.advantage(advantage, mask.shape)
     checks.same_device("advantage", advantage, mask, "mask")
     expected = Expected(
-        candidates(advantage, mask, config), config.top_entropy_quantile,
+        candidates(advantage, mask, config), live_share(config),
         why_not_in_forward(hidden, weight, config, cutoff, denominator), logp_alone=config.entropy_coef == 0.0,
     )  # fmt: skip
     return prepare(inputs, options, expected)
+
+
+def live_share(config: LossConfig) -> float:
+    """Return the expected share of the candidates that gets a gradient: all with a KL or a bonus for all tokens."""
+    bonus_for_all = config.entropy_coef != 0.0 and config.entropy_bonus_tokens == "all"
+    return 1.0 if config.beta != 0.0 or bonus_for_all else config.top_entropy_quantile
 
 
 def candidates(advantage: Tensor, mask: Tensor, config: LossConfig) -> Tensor | None:
