@@ -13,7 +13,7 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, LOG2_E, collapse, fold, merge
-from rlloss.kernels.rows import as_rows, tile_offsets
+from rlloss.kernels.rows import as_rows, row_at, tile_offsets
 
 RULES = ("two_level", "edt", "dynatemp")
 
@@ -121,11 +121,8 @@ def entropy_temperature_kernel(
             tl.store(temperature_ptr + row, 1.0)
             tl.store(entropy_ptr + row, 0.0)
             return
-    row_ptr = logits_ptr + row * stride_row
-    out_row_ptr = out_ptr + row * out_row
-    if ALIGNED:
-        row_ptr = tl.multiple_of(row_ptr, 16)
-        out_row_ptr = tl.multiple_of(out_row_ptr, 16)
+    row_ptr = row_at(logits_ptr, row * stride_row, ALIGNED)  # type: ignore
+    out_row_ptr = row_at(out_ptr, row * out_row, ALIGNED)  # type: ignore
     m = -float("inf")
     s = 0.0
     w = 0.0

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, merge, softcapped
-from rlloss.kernels.rows import Rows, per_row, row_offset, scales
+from rlloss.kernels.rows import Rows, per_row, row_at, row_offset, scales
 from rlloss.kernels.surrogates import clamped, divergence, is_kept, minus, surrogate
 from rlloss.kernels.token_pass import TokenSettings, token_strides
 from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
@@ -91,11 +91,8 @@ def gradient_in_forward_kernel(
     cutoff_ptr are read if their bit is in `given`, ref_ptr if kl_estimator is above 0.
     """
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
-    out_ptr = grad_ptr + row_offset(row, rows_inner, out_outer, out_inner)
-    if ALIGNED:
-        row_ptr = tl.multiple_of(row_ptr, 16)
-        out_ptr = tl.multiple_of(out_ptr, 16)
+    row_ptr = row_at(logits_ptr, row_offset(row, rows_inner, stride_outer, stride_inner), ALIGNED)
+    out_ptr = row_at(grad_ptr, row_offset(row, rows_inner, out_outer, out_inner), ALIGNED)
     target = tl.load(target_ptr + row)
     inside = (target >= 0) & (target < V)
     scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import merge, softcapped
-from rlloss.kernels.rows import Rows, per_row, scales
+from rlloss.kernels.rows import Rows, per_row, row_at, scales
 from rlloss.kernels.token_stats_backward import coefficients, write_gradient
 from rlloss.kernels.token_stats_forward import chunk_stats
 
@@ -43,9 +43,7 @@ def fold_tile_kernel(
     temperature_ptr and softcap may be None.
     """
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = tile_ptr + row * stride_row
-    if ALIGNED:
-        row_ptr = tl.multiple_of(row_ptr, 16)
+    row_ptr = row_at(tile_ptr, row * stride_row, ALIGNED)  # type: ignore
     target = tl.load(target_ptr + row).to(tl.int64) - first
     scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)  # type: ignore
     m = tl.load(running_ptr + row)
@@ -105,11 +103,8 @@ def gradient_tile_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = pid // chunks
     start = (pid - row * chunks).to(tl.int32) * CHUNK_V
-    row_ptr = tile_ptr + row * stride_row
-    out = out_ptr + row * out_row
-    if ALIGNED:
-        row_ptr = tl.multiple_of(row_ptr, 16)
-        out = tl.multiple_of(out, 16)
+    row_ptr = row_at(tile_ptr, row * stride_row, ALIGNED)  # type: ignore
+    out = row_at(out_ptr, row * out_row, ALIGNED)  # type: ignore
     g_logp = tl.load(g_logp_ptr + row)
     g_entropy = 0.0
     common = -g_logp

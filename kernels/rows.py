@@ -16,6 +16,20 @@ def row_offset(row, rows_inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def row_at(base_ptr, offset, ALIGNED: tl.constexpr):
+    """Return the pointer to the row `offset` entries after base_ptr.
+
+    If aligned, base_ptr and row begin on 16 bytes. The offset's own arithmetic shows that to the compiler. A hint on
+    the pointer (`tl.multiple_of`) would be lost for tensors below 2 GB on AMD, where the compiler takes the pointer
+    apart into base and 32-bit offset.
+    """
+    if ALIGNED:
+        LANES: tl.constexpr = 128 // base_ptr.dtype.element_ty.primitive_bitwidth
+        offset = offset // LANES * LANES
+    return base_ptr + offset
+
+
+@triton.jit
 def tile_offsets(R: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the offsets of a tile's entries in its block, in the shape in which they are loaded; see `as_rows`.
 

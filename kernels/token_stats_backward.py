@@ -17,7 +17,7 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, launch_shape, registers
 from rlloss.kernels.online import LN_2, floored, softcapped, tanh
-from rlloss.kernels.rows import Rows, per_row, row_offset, scales
+from rlloss.kernels.rows import Rows, per_row, row_at, row_offset, scales
 
 
 @triton.jit
@@ -94,9 +94,7 @@ def write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V: tl.constexpr):
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, zeros, mask=offsets < V)
 
 
-@triton.jit(
-    do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"]
-)
+@triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"])
 def token_stats_backward_kernel(
     logits_ptr,
     target_ptr,
@@ -138,11 +136,8 @@ def token_stats_backward_kernel(
     row = pid // chunks
     start = (pid - row * chunks).to(tl.int32) * CHUNK_V
     stop = tl.minimum(V, start + CHUNK_V)
-    row_ptr = logits_ptr + row_offset(row, rows_inner, stride_outer, stride_inner)
-    out_ptr = grad_ptr + row_offset(row, rows_inner, out_outer, out_inner)
-    if ALIGNED:
-        row_ptr = tl.multiple_of(row_ptr, 16)
-        out_ptr = tl.multiple_of(out_ptr, 16)
+    row_ptr = row_at(logits_ptr, row_offset(row, rows_inner, stride_outer, stride_inner), ALIGNED)
+    out_ptr = row_at(grad_ptr, row_offset(row, rows_inner, out_outer, out_inner), ALIGNED)
 
     g_logp = tl.load(g_logp_ptr + row)
     g_entropy = 0.0

@@ -15,7 +15,7 @@ import triton.language as tl
 from rlloss.kernels.launch import device_of, launch_shape, processors, registers
 from rlloss.kernels.launch_table import choice
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
-from rlloss.kernels.rows import Rows, as_rows, per_row, row_offset, scales, tile_offsets
+from rlloss.kernels.rows import Rows, as_rows, per_row, row_at, row_offset, scales, tile_offsets
 
 
 @triton.jit
@@ -152,10 +152,7 @@ def token_stats_forward_kernel(
         row = pid // chunks
     if tl.load(mask_ptr + row) == 0:
         return
-    offset = row_offset(row, rows_inner, stride_outer, stride_inner)
-    row_ptr = logits_ptr + offset
-    if ALIGNED:
-        row_ptr = tl.multiple_of(row_ptr, 16)
+    row_ptr = row_at(logits_ptr, row_offset(row, rows_inner, stride_outer, stride_inner), ALIGNED)
     target = tl.load(target_ptr + row)
     scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
 

@@ -25,13 +25,14 @@ from rlloss.kernels import (
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BEYOND = ", beyond 2 GB"
 B, T = 2, 3
 N = B * T
 
 
 class Launch(NamedTuple):
-    """A launch as Triton sees it. arguments: parameter -> (type, "D" if it is known to be a multiple of 16), or
-    ("constexpr", value). None is a constexpr too."""
+    """A launch as Triton sees it. arguments: parameter -> (type, what is known of it), or ("constexpr", value). None is
+    a constexpr too. "D" is known to be a multiple of 16, and "S" (AMD) is a tensor of up to 2 GB."""
 
     target: str
     case: str
@@ -49,14 +50,22 @@ class Launch(NamedTuple):
         return value if kind == "constexpr" else "given"
 
     def compiled(self) -> Any:
-        of = self.arguments
+        of, backend = self.arguments, make_backend(TARGETS[self.target])
+        constants = {(i,): value for i, (kind, value) in enumerate(of.values()) if kind == "constexpr"}
+        known = {(i,): known for i, (kind, known) in enumerate(of.values()) if kind != "constexpr" and known}
         source = ASTSource(
             fn=self.function,
             signature={name: kind for name, (kind, _) in of.items()},
-            constexprs={(i,): value for i, (kind, value) in enumerate(of.values()) if kind == "constexpr"},
-            attrs={(i,): [["tt.divisibility", 16]] for i, (_, known) in enumerate(of.values()) if known == "D"},
+            constexprs=constants,
+            attrs={at: backend.parse_attr(what) for at, what in known.items()},
         )
         return triton.compile(source, target=TARGETS[self.target], options=self.options)
+
+
+def beyond_2gb(arguments: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Return the arguments of the same launch on more logits than any that are made here."""
+    large = {name: arguments[name] for name in ("logits_ptr", "grad_ptr", "tile_ptr", "out_ptr") if name in arguments}
+    return arguments | {name: (kind, known.replace("S", "")) for name, (kind, known) in large.items()}
 
 
 def logits_of(V: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -145,7 +154,8 @@ def launches(target: str) -> list[Launch]:
     def run(self, *args, grid, warmup, **kwargs):
         _, asked, options = bind(self)(*args, **kwargs)
         arguments = {p.name: tuple(of) for p, of in zip(self.params, asked, strict=True)}
-        found.setdefault(f"{self.fn.__name__}, {arguments}", Launch(target, case, self, arguments, options))
+        for size, of in (("", arguments), (BEYOND, beyond_2gb(arguments))):
+            found.setdefault(f"{self.fn.__name__}, {of}", Launch(target, case + size, self, of, options))
 
     JITFunction.run = run
     launch_table.generation = lambda device: target

@@ -20,7 +20,7 @@ import triton
 
 from benchmarks.compiler import assembly
 from benchmarks.compiler.assembly import Assembly, Loop
-from benchmarks.compiler.launches import TARGETS, Launch, launches
+from benchmarks.compiler.launches import BEYOND, TARGETS, Launch, launches
 
 # Tasks of the loops over the vocabulary: "read" for statistics, "rewrite" entries, "fill" the entries of a dead row.
 PASSES = {
@@ -125,7 +125,7 @@ def rows(target: str, asked: list[str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         for launch in launches(target):
-            if not asked or any(name in (launch.kernel, launch.case) for name in asked):
+            if not asked or any(name in (launch.kernel, launch.case.removesuffix(BEYOND)) for name in asked):
                 of = assembly.read(launch.compiled(), nvidia=TARGETS[target].backend == "cuda")
                 found.append(Row(launch.kernel, target, launch.case, of, shortfalls(launch, of)))
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compiler import assembly
+from benchmarks.compiler.report import PASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ("-m", "benchmarks.compiler.report", "--check")
@@ -31,9 +32,25 @@ def run_without_interpreter(*arguments: str, path: Path = ROOT, fails: bool = Fa
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("asked", [("sm_90", "bf16, plain"), pytest.param(TARGETS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asked", [("sm_90", "gfx942", "bf16, plain"), pytest.param(TARGETS, marks=pytest.mark.slow)])
 def test_what_the_compiler_makes_of_the_kernels(asked):
     assert ": 0 of " in run_without_interpreter(*REPORT, *asked)
+
+
+BOTH_SIZES = """
+from benchmarks.compiler.launches import BEYOND, launches
+for launch in launches("gfx942"):
+    logits = launch.arguments.get("logits_ptr") or launch.arguments.get("tile_ptr")
+    if launch.constant("ALIGNED"):
+        print(launch.kernel, BEYOND in launch.case, logits[1])
+"""
+
+
+def test_logits_on_amd_are_compiled_for_both_sizes():
+    """AMD's compiler takes other instructions for tensors of up to 2 GB (S)."""
+    lines = set(run_without_interpreter("-c", BOTH_SIZES).splitlines())
+    for kernel in PASSES:
+        assert {f"{kernel} False DS", f"{kernel} True D"} <= lines, (kernel, lines)
 
 
 # File, text and its replacement ("": append it), the kernel that the fault affects, and the text of the report.
@@ -41,8 +58,7 @@ FAULTS = [
     ("online.py", "    e = tl.exp2(t)\n", "    e = tl.exp2(t) * tl.exp2(0.5 * t)\n", "token_stats_forward",
      "exponentials"),
     ("online.py", "x, EXP2_FLOOR, propagate_nan=tl.PropagateNan.ALL", "x, EXP2_FLOOR", "gradient_tile", "NaN"),
-    ("token_stats_backward.py", "        row_ptr = tl.multiple_of(row_ptr, 16)\n", "", "token_stats_backward",
-     "narrow"),
+    ("rows.py", "        offset = offset // LANES * LANES\n", "", "token_stats_backward", "narrow"),
     (
         "token_stats_backward.py", "            write_zeros(out_ptr, start", "            pass  # ",
         "token_stats_backward", "loops",
