@@ -70,6 +70,22 @@ def clip_flags(ratio, advantage, low, high, delta, CISPO: tl.constexpr):
 
 
 @triton.jit
+def k3(d):
+    """Return (e^d - d - 1, 1 - e^d). Near 0 both follow from a series; see `k3` in `rlloss.losses.kl`, its twin."""
+    near = tl.abs(d) < 0.5
+    t = tl.where(near, d, 0.0)
+    series = t * (1.0 / 40320) + 1.0 / 5040
+    series = series * t + 1.0 / 720
+    series = series * t + 1.0 / 120
+    series = series * t + 1.0 / 24
+    series = series * t + 1.0 / 6
+    series = series * t + 0.5
+    small = t * t * series
+    e = tl.exp(tl.where(near, 0.0, d))
+    return tl.where(near, small, e - d - 1.0), tl.where(near, -d - small, 1.0 - e)
+
+
+@triton.jit
 def divergence(difference, counts, log_ratio, max_log_ratio, estimator, corrected, per_token):
     """Return (KL, d KL / d logp, d KL / d log ratio of the sequence) from ref_logp - logp by estimator k1, k2 or k3.
 
@@ -79,22 +95,22 @@ def divergence(difference, counts, log_ratio, max_log_ratio, estimator, correcte
     """
     moves = counts & free(difference, max_log_ratio)
     d = clamped(difference, -max_log_ratio, max_log_ratio)
-    k3 = estimator == 3
-    e = tl.exp(tl.where(k3, d, 0.0))
-    kl = tl.where(k3, e - d - 1.0, tl.where(estimator == 2, d * d * 0.5, -d))
-    slope = tl.where(k3, 1.0 - e, tl.where(estimator == 2, -d, 1.0))
+    of_k3 = estimator == 3
+    kl, slope = k3(tl.where(of_k3, d, 0.0))
+    kl = tl.where(of_k3, kl, tl.where(estimator == 2, d * d * 0.5, -d))
+    slope = tl.where(of_k3, slope, tl.where(estimator == 2, -d, 1.0))
     apart = counts & (slope != 0.0)
     corrected_here = apart & corrected
     log_r = tl.where(corrected_here, log_ratio, 0.0)
     r = tl.exp(log_r)
-    steep = corrected_here & k3 & (d > 1.0) & (log_r < FAR)
+    steep = corrected_here & of_k3 & (d > 1.0) & (log_r < FAR)
     both = tl.exp(tl.where(steep, d + log_r, 0.0))
     value = tl.where(steep, both - (1.0 + d) * r, tl.where(steep, 0.0, kl) * r)
     value = tl.where(corrected & (apart == 0), 0.0, value)
     slope = tl.where(steep, r - both, tl.where(steep, 0.0, slope) * r)
     slope = tl.where(apart & moves, slope, 0.0)
     through = corrected_here & free(log_ratio, max_log_ratio)
-    total = tl.where(k3 & moves, -d * r, slope + value)  # (1 - e^d) r + (e^d - d - 1) r
+    total = tl.where(of_k3 & moves, -d * r, slope + value)  # (1 - e^d) r + (e^d - d - 1) r
     return value, tl.where(through & per_token, total, slope), tl.where(through & (per_token == 0), value, 0.0)
 
 

@@ -331,3 +331,22 @@ def test_on_policy_the_ratio_of_a_second_pass_is_exactly_one():
             logits.clone().requires_grad_(), target, torch.randn(4), mask=mask, old_logp=old_logp
         )
         assert found.metrics["ratio"] == found.metrics["ratios"]
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("d", [1e-18, 1e-6, 1e-4, 1e-3, 0.02, 0.3, 0.49999, 0.5, 0.7, 2.0])
+def test_k3_keeps_its_digits_near_0(d, on):
+    """The bounds are derived in `rlloss.losses.kl.k3`."""
+    bound = 5 * 2**-24 if d < 0.5 else 4e-6
+    for sign in (1.0, -1.0):
+        ref_logp = torch.full((1, 8), sign * d, device=DEVICE)
+        logp = torch.zeros_like(ref_logp, requires_grad=True)
+        config = LossConfig(beta=1.0, kl_estimator="k3")
+        with backend(on):
+            mask = torch.ones_like(logp, dtype=torch.bool)
+            loss, metrics = policy_loss(logp, torch.zeros(1, device=DEVICE), mask, ref_logp=ref_logp, config=config)
+            (gradient,) = torch.autograd.grad(loss * 8, logp)
+        exact = math.expm1(ref_logp[0, 0].item())
+        value = ref_logp[0, 0].double() ** 2 / 2 if d < 1e-7 else exact - ref_logp[0, 0].double()
+        assert abs(metrics["kl"] / 8 - value) <= bound * value, metrics["kl"] / 8
+        assert (gradient + exact).abs().max() <= bound * abs(exact), gradient
