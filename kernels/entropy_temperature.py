@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.launch import device_of, launch_shape, registers
+from rlloss.kernels.launch import device_of, jit, launch_shape, registers
 from rlloss.kernels.online import LN_2, LOG2_E, collapse, fold, merge
 from rlloss.kernels.rows import as_rows, row_at, tile_offsets
 
@@ -91,7 +91,7 @@ def _write_scaled(row_ptr, out_ptr, V, stride_v, out_v, bound, inverse, BLOCK_V:
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, _scaled(u, bound, inverse, out_ptr), mask=inside)
 
 
-@triton.jit(do_not_specialize=["V", "stride_row", "out_row", "chunks"])
+@jit(do_not_specialize=["V", "stride_row", "out_row", "chunks"])
 def entropy_temperature_kernel(
     logits_ptr,
     mask_ptr,

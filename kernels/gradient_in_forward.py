@@ -12,10 +12,9 @@ launches take 3 b V per live row, 2 b V per dead row that counts and b V per mas
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
-from rlloss.kernels.launch import device_of, launch_shape, registers
+from rlloss.kernels.launch import device_of, jit, launch_shape, registers
 from rlloss.kernels.online import LN_2, merge, softcapped
 from rlloss.kernels.rows import Rows, per_row, row_at, row_offset, scales
 from rlloss.kernels.surrogates import clamped, divergence, is_kept, minus, surrogate
@@ -45,7 +44,7 @@ SAMPLER: tl.constexpr = tl.constexpr(2)
 CUTOFF: tl.constexpr = tl.constexpr(4)
 
 
-@triton.jit(
+@jit(
     do_not_specialize=[
         "V", "T", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks",
         "advantage_sequence", "advantage_token", "sampler_sequence", "sampler_token", "given", "kl_estimator",

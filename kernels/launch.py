@@ -1,6 +1,9 @@
 """Choose blocks, warps, registers and the device of a kernel launch, from the launch table."""
 
 import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -9,6 +12,22 @@ from rlloss.kernels import launch_table
 from rlloss.kernels.launch_table import choice
 
 CHUNK_BLOCKS = 8
+WIDE = {"logits_ptr", "grad_ptr", "tile_ptr", "out_ptr"}  # read or written 16 bytes at a time
+
+
+def jit(*, do_not_specialize: Sequence[str]) -> Callable[[Callable[..., Any]], triton.JITFunction]:
+    """Decorate a kernel like `triton.jit`, and let it have one variant wherever its pointers besides WIDE begin.
+
+    Triton would compile a variant for each set of pointers that begin on 16 bytes. A slice of a batch begins anywhere,
+    so new variants would be compiled in the middle of a run, on every rank. These pointers gain nothing from it: their
+    entries are read one by one, or from the start of a sequence of any length.
+    """
+
+    def of(kernel: Callable[..., Any]) -> triton.JITFunction:
+        pointers = [x for x in inspect.signature(kernel).parameters if x.endswith("_ptr") and x not in WIDE]
+        return triton.jit(do_not_specialize=do_not_specialize, do_not_specialize_on_alignment=pointers)(kernel)
+
+    return of
 
 
 def launch_shape(kernel: str, x: torch.Tensor, V: int, block_v: int | None = None) -> tuple[int, int, int, int]:

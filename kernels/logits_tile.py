@@ -9,17 +9,16 @@ Each entry of a tile is read once. Its gradient is written once, in place for fp
 """
 
 import torch
-import triton
 import triton.language as tl
 
-from rlloss.kernels.launch import device_of, launch_shape, registers
+from rlloss.kernels.launch import device_of, jit, launch_shape, registers
 from rlloss.kernels.online import merge, softcapped
 from rlloss.kernels.rows import Rows, per_row, row_at, scales
 from rlloss.kernels.token_stats_backward import coefficients, write_gradient
 from rlloss.kernels.token_stats_forward import chunk_stats
 
 
-@triton.jit(do_not_specialize=["N", "V", "stride_row", "first", "chunks"])
+@jit(do_not_specialize=["N", "V", "stride_row", "first", "chunks"])
 def fold_tile_kernel(
     tile_ptr,
     target_ptr,
@@ -72,7 +71,7 @@ def fold_tile_kernel(
         tl.store(running_ptr + 6 * N + row, softcapped(logit, softcap, logit_scale))
 
 
-@triton.jit(do_not_specialize=["V", "stride_row", "out_row", "first", "chunks"])
+@jit(do_not_specialize=["V", "stride_row", "out_row", "first", "chunks"])
 def gradient_tile_kernel(
     tile_ptr,
     target_ptr,

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.launch import device_of, registers
+from rlloss.kernels.launch import device_of, jit, registers
 from rlloss.kernels.surrogates import clamped, clip_flags, divergence, is_kept, minus, surrogate
 
 BLOCK_T = 512
@@ -146,7 +146,7 @@ def _add_up(
     tl.store(summary_ptr + KEPT_SCALE, kept_scale)
 
 
-@triton.jit(
+@jit(
     do_not_specialize=[
         "B", "T", "advantage_row", "advantage_token", "sampler_row", "sampler_token", "look_ahead", "sequence",
         "mean_of_sequence", "kept_counts", "kl_estimator", "kl_bias_correction",

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.launch import device_of, launch_shape, registers
+from rlloss.kernels.launch import device_of, jit, launch_shape, registers
 from rlloss.kernels.online import LN_2, floored, softcapped, tanh
 from rlloss.kernels.rows import Rows, per_row, row_at, row_offset, scales
 
@@ -94,7 +94,7 @@ def write_zeros(out_ptr, start, stop, V, out_v, BLOCK_V: tl.constexpr):
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, zeros, mask=offsets < V)
 
 
-@triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"])
+@jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "chunks"])
 def token_stats_backward_kernel(
     logits_ptr,
     target_ptr,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlloss.kernels.launch import device_of, launch_shape, processors, registers
+from rlloss.kernels.launch import device_of, jit, launch_shape, processors, registers
 from rlloss.kernels.launch_table import choice
 from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
 from rlloss.kernels.rows import Rows, as_rows, per_row, row_at, row_offset, scales, tile_offsets
@@ -115,7 +115,7 @@ def _finish(
         tl.store(extra_ptr + 2 * N + row, tl.where(first, 1.0, 0.0))
 
 
-@triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
+@jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
 def token_stats_forward_kernel(
     logits_ptr,
     target_ptr,
@@ -190,7 +190,7 @@ def token_stats_forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
+@jit(do_not_specialize=["N", "V", "rows_inner", "stride_outer", "stride_inner", "chunks"])
 def token_stats_merge_kernel(
     logits_ptr,
     target_ptr,

@@ -171,33 +171,37 @@ from benchmarks.compiler import launches
 from rlloss.kernels import entropy_quantile, entropy_temperature, gradient_in_forward, logits_tile, token_pass
 from rlloss.kernels import token_stats_backward, token_stats_forward
 
+def of_a_batch(start, *shape, dtype=torch.float32):  # a slice of a batch begins at any entry
+    return torch.zeros(start + torch.Size(shape).numel(), dtype=dtype)[start:].view(shape)
+
 def call():
     for B, T in ((1, 1), (1, 7), (2, 16), (3, 17), (16, 33), (5, 128)):
-        for number in (1.0, 0.7, 2):
-            logits, target = torch.zeros(B, T + 1, 4000, dtype=torch.bfloat16)[:, :-1], torch.zeros(B * T).long()
-            mask = torch.ones(B * T, dtype=torch.bool)
+        for number, start in ((1.0, 0), (0.7, 1), (2, 3)):
+            logits = torch.zeros(B, T + 1, 4000, dtype=torch.bfloat16)[:, :-1]
+            target = of_a_batch(start, B * T, dtype=torch.int64)
+            mask = of_a_batch(start, B * T, dtype=torch.bool)
             for split in (False, True):
                 logp, entropy, lse, saved, _ = token_stats_forward.token_stats_forward(
                     logits, target, mask, (number, None, 1), split=split)
             token_stats_backward.token_stats_backward(
                 logits, target, mask, (number, None, 1), (saved, entropy), (logp, None, None))
-            x = torch.zeros(B, T)
+            x, y, z = (of_a_batch(i * start, B, T) for i in range(3))
             settings = token_pass.TokenSettings(0.0, 0.8 * number, 1.2, 0.2, 3.0)
             gradient_in_forward.gradient_in_forward(
                 logits, target, mask.view(B, T), (number, None, 1.0),
-                gradient_in_forward.LossTensors(x, x, None, None, None, torch.ones(2, B)), settings)
+                gradient_in_forward.LossTensors(x, y, None, None, None, torch.ones(2, B)), settings)
             for on in (0.0, 1.0):
                 token_pass.token_pass(
-                    token_pass.TokenTensors(x, x[:, :1].contiguous(), mask.view(B, T), x, x, None, x, x),
+                    token_pass.TokenTensors(x, of_a_batch(start, B, 1), mask.view(B, T), y, z, None, z, y),
                     settings._replace(
                         sequence=on, mean_of_sequence=on, kept_counts=on, denominator=number, beta=number,
                         kl_estimator=2.0 + on, kl_bias_correction=on, off_policy_threshold=number, delta=number))
             tile, running = torch.zeros(B * T, 4000), torch.zeros(7, B * T)
-            for start in (0, 1, 64000):
-                logits_tile.fold_tile(tile, start, target, running, (number, None, 1), entropy=True, extra=False)
+            for first in (0, 1, 64000):
+                logits_tile.fold_tile(tile, first, target, running, (number, None, 1), entropy=True, extra=False)
                 row = running[0]
                 logits_tile.gradient_tile(
-                    tile, start, target, (number, None, 1), (row, row, None), (row, None, None), torch.bfloat16)
+                    tile, first, target, (number, None, 1), (row, row, None), (row, None, None), torch.bfloat16)
     for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
         entropy, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool)
         for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):
