@@ -126,12 +126,30 @@ def operands_in(dtype: torch.dtype | None, operand: Tensor) -> contextlib.Abstra
     return _bf16_operands if fit and has_bf16_units() else contextlib.nullcontext()
 
 
+@functools.cache
+def writes_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Test with one small product whether this device multiplies operands of a narrow dtype into fp32.
+
+    GPUs before Ampere do not, nor does ROCm in some versions of torch. Only trying tells.
+    """
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the device
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def multiply(
     out: Tensor, a: Tensor, b: Tensor, kind: str, *, add: bool = False, dtype: torch.dtype | None = None
 ) -> None:
     """Compute out = a @ b, or with `add` out += a @ b, with sums in fp32 at least.
 
-    a [M, K] and b [K, N] have one dtype. If out is wider, the product is not rounded to their dtype: a GPU writes it
+    a [M, K] and b [K, N] have one dtype. If out is wider, the product is not rounded to their dtype: most GPUs write it
     wide, elsewhere a and b are widened first. dtype is the dtype to which operands may be rounded, as on a GPU. A CPU
     with bf16 units then multiplies widened bf16 in a fraction of the time of fp32.
     """
@@ -139,7 +157,7 @@ def multiply(
         for counter in _counters:
             counter.flop[kind] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
     widens = out.dtype.itemsize > a.dtype.itemsize
-    if widens and a.is_cuda and out.dtype == torch.float32:
+    if widens and a.is_cuda and out.dtype == torch.float32 and writes_fp32(a.device, a.dtype):
         if add:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:

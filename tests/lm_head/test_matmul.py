@@ -115,3 +115,52 @@ def test_no_units_no_setting(monkeypatch):
     assert isinstance(products.operands_in(torch.bfloat16, torch.zeros(1)), products._Bf16Operands)
     for dtype, operand in ((torch.float32, torch.zeros(1)), (torch.bfloat16, torch.zeros(1).double())):
         assert not isinstance(products.operands_in(dtype, operand), products._Bf16Operands)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on a CPU that says it is on a GPU."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("refused", [None, "mm", "addmm"])
+def test_a_gpu_that_cannot_write_fp32_gets_wide_operands(refused, add, monkeypatch):
+    """As GPUs before Ampere and some versions of ROCm. The device is asked once."""
+    asked = []
+
+    def product(name, plain):
+        def run(*operands, out_dtype=None, out=None):
+            if out_dtype is not None:
+                asked.append(name)
+                if name == refused:
+                    raise RuntimeError("only supported for CUDA devices with compute capability 8.0 or higher")
+            return plain(*(x.float() if x.dtype == torch.bfloat16 else x for x in operands), out=out)
+
+        return run
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, product(name, getattr(torch, name)))
+    products.writes_fp32.cache_clear()
+    a, b = (x.bfloat16() for x in operands(torch.bfloat16))
+    for _ in range(2):
+        out = torch.ones(48, 64)
+        products.multiply(out, a.as_subclass(OnGpu), b, "logits", add=add)
+        torch.testing.assert_close(out, (1.0 if add else 0.0) + a.float() @ b.float())
+    products.writes_fp32.cache_clear()
+    probe = {"mm": ["mm"]}.get(refused, ["mm", "addmm"])
+    assert asked == (probe if refused else [*probe, *(["addmm" if add else "mm"] * 2)])
+
+
+def test_a_full_memory_says_nothing_about_the_device(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    products.writes_fp32.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            products.writes_fp32(torch.device("cpu"), torch.bfloat16)
+    assert not products.writes_fp32(torch.device("cpu"), torch.bfloat16)  # a CPU refuses
+    products.writes_fp32.cache_clear()
