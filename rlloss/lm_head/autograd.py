@@ -1,8 +1,9 @@
 """Make `linear_token_stats` differentiable, as an autograd function that may hold logits and as a torch operator."""
 
 import contextlib
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,7 +229,44 @@ class LinearTokenStats(torch.autograd.Function):
         return *found, None
 
 
-@torch.library.custom_op("rlloss::linear_token_stats", mutates_args=())
+def _not_for_cuda_graphs() -> dict[str, Any]:
+    """Return the options of an operator that waits for the device, which a CUDA graph cannot record. A torch that has
+    no such tag gets none."""
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    taken = tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters
+    return {"tags": (tag,)} if taken else {}
+
+
+def _operators(name: str, *, fake: Callable) -> Callable[[Callable], Callable]:
+    """Decorator: register a function, whose last argument is the capacity, as two operators, and return a function that
+    calls one of them. Without a capacity it is "rlloss::name", which asks the device how many rows there are; with one
+    it is "rlloss::name_static", which does not."""
+
+    def of(run: Callable) -> Callable:
+        counting = torch.library.custom_op(f"rlloss::{name}", mutates_args=(), **_not_for_cuda_graphs())(run)
+        static = torch.library.custom_op(f"rlloss::{name}_static", mutates_args=())(run)
+        counting.register_fake(fake)
+        static.register_fake(fake)
+
+        def call(*arguments):
+            return (counting if arguments[-1] is None else static)(*arguments)
+
+        return call
+
+    return of
+
+
+def _fake_stats(
+    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, batch_invariant,
+    entropy, entropy_grad, extra, capacity=None,
+):  # fmt: skip
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    row = [hidden.new_empty(target.shape, dtype=dtype) for _ in range(3)]
+    more = hidden.new_empty((3, *_extra_shape(target, extra)), dtype=dtype)
+    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), more
+
+
+@_operators("linear_token_stats", fake=_fake_stats)
 def linear_token_stats_op(
     hidden: Tensor,
     weight: Tensor,
@@ -264,18 +302,20 @@ def _extra_shape(target: Tensor, extra: bool) -> tuple[int, ...]:
     return tuple(target.shape) if extra else (0,)
 
 
-@linear_token_stats_op.register_fake
-def _(
-    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, batch_invariant,
-    entropy, entropy_grad, extra, capacity=None,
+def _fake_gradients(
+    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, saved, entropy,
+    g_logp, g_entropy, g_lse, needs_hidden, needs_weight, needs_bias, capacity=None,
 ):  # fmt: skip
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    row = [hidden.new_empty(target.shape, dtype=dtype) for _ in range(3)]
-    more = hidden.new_empty((3, *_extra_shape(target, extra)), dtype=dtype)
-    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), more
+    nothing = [hidden.new_empty(0) for _ in range(3)]
+    given = (hidden, weight, bias)
+    needed = (needs_hidden, needs_weight, needs_bias)
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else empty
+        for x, need, empty in zip(given, needed, nothing, strict=True)
+    )
 
 
-@torch.library.custom_op("rlloss::linear_token_stats_backward", mutates_args=())
+@_operators("linear_token_stats_backward", fake=_fake_gradients)
 def _backward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -315,20 +355,6 @@ def _backward_op(
     return h, w, b
 
 
-@_backward_op.register_fake
-def _(
-    hidden, weight, bias, target, mask, temperatures, temperature, softcap, logit_scale, dtype, saved, entropy,
-    g_logp, g_entropy, g_lse, needs_hidden, needs_weight, needs_bias, capacity=None,
-):  # fmt: skip
-    nothing = [hidden.new_empty(0) for _ in range(3)]
-    given = (hidden, weight, bias)
-    needed = (needs_hidden, needs_weight, needs_bias)
-    return tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else empty
-        for x, need, empty in zip(given, needed, nothing, strict=True)
-    )
-
-
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, target, mask, temperatures, *settings = inputs
     _, entropy, _, saved, extra = output
@@ -355,4 +381,5 @@ def _op_backward(ctx, g_logp, g_entropy, g_lse, *_):
     return *found, *(None for _ in range(12))
 
 
-torch.library.register_autograd("rlloss::linear_token_stats", _op_backward, setup_context=_setup_context)
+for _name in ("linear_token_stats", "linear_token_stats_static"):
+    torch.library.register_autograd(f"rlloss::{_name}", _op_backward, setup_context=_setup_context)

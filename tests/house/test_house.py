@@ -216,7 +216,7 @@ MANY_PARAMETERS = {
     "write_report", "GRPOLoss.forward", "LinearGRPOLoss.forward", "CollapseMonitor.__init__", "TokenLog.write",
     # Operators, and the functions that compute their shapes, cannot take bundles.
     "linear_token_stats_op", "_backward_op", "rlloss.logits.statistics._forward", "rlloss.logits.statistics._gradient",
-    "rlloss.logits.statistics._fake", "rlloss.losses.fused._run", "rlloss.lm_head.autograd._",
+    "rlloss.logits.statistics._fake", "rlloss.losses.fused._run", "_fake_stats", "_fake_gradients",
     # TRL calls it.
     "LmHead.apply",
 }  # fmt: skip

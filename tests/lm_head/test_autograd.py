@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from rlloss import LinearGRPOLoss, LossConfig, backends, count_products, linear_token_stats
@@ -289,10 +291,43 @@ def test_hidden_expanded_and_strided():
 OP = torch.ops.rlloss.linear_token_stats.default
 
 
-def test_the_registered_operator_passes_opcheck():
+STATIC = torch.ops.rlloss.linear_token_stats_static.default
+
+
+def test_the_registered_operators_pass_opcheck():
     x = batch()
     arguments = (*leaves_of(x), x["target"], MASK, None, 0.7, None, 1.0, torch.float32, False)
     torch.library.opcheck(OP, (*arguments, True, True, True))
+    torch.library.opcheck(STATIC, (*arguments, True, True, True, [B * T, B * T]))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+@pytest.mark.parametrize("capacity", [None, (B * T, B * T)])
+def test_a_compiler_knows_which_operators_wait_for_the_device(capacity):
+    """Inductor would record an operator without the tag into a CUDA graph, where waiting raises."""
+    x, tags = batch(), []
+
+    def tagged(graph, _):
+        tags.extend(
+            (node.target.name(), torch.Tag.cudagraph_unsafe in node.target.tags)
+            for node in graph.graph.nodes
+            if "rlloss::linear" in str(getattr(node.target, "name", str)())
+        )
+        return make_boxed_func(graph)
+
+    loss_fn = LinearGRPOLoss(LossConfig(), static_capacity=capacity)
+
+    def loss(hidden, weight):
+        return loss_fn(hidden, weight, x["target"], ADVANTAGE, mask=MASK).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=tagged, bw_compiler=tagged))
+    leaves = leaves_of(x, "hidden", "weight")
+    expected = gradients(loss(*leaves), leaves)
+    assert_sums_close(gradients(compiled(*leaves), leaves), expected, V)
+    suffix = "" if capacity is None else "_static"
+    names = [f"rlloss::linear_token_stats{suffix}", f"rlloss::linear_token_stats_backward{suffix}"]
+    assert tags == [(name, capacity is None) for name in names]
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
