@@ -1,0 +1,51 @@
+"""Test how much work a step of the loss gives the host: on a small model the GPU waits for it.
+
+Counted under the interpreter, whose own work is left out, for one forward and backward of 4 completions.
+"""
+
+import sys
+
+import pytest
+import torch
+
+from rlloss import GRPOLoss, LinearGRPOLoss, backends
+from tests.support.host_reads import host_reads
+from tests.support.loss_cases import BACKENDS, DEVICE, FUSED
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu" or FUSED not in BACKENDS, reason="counts in Triton's interpreter")
+B, T, V, D = 4, 6, 30, 8
+# Step -> (module, its settings, at most as many operators of torch, launches of kernels, calls in rlloss).
+STEPS = {
+    "logits": (GRPOLoss, {"single_launch": False}, 43, 3, 480),
+    "logits, entropy quantile": (GRPOLoss, {"top_entropy_quantile": 0.2}, 70, 11, 580),
+    "logits, single launch": (GRPOLoss, {"single_launch": True}, 59, 3, 430),
+    "hidden": (LinearGRPOLoss, {}, 153, 3, 730),
+    "hidden, entropy quantile": (LinearGRPOLoss, {"top_entropy_quantile": 0.2}, 180, 11, 800),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_takes_no_more(monkeypatch, step):
+    monkeypatch.undo()  # the fixture that fills fresh memory with NaN adds operators
+    module, settings, *most = STEPS[step]
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(B, T, D, generator=g), torch.randn(V, D, generator=g)
+    target, advantage = torch.randint(0, V, (B, T), generator=g), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    mask = torch.arange(T) < torch.tensor([6, 5, 3, 2])[:, None]
+    first = (hidden, weight) if module is LinearGRPOLoss else (hidden @ weight.T,)
+    for x in first:
+        x.requires_grad_()
+    loss_fn, old_logp = module("dapo", **settings), torch.full((B, T), -3.0)
+
+    def run():
+        loss_fn(*first, target, advantage, mask=mask, old_logp=old_logp).loss.backward()
+
+    with backends.backend(FUSED):
+        run()  # what only a first call does is not counted
+        with host_reads(monkeypatch) as counter:
+            before = sys.getprofile()
+            sys.setprofile(counter.profile)
+            run()
+            sys.setprofile(before)
+    found = (counter.operators, counter.launches, counter.calls)
+    assert all(n <= limit for n, limit in zip(found, most, strict=True)), f"{step}: found {found}, at most {most}"
