@@ -260,8 +260,9 @@ def _flags(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def _select(entropy, mask, rho, rounded_up_to, reduce, interpolate) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (cutoff, last state)."""
-    states = torch.zeros((len(SHIFTS) + 1, STATE), dtype=torch.int64, device=entropy.device)
-    histograms = torch.zeros((len(SHIFTS), 2, BINS), dtype=torch.int64, device=entropy.device)
+    sizes = [STATE] * (len(SHIFTS) + 1) + [2 * BINS] * len(SHIFTS)  # each starts on 16 bytes
+    parts = torch.zeros(sum(sizes), dtype=torch.int64, device=entropy.device).split(sizes)
+    states, histograms = parts[: len(SHIFTS) + 1], parts[len(SHIFTS) + 1 :]
     cutoff = torch.empty((), dtype=torch.float32, device=entropy.device)
     N = entropy.numel()
     programs = 2 * processors(entropy.device) if entropy.is_cuda else 64
@@ -280,7 +281,7 @@ def _select(entropy, mask, rho, rounded_up_to, reduce, interpolate) -> tuple[tor
             num_warps=HISTOGRAM_WARPS,
         )
         if reduce is not None:
-            reduce(histograms[i])
+            reduce(histograms[i].view(2, BINS))
         entropy_narrow_kernel[(1,)](
             histograms[i],
             states[i],

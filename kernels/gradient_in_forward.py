@@ -26,8 +26,9 @@ from rlloss.kernels.token_stats_forward import chunk_stats
 class LossTensors(NamedTuple):
     """Inputs of the loss, contiguous and fp32.
 
-    old_logp and ref_logp are `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`, cutoff is 0-d. weight `[2, B]`
-    is d loss / d (sum over the sequence) of the token losses and, with an entropy bonus, of the entropies.
+    old_logp and ref_logp are `[B, T]`, advantage and sampler_ratio `[B, T]` or `[B, 1]`, cutoff is 0-d. weight is
+    d loss / d (sum over the sequence) of the token losses `[B]` or, with an entropy bonus, of these and of the
+    entropies `[2, B]`.
     """
 
     advantage: torch.Tensor

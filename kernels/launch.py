@@ -12,6 +12,7 @@ from rlloss.kernels import launch_table
 from rlloss.kernels.launch_table import choice
 
 CHUNK_BLOCKS = 8
+_HERE = contextlib.nullcontext()
 WIDE = {"logits_ptr", "grad_ptr", "tile_ptr", "out_ptr"}  # read or written 16 bytes at a time
 
 
@@ -67,6 +68,7 @@ def processors(device: torch.device) -> int:
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Return a context that makes the device of x current. Triton launches on the current device."""
-    if x.device.type in ("cuda", "xpu"):
-        return getattr(torch, x.device.type).device(x.device)
-    return contextlib.nullcontext()
+    device = x.device
+    if device.type == "cpu" or device.type == "cuda" and device.index == torch.cuda.current_device():
+        return _HERE
+    return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else _HERE

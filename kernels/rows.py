@@ -70,7 +70,7 @@ class Rows:
     def __init__(self, x: torch.Tensor):
         if x.dim() < 3:
             x = x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
-        else:
+        elif x.dim() > 3:
             x = x.flatten(1, -2)  # copies only if more than two leading strides are needed
         self.tensor = x
         self.N, self.V = x.shape[0] * x.shape[1], x.shape[2]
@@ -83,8 +83,9 @@ class Rows:
         Strides are checked for a single row too. Otherwise the layout, and with it the bits, could differ between a row
         alone and the same row among others.
         """
-        bytes_apart = [stride * self.tensor.element_size() for stride in self.tensor.stride()[:2]]
-        return self.stride_v == 1 and self.tensor.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in bytes_apart)
+        size = self.tensor.element_size()
+        apart = self.stride_outer * size % 16 == 0 and self.stride_inner * size % 16 == 0
+        return self.stride_v == 1 and apart and self.tensor.data_ptr() % 16 == 0
 
     def mask(self, mask: torch.Tensor | None) -> torch.Tensor:
         """Return the mask, or one that selects all rows if it is None."""

@@ -210,7 +210,7 @@ def token_stats_backward(
     out = Rows(grad)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", logits, rows.V, block_v)
     (temperature, softcap, logit_scale), (saved, entropy) = transform, stats
-    g_logp, g_entropy, g_lse = coefficients(saved[0], *coefs)
+    g_logp, g_entropy, g_lse = coefficients(next(g for g in coefs if g is not None), *coefs)
     temperature_ptr, temperature = per_row(temperature)
     aligned = rows.aligned() and out.aligned()
     with device_of(logits):

@@ -256,15 +256,18 @@ def token_stats_forward(
     """Return (logp, entropy, lse, saved, extra) of logits [..., V], all in fp32 and 0 where masked.
 
     target and mask are contiguous with N entries. transform is (temperature, softcap, logit_scale), with temperature a
-    number or shaped like target. logp, entropy and lse are [N]. saved [2, N] is (m, log2 s) for the backward. extra is
-    [3, N] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed even if it is not requested, because
-    it costs no memory access. `split` gives each chunk of a row its own program; None: if the rows are too few to fill
-    the device.
+    number or shaped like target. logp, entropy and lse are shaped like target [...]. saved [2, ...] is (m, log2 s) for
+    the backward. extra is [3, ...] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed even if it is
+    not requested, because it costs no memory access. `split` gives each chunk of a row its own program; None: if the
+    rows are too few to fill the device.
     """
     rows = Rows(logits)
-    logp, entropy_out, lse = (torch.zeros(rows.N, dtype=torch.float32, device=logits.device) for _ in range(3))
-    saved = torch.zeros((2, rows.N), dtype=torch.float32, device=logits.device)
-    more = torch.zeros((3, rows.N if extra else 0), dtype=torch.float32, device=logits.device)
+    shape, like = target.shape, {"dtype": torch.float32, "device": logits.device}
+    logp, entropy_out, lse = torch.empty(shape, **like), torch.empty(shape, **like), torch.empty(shape, **like)
+    saved = torch.empty((2, *shape), **like)
+    more = torch.empty((3, *(shape if extra else (0,))), **like)
+    if mask is not None:  # the kernel does not write masked rows
+        torch._foreach_zero_([logp, entropy_out, lse, saved, more])
     if rows.N == 0:
         return logp, entropy_out, lse, saved, more
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)

@@ -86,8 +86,7 @@ def backend(name: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _forced_here() -> str | None:
-    forced = [name for mine in _forced.get() for name in mine]
-    return forced[-1] if forced else None
+    return next((mine[0] for mine in reversed(_forced.get()) if mine), None)
 
 
 def choose_backend(x: Tensor) -> str:
@@ -101,7 +100,7 @@ def choose_backend(x: Tensor) -> str:
     if x.dtype == torch.float64:
         possible = ["torch"]
     # torch.compile cannot trace a ContextVar. It takes the value as a constant, guarded by the names in `_anywhere`.
-    forced = _forced_here() if any(name in _anywhere for name in BACKENDS) else None
+    forced = _forced_here() if _anywhere and any(name in _anywhere for name in BACKENDS) else None
     forced = forced or os.environ.get("RLLOSS_BACKEND")
     if not forced:
         return possible[0]

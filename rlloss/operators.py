@@ -29,7 +29,7 @@ def operator(
     def of(run: Callable) -> Callable:
         registered = torch.library.custom_op(f"rlloss::{name}", mutates_args=())(run)
         registered.register_fake(fake)
-        direct: Any = torch.no_grad()(run)
+        direct: Any = run
         if backward is not None:
             registered.register_autograd(backward, setup_context=setup_context)
             direct = _function(run, setup_context, backward)
@@ -38,17 +38,14 @@ def operator(
             x = arguments[0]
             if torch.compiler.is_compiling() or type(x) not in _PLAIN or not checks.has_values(x):
                 return registered(*arguments)
-            if backward is None and torch.is_grad_enabled() and any(_has_gradient(y) for y in arguments):
-                return registered(*arguments)
+            if backward is None and torch.is_grad_enabled():
+                if any(isinstance(y, Tensor) and y.requires_grad for y in arguments):
+                    return registered(*arguments)
             return direct(*arguments)
 
         return call
 
     return of
-
-
-def _has_gradient(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
 
 
 def _function(run: Callable, setup_context: Any, backward: Any) -> Callable:

@@ -5,6 +5,8 @@ until the backward. For another incoming gradient the device writes the live row
 rounded once. A second backward (`retain_graph`) writes a gradient of its own and leaves the first result unchanged.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def worthwhile(logits: Tensor) -> bool:
     if not logits.is_cuda:
         return True
     device = torch.cuda.get_device_properties(logits.device)
-    rows, V = logits[..., 0].numel(), logits.shape[-1]
+    *leading, V = logits.shape
+    rows = math.prod(leading)
     (few,), (_, warps), (percent,) = (
         backends.choice(kernel, logits.device, logits.dtype, V) for kernel in ("split", "statistics", "single_launch")
     )
@@ -56,6 +59,7 @@ class _SingleLaunch(torch.autograd.Function):
         grad, logp, entropy, saved, *coefs = backends.triton.gradient_in_forward(logits, *rows, *arguments)
         loss, metrics = loss_of(given(logp=logp, entropy=entropy))
         ctx.held, ctx.rows = grad, rows
+        ctx.set_materialize_grads(False)  # of the metrics, one fill each
         ctx.save_for_backward(logits, saved, entropy, *coefs)
         ctx.mark_non_differentiable(*metrics.values())
         return loss, tuple(metrics), *metrics.values()
@@ -63,12 +67,14 @@ class _SingleLaunch(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_loss, *_):
+        if g_loss is None:
+            return None, None, None, None
         logits, saved, entropy, *coefs = ctx.saved_tensors
         held, ctx.held = ctx.held, None
         factor = g_loss.to(torch.float32)
-        coefs = (None if c is None else torch.where(c == 0.0, 0.0, c * factor) for c in coefs)
+        coefs = (None if c is None else (c * factor).masked_fill_(c == 0.0, 0.0) for c in coefs)
         grad = backends.triton.token_stats_backward(
-            logits, *ctx.rows, (saved, entropy.view(-1)), (*coefs, None),
+            logits, *ctx.rows, (saved, entropy), (*coefs, None),
             held=None if held is None else (held, factor),
         )  # fmt: skip
         return grad, None, None, None
@@ -96,13 +102,17 @@ def single_launch_loss(rows: LogitsInputs, given: AwaitingLogp) -> PolicyLoss:
 
 
 def _weights(inputs: LossInputs) -> Tensor:
-    """Return the factors [2, B] of the coefficients of logp and of entropy in each sequence."""
+    """Return the factors [B] of the coefficients of logp in each sequence, or with an entropy bonus those of logp and
+    of entropy [2, B]."""
     mask, config, denominator, loss_type = inputs.mask, inputs.config, inputs.denominator, inputs.loss_type
-    count = mask.sum(-1).float()
     if denominator is None:
         denominator = default_denominator(mask, loss_type, config)
-    of_sequence = (
-        1.0 / count.clamp(min=1) if loss_type.mean_of_sequence else torch.ones_like(count, dtype=torch.float32)
-    )
+    if loss_type.mean_of_sequence:
+        of_sequence = 1.0 / mask.sum(-1).float().clamp(min=1)
+    else:
+        of_sequence = torch.ones(len(mask), dtype=torch.float32, device=mask.device)
+    if config.entropy_coef == 0.0:
+        return (of_sequence / denominator).to(torch.float32)
+    count = mask.sum(-1).float()
     of_entropy = (-config.entropy_coef / count.sum().clamp(min=1)).expand_as(of_sequence)
     return torch.stack([of_sequence.to(torch.float32) / denominator, of_entropy]).to(torch.float32)

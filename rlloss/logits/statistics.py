@@ -36,10 +36,6 @@ def _stats_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return x.reshape(-1).to(dtype or x.dtype).contiguous()
-
-
 class LogitsInputs(NamedTuple):
     """Tensors and numbers from which `token_stats` computes; they are described there."""
 
@@ -48,13 +44,13 @@ class LogitsInputs(NamedTuple):
     mask: Tensor | None
     transform: Transform
 
-    def flat(self) -> "LogitsInputs":
-        """Return contiguous inputs of N rows, as kernels take them. The logits keep their shape."""
-        temperature = self.transform.temperature
-        if isinstance(temperature, Tensor):
-            temperature = _flat(temperature, _stats_dtype(self.logits))
-        mask = None if self.mask is None else _flat(self.mask)
-        return LogitsInputs(self.logits, _flat(self.target), mask, self.transform._replace(temperature=temperature))
+    def contiguous(self) -> "LogitsInputs":
+        """Return inputs as kernels take them: all contiguous but the logits."""
+        logits, target, mask, transform = self
+        if isinstance(transform.temperature, Tensor):
+            temperature = transform.temperature.to(_stats_dtype(logits)).contiguous()
+            transform = transform._replace(temperature=temperature)
+        return LogitsInputs(logits, target.contiguous(), None if mask is None else mask.contiguous(), transform)
 
 
 def _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale) -> LogitsInputs:
@@ -64,9 +60,9 @@ def _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scal
 
 
 def _run_backward(inputs: LogitsInputs, saved: Tensor, entropy: Tensor, grads, inplace: bool = False) -> Tensor:
-    grads = tuple(None if g is None else _flat(g, saved.dtype) for g in grads)
+    grads = tuple([None if g is None else g.to(saved.dtype).contiguous() for g in grads])
     return backends.of(inputs.logits).token_stats_backward(
-        *inputs.flat(), (saved.view(2, -1), entropy.view(-1)), grads, inplace=inplace
+        *inputs.contiguous(), (saved, entropy), grads, inplace=inplace
     )
 
 
@@ -82,16 +78,8 @@ def _forward(
     entropy_grad: bool,
     extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale).flat()
-    logp, entropy_out, lse, saved, more = backends.of(logits).token_stats_forward(*inputs, entropy=entropy, extra=extra)
-    shape = target.shape
-    return (
-        logp.view(shape),
-        entropy_out.view(shape),
-        lse.view(shape),
-        saved.view(2, *shape),
-        more.view(3, *(shape if extra else (0,))),
-    )
+    inputs = _inputs(logits, target, mask, temperatures, temperature, softcap, logit_scale).contiguous()
+    return backends.of(logits).token_stats_forward(*inputs, entropy=entropy, extra=extra)
 
 
 def _fake(logits, target, mask, temperatures, temperature, softcap, logit_scale, entropy, entropy_grad, extra):
@@ -137,15 +125,16 @@ def _setup_context(ctx, inputs, output):
 
 def _saved(ctx) -> Any:
     logits, target, mask, temperatures, saved, entropy = ctx.saved_tensors
-    return logits, target, mask, temperatures, *ctx.settings, saved, saved[0] if entropy is None else entropy
+    # Without a gradient of the entropy it is not read, and any tensor stands for it.
+    return logits, target, mask, temperatures, *ctx.settings, saved, saved if entropy is None else entropy
 
 
 def _backward(ctx, g_logp, g_entropy, g_lse, *_):
     grad = None
-    if any(g is not None for g in (g_logp, g_entropy, g_lse)):
+    if not (g_logp is g_entropy is g_lse is None):
         with backend(ctx.backend):
             grad = _gradient(*_saved(ctx), g_logp, g_entropy, g_lse)
-    return grad, *(None for _ in range(9))
+    return grad, *(None,) * 9
 
 
 _token_stats = operator("token_stats", fake=_fake, setup_context=_setup_context, backward=_backward)(_forward)
@@ -164,13 +153,13 @@ class _InplaceTokenStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_entropy, g_lse, *_):
         grad = None
-        if any(g is not None for g in (g_logp, g_entropy, g_lse)):
+        if not (g_logp is g_entropy is g_lse is None):
             with backend(ctx.backend):
                 *of_inputs, saved, entropy = _saved(ctx)
                 logits = _run_backward(_inputs(*of_inputs), saved, entropy, (g_logp, g_entropy, g_lse), inplace=True)
             torch.autograd.graph.increment_version(logits)
             grad = logits.detach()  # the gradient must not have the autograd history of the logits
-        return grad, *(None for _ in range(9))
+        return grad, *(None,) * 9
 
 
 def token_stats(

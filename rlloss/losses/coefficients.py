@@ -46,7 +46,7 @@ def _gradients(
 def _scaled(
     of_logp: Tensor, scale: Tensor, of_entropy: Tensor | None, entropy_scale: Tensor | None, g_loss: Tensor
 ) -> tuple[Tensor, Tensor]:
-    g_logp = torch.where(of_logp == 0.0, 0.0, of_logp * (g_loss * scale))
+    g_logp = (of_logp * (g_loss * scale)).masked_fill_(of_logp == 0.0, 0.0)  # 0, not NaN, also for an infinite g_loss
     if of_entropy is None or entropy_scale is None:
         return g_logp, of_logp.new_empty((0,))
     return g_logp, torch.where(of_entropy, g_loss * entropy_scale, 0.0)
@@ -57,7 +57,7 @@ class _WithCoefficients(torch.autograd.Function):
     def forward(ctx, logp, entropy, loss, of_logp, scale, of_entropy, entropy_scale):
         ctx.save_for_backward(logp, of_logp, scale, of_entropy, entropy_scale)
         ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
-        return loss.clone()
+        return loss.detach()  # autograd makes of an input itself a view, which does not allow `loss /= n`
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any):

@@ -42,11 +42,11 @@ def _run(
     settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = backends.triton
-    tensors = kernels.TokenTensors(
+    tensors = (
         logp, advantage, mask, old_logp, ref_logp, sampler_ratio, behavior_logp, entropy, cutoff, last, denominator
-    )
-    tensors = (x if x is None else x.contiguous() for x in tensors)
-    loss, summary, coef, kept = kernels.token_pass(kernels.TokenTensors(*tensors), kernels.TokenSettings(*settings))
+    )  # fmt: skip
+    tensors = kernels.TokenTensors(*[x if x is None else x.contiguous() for x in tensors])
+    loss, summary, coef, kept = kernels.token_pass(tensors, kernels.TokenSettings(*settings))
     return loss, summary, coef, mask.new_empty(0) if kept is None else kept
 
 

@@ -58,8 +58,9 @@ def check(given: LossInputs) -> LossInputs:
     check_scalars(cutoff, denominator)
     checks.tokens(logp, advantage, mask)
     B, T = logp.shape
-    per_token = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy": entropy}
-    for name, x in per_token.items():
+    for name, x in (
+        ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_logp", sampler_logp), ("entropy", entropy),
+    ):  # fmt: skip
         if x is not None:
             checks.floating(name, x)
             checks.same_shape(name, x, logp.shape, "like logp")
@@ -71,11 +72,10 @@ def check(given: LossInputs) -> LossInputs:
             f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})",
         )  # fmt: skip
         checks.same_device("sampler_ratio", sampler_ratio, logp, "logp")
-    constants = {
-        "advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp, "sampler_ratio": sampler_ratio,
-        "sampler_logp": sampler_logp, "cutoff": cutoff, "denominator": denominator,
-    }  # fmt: skip
-    for name, x in constants.items():
+    for name, x in (
+        ("advantage", advantage), ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_ratio", sampler_ratio),
+        ("sampler_logp", sampler_logp), ("cutoff", cutoff), ("denominator", denominator),
+    ):  # fmt: skip
         if isinstance(x, Tensor):
             checks.constant(name, x)
     if ref_logp is None and config.beta != 0.0:
@@ -119,18 +119,18 @@ def check(given: LossInputs) -> LossInputs:
     _check_divisor(denominator, mask, config)
     precise = logp.dtype == torch.float64
     dtype = torch.float64 if precise else torch.float32
-    rest = {
-        name: None if x is None else x.detach().to(dtype)
-        for name, x in (
-            ("logp", logp), ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_ratio", sampler_ratio),
-            ("sampler_logp", sampler_logp),
-        )
-    }  # fmt: skip
-    return given._replace(
-        advantage=(advantage if advantage.dim() == 2 else advantage.unsqueeze(1)).detach().to(dtype),
-        entropy=None if entropy is None else entropy.detach().to(torch.promote_types(entropy.dtype, torch.float32)),
-        **rest,
+    old_logp, ref_logp, sampler_ratio, sampler_logp = (
+        None if x is None else x.to(dtype) for x in (old_logp, ref_logp, sampler_ratio, sampler_logp)
     )
+    if logp.requires_grad:
+        logp = logp.detach()
+    if entropy is not None:
+        entropy = entropy.detach() if entropy.requires_grad else entropy
+        entropy = entropy if entropy.dtype == torch.float64 else entropy.float()
+    return LossInputs(
+        logp.to(dtype), (advantage if advantage.dim() == 2 else advantage.unsqueeze(1)).to(dtype), mask, config,
+        old_logp, ref_logp, sampler_ratio, sampler_logp, entropy, cutoff, denominator, kept, selected,
+    )  # fmt: skip
 
 
 def check_scalars(cutoff: Tensor | float | None, denominator: Tensor | float | None) -> None:

@@ -132,7 +132,7 @@ def _checked(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     checks.same_shape("mask", mask, entropy.shape, "like entropy")
     checks.same_device("mask", mask, entropy, "entropy")
     checks.within("rho", rho, 0, 1)
-    return _full_precision(entropy.detach())
+    return _full_precision(entropy.detach() if entropy.requires_grad else entropy)
 
 
 def top_entropy_mask(

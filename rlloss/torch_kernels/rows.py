@@ -76,6 +76,11 @@ def softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tenso
     return tile if softcap is None else torch.tanh(tile * (logit_scale / softcap)).mul_(softcap)
 
 
+def flat(x):
+    """Return a tensor of rows [...] as [N]; something else, such as one temperature for all or None, as it is."""
+    return x.reshape(-1) if isinstance(x, Tensor) else x
+
+
 def row_scale(temperature: Tensor | float, softcap: float | None, logit_scale: float) -> Tensor | float:
     """Return the factor of a row after the softcap, as [N] or a number."""
     return (1.0 if softcap is not None else logit_scale) / temperature

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlloss.torch_kernels.rows import FLOOR, exponents, reader, row_scale, tiles, write
+from rlloss.torch_kernels.rows import FLOOR, exponents, flat, reader, row_scale, tiles, write
 
 
 def token_stats_backward(
@@ -19,10 +19,11 @@ def token_stats_backward(
     inplace: bool = False,
 ) -> Tensor:
     """See `rlloss.kernels.token_stats_backward.token_stats_backward`. Dead rows are neither read nor computed."""
-    (_, softcap, logit_scale), (saved, entropy), (g_logp, g_entropy, g_lse) = transform, stats, coefs
+    (temperature, softcap, logit_scale), (saved, entropy) = transform, stats
+    target, mask, entropy, g_logp, g_entropy, g_lse = (flat(x) for x in (target, mask, entropy, *coefs))
     V = logits.shape[-1]
     dtype = saved.dtype
-    given = [g for g in coefs if g is not None]
+    given = [g for g in (g_logp, g_entropy, g_lse) if g is not None]
     live = torch.stack(given).ne(0).any(0)  # NaN != 0, so a broken coefficient is live and shows itself
     if mask is not None:
         live &= mask
@@ -34,8 +35,8 @@ def token_stats_backward(
 
     # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, the gradient is e (slope t + level), except at the target's
     # entry. slope and level are constant along the row.
-    m, log_s = saved
-    scale = row_scale(*transform)
+    m, log_s = saved.view(2, -1)
+    scale = row_scale(flat(temperature), softcap, logit_scale)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
     level = torch.zeros_like(m) if g_lse is None else g_lse

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlloss.torch_kernels.rows import exponents, reader, row_scale, softcapped, tiles
+from rlloss.torch_kernels.rows import exponents, flat, reader, row_scale, softcapped, tiles
 
 
 def token_stats_forward(
@@ -18,11 +18,12 @@ def token_stats_forward(
     extra: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `rlloss.kernels.token_stats_forward.token_stats_forward`."""
-    _, softcap, logit_scale = transform
-    N, V = target.numel(), logits.shape[-1]
+    temperature, softcap, logit_scale = transform
+    shape, N, V = target.shape, target.numel(), logits.shape[-1]
+    target, mask = flat(target), flat(mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     read = reader(logits, dtype)
-    scale = row_scale(*transform)
+    scale = row_scale(flat(temperature), softcap, logit_scale)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
     u_target, m, w, total = (logits.new_zeros(N, dtype=dtype) for _ in range(4))
@@ -55,4 +56,5 @@ def token_stats_forward(
         more[0] = where_counted(total * scale)
         more[1] = where_counted((torch.log2(q) - 2 * log_s) * math.log(2))
         more[2] = where_counted((inside & (first == place) & (u_target >= m)).to(dtype))
-    return logp, entropy_out, lse, torch.stack((m, log_s)), more
+    logp, entropy_out, lse = logp.view(shape), entropy_out.view(shape), lse.view(shape)
+    return logp, entropy_out, lse, torch.stack((m, log_s)).view(2, *shape), more.view(3, *(shape if extra else (0,)))

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu" or FUSED not in BACKENDS, reason
 B, T, V, D = 4, 6, 30, 8
 # Step -> (module, its settings, at most as many operators of torch, launches of kernels, calls in rlloss).
 STEPS = {
-    "logits": (GRPOLoss, {"single_launch": False}, 43, 3, 480),
-    "logits, entropy quantile": (GRPOLoss, {"top_entropy_quantile": 0.2}, 70, 11, 580),
-    "logits, single launch": (GRPOLoss, {"single_launch": True}, 59, 3, 430),
-    "hidden": (LinearGRPOLoss, {}, 153, 3, 730),
-    "hidden, entropy quantile": (LinearGRPOLoss, {"top_entropy_quantile": 0.2}, 180, 11, 800),
+    "logits": (GRPOLoss, {"single_launch": False}, 25, 3, 410),
+    "logits, entropy quantile": (GRPOLoss, {"top_entropy_quantile": 0.2}, 30, 11, 510),
+    "logits, single launch": (GRPOLoss, {"single_launch": True}, 24, 3, 390),
+    "hidden": (LinearGRPOLoss, {}, 148, 3, 690),
+    "hidden, entropy quantile": (LinearGRPOLoss, {"top_entropy_quantile": 0.2}, 153, 11, 770),
 }
 
 
