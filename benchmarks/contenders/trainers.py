@@ -152,7 +152,7 @@ class Contender:
 NOTES = {
     "TRL": "`GRPOTrainer._compute_loss` and backward",
     "TRL, patch_trl()": "the same, its fused lm_head replaced by rlloss's",
-    "rlloss": "the same of rlloss's GRPOTrainer, completions without a signal forward only, which is its default",
+    "rlloss": "the same of rlloss's GRPOTrainer, with its defaults",
     "rlloss keep": "`zero_advantage='keep'`",
     "rlloss drop": "`zero_advantage='drop'`",
 }
@@ -175,7 +175,7 @@ def contenders(size: Llama, **options: Any) -> list[Contender]:
         under = build_trainer(trl.GRPOTrainer, trl.GRPOConfig, size, **options)
     ours = build_trainer(trl_grpo.GRPOTrainer, trl_grpo.GRPOConfig, size, **options)
     found = [Contender("TRL", of_trl), Contender("TRL, patch_trl()", under, context=patch_trl)]
-    for mode, name in {"forward_only": "rlloss", "keep": "rlloss keep", "drop": "rlloss drop"}.items():
+    for mode, name in {"auto": "rlloss", "keep": "rlloss keep", "drop": "rlloss drop"}.items():
         contender = Contender(name, ours, mode)
         ours.args.zero_advantage = mode
         try:

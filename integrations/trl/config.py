@@ -38,7 +38,7 @@ NOT_READ_BY_COVARIANCE = {"ratio_level": "token", "epsilon_low": 0.2, "epsilon_h
 CHOICES = {
     "gauges": ("basic", "all"),
     "lm_head_plan": (*PLANS, "trl"),
-    "zero_advantage": ("forward_only", "drop", "keep"),
+    "zero_advantage": ("auto", "forward_only", "drop", "keep"),
     "entropy_scope": ("microbatch", "window", "generation"),
     "entropy_denominator": ("all", "kept"),
     "entropy_bonus_tokens": ("kept", "all"),
@@ -157,14 +157,16 @@ class PluginOptions:
         },
     )
     zero_advantage: str = dataclasses.field(
-        default="forward_only",
+        default="auto",
         metadata={
             "help": "What becomes of completions whose whole advantage is 0 (their group got one reward), which carry "
-            "no gradient: 'forward_only' runs them without one, for the metrics; 'drop' does not run them, and the "
-            "metrics of the loss (entropy, clip ratios, rlloss/live_share) then cover the completions that ran; 'keep' "
-            "runs all in one call. Loss and gradient are the same. One call is also made where every completion has a "
-            "gradient (beta, an entropy bonus), where completions of a call depend on one another (dropout, images), "
-            "and under torch.compile, which would compile a graph per shape."
+            "no gradient: 'forward_only' runs them without one in a call of their own, for the metrics; 'drop' does "
+            "not run them, and the metrics of the loss (entropy, clip ratios, rlloss/live_share) then cover the "
+            "completions that ran; 'keep' runs all in one call; 'auto' is 'forward_only' on a CPU, and on a GPU for "
+            "each micro-batch in which their backward would take longer than a second call takes the host (0.2 ms a "
+            "module of the model), else 'keep'. Loss and gradient are the same. One call is also made where every "
+            "completion has a gradient (beta, an entropy bonus), where completions of a call depend on one another "
+            "(dropout, images), and under torch.compile, which would compile a graph per shape."
         },
     )
     collapse_monitor: bool = dataclasses.field(

@@ -106,7 +106,8 @@ class LossMetrics:
         sums = {name: value for name, value in metrics.items() if name not in OVER_RANKS}
         sums |= self._entropy_window(mode, metrics)
         vector = torch.cat([torch.stack(list(sums.values())).double(), pack(gauge_sums)])
-        vector = trainer.accelerator.reduce(vector, reduction="sum")
+        # Read back at once: small numbers cost a GPU's host more, one launch each, than they cost a CPU.
+        vector = trainer.accelerator.reduce(vector, reduction="sum").cpu()
         reduced = dict(zip(sums, vector[: len(sums)].float(), strict=True))
         averages = means(reduced) | {"zero_advantage_share": reduced["dead"] / reduced["completions"].clamp(min=1)}
         if "window_kept" in reduced:

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "token_log_steps": ("20", "write the completions of every 20th step, for `rlloss report`"),
     },
     "memory and speed": {
-        "zero_advantage": ("drop", "completions without a signal: 'forward_only', 'drop' or 'keep'"),
+        "zero_advantage": ("drop", "completions without a signal: 'auto', 'forward_only', 'drop' or 'keep'"),
         "lm_head_plan": ("auto", "'auto', 'keep', 'recompute', 'jacobian' or 'trl'"),
         "lm_head_memory_budget": ("1GiB", "bytes that a plan may hold"),
     },

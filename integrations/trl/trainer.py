@@ -260,7 +260,7 @@ class GRPOTrainer(compat.trl.GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
             compat.log_of(self, mode)["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         dead = dead_completions(whole).float()
-        metrics |= {"dead": dead.sum(), "completions": torch.ones_like(dead).sum()}
+        metrics |= {"dead": dead.sum(), "completions": dead.new_full((), len(dead))}
         metrics["counted"] = mask.sum().float() if inputs is whole else counted_tokens(whole).sum().float()
         self._loss_metrics.log(mode, metrics, self._gauges(logp, entropy, mask, inputs))
         if self.accelerator.sync_gradients:

@@ -17,7 +17,12 @@ from rlloss.integrations.trl.config import given, options
 from rlloss.integrations.trl.model_call import ModelCall, Parts
 from rlloss.loss_types import LOSSES
 
-CHOICES = ("forward_only", "drop", "keep")
+CHOICES = ("auto", "forward_only", "drop", "keep")
+# Measured on an H200 with the 4-layer Llama of benchmarks/suites/step.py in fp32: a second call of the model took the
+# host 8 ms, which is 0.2 ms for each module without children, and the backward ran at 34 TFLOP/s. A large product in
+# bf16 ran at 650 TFLOP/s (benchmarks/results/nvidia-h200/hidden.json).
+SECONDS_OF_MODULE = 2e-4
+FLOPS, FLOPS_OF_HALF = 34e12, 650e12
 READ = ("advantages", "completion_mask", "tool_mask")  # entries that `look` reads
 
 logger = logging.getLogger(__name__)
@@ -88,23 +93,34 @@ class Memory:
     def __init__(self):
         self._known: list[tuple[Tensor, list[tuple], Rows, bool | None]] = []
 
-    def remember(self, batches: list[dict], agree: Callable[[list[bool]], list[bool]] | None) -> None:
-        """Store these micro-batches. agree: elementwise "any" over the processes; None: there is only one process."""
+    def remember(
+        self,
+        batches: list[dict],
+        agree: Callable[[list[bool]], list[bool]] | None,
+        pays: Callable[[Rows], bool] = lambda rows: any(rows.dead),
+    ) -> None:
+        """Store these micro-batches. agree: elementwise "any" over the processes; None: there is only one process.
+        pays: whether this process wants two calls for these rows."""
         rows = look(batches)
-        agreed = [None] * len(rows) if agree is None else agree([any(r.dead) for r in rows])
+        agreed = [None] * len(rows) if agree is None else agree([pays(r) for r in rows])
         self._known = [
             (inputs["completion_ids"], _state(inputs), *known)
             for inputs, *known in zip(batches, rows, agreed, strict=True)
         ]
 
-    def recall(self, inputs: dict, agree: Callable[[list[bool]], list[bool]] | None) -> tuple[Rows, bool | None]:
+    def recall(
+        self,
+        inputs: dict,
+        agree: Callable[[list[bool]], list[bool]] | None,
+        pays: Callable[[Rows], bool] = lambda rows: any(rows.dead),
+    ) -> tuple[Rows, bool | None]:
         """Return the present rows and the agreement. The agreement does not change: other processes rely on it."""
         known = next((known for known in self._known if known[0] is inputs["completion_ids"]), None)
         _, state, rows, agreed = known or (None, None, None, None)
         if rows is None or not _same(state, _state(inputs)):
             rows = look([inputs])[0]
         if agreed is None and agree is not None:
-            agreed = agree([any(rows.dead)])[0]
+            agreed = agree([pays(rows)])[0]
         return rows, agreed
 
 
@@ -131,6 +147,24 @@ def take(inputs: dict, rows: list[int]) -> dict:
     return result
 
 
+class SecondCall:
+    """Weighs a second call of the model by a GPU's host against the backward that it saves. half: in bf16 or fp16."""
+
+    def __init__(self, model: Any, half: bool):
+        self.model = model
+        heads = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+        not_counted = {id(p) for head in heads for p in head.parameters()}
+        backbone = [p for p in model.parameters() if id(p) not in not_counted]
+        # Two operations a token for each weight that a gradient passes, and two more for the gradient of that weight.
+        flop = sum(2 * p.numel() * (1 + p.requires_grad) for p in backbone)
+        self._seconds_of_token = flop / (FLOPS_OF_HALF if half else FLOPS)
+        self._seconds = SECONDS_OF_MODULE * sum(not m._modules for m in model.modules())
+
+    def pays(self, tokens: int) -> bool:
+        """Return whether `tokens` tokens without a gradient should run in a call of their own."""
+        return self._seconds_of_token * tokens >= self._seconds
+
+
 class ZeroAdvantage:
     """Applies the option `zero_advantage` in a trainer of TRL: decides which completions run, and how.
 
@@ -141,6 +175,7 @@ class ZeroAdvantage:
         self.trainer, self.multimodal = trainer, multimodal
         self.memory, self.said = Memory(), set()
         self.dependence: BatchDependence | None = None
+        self.second_call: SecondCall | None = None
         self.without_backward = 0
         """Number of completions of this process so far that ran without backward or did not run."""
 
@@ -153,8 +188,8 @@ class ZeroAdvantage:
         trainer, choice = self.trainer, self.choice
         checks.one_of("zero_advantage", choice, CHOICES)
         if trls_own is not None:
-            where = f"with {trls_own}, where the loss is TRL's own"
-            checks.require(choice != "drop", "zero_advantage", repr(choice), f"'forward_only' or 'keep' {where}")
+            expected = f"'auto', 'forward_only' or 'keep' with {trls_own}, where the loss is TRL's own"
+            checks.require(choice != "drop", "zero_advantage", repr(choice), expected)
             return
         looks = self._why_picks_here()
         # With the other scopes the cutoff is known before the micro-batch.
@@ -162,7 +197,7 @@ class ZeroAdvantage:
             looks = f"top_entropy_quantile={trainer.top_entropy_quantile}"
         checks.require(
             choice != "drop" or looks is None, "zero_advantage", repr(choice),
-            f"'forward_only' or 'keep' with {looks}, whose selection looks at every completion",
+            f"'auto', 'forward_only' or 'keep' with {looks}, whose selection looks at every completion",
         )  # fmt: skip
 
     def says(self, trls_own: str | None, trls_call: str | None) -> str:
@@ -172,12 +207,14 @@ class ZeroAdvantage:
         of_them = "completions whose advantage is 0"
         if why is not None:
             return f"{of_them} run as the others do ({why})"
-        return f"{of_them} {'run forward only' if self.choice == 'forward_only' else 'do not run'}"
+        on_gpu = self.choice == "auto" and self.trainer.accelerator.device.type != "cpu"
+        run = "do not run" if self.choice == "drop" else "run forward only"
+        return f"{of_them} {run}{' where that saves more than a second call costs' if on_gpu else ''}"
 
     def look_ahead(self, batches: list[dict]) -> None:
         """Read all micro-batches of a new generation batch at once."""
         if self.choice != "keep":
-            self.memory.remember(batches, self._agreement(batches))
+            self.memory.remember(batches, self._agreement(batches), self._pays)
 
     def apart(self, model: Any, inputs: dict, trls_call: str | None) -> tuple[Any, dict]:
         """Return the model to call and the micro-batch for it. Decided each step: callbacks may change settings."""
@@ -195,7 +232,9 @@ class ZeroAdvantage:
             return ModelCall(model, inputs, temperatures=inputs.get("temperatures")), inputs
 
         B = len(inputs["completion_ids"])
-        rows, agreed = self.memory.recall(inputs, self._agreement([inputs]) if splits else None)
+        rows, agreed = self.memory.recall(inputs, self._agreement([inputs]) if splits else None, self._pays)
+        if agreed is None and not self._pays(rows):
+            agreed = False
         parts = split(rows, False if sees or not splits else None if choice == "drop" else agreed)
         if choice == "drop" and len(parts.live) < len(rows.dead):
             inputs, rows = take(inputs, parts.live), rows.of(parts.live)
@@ -209,10 +248,19 @@ class ZeroAdvantage:
         )  # fmt: skip
         return call, inputs
 
+    def _pays(self, rows: Rows) -> bool:
+        """Return whether this process wants a second call for its dead rows. On a CPU that always pays."""
+        if self.choice != "auto" or self.trainer.accelerator.device.type == "cpu":
+            return any(rows.dead)
+        if self.second_call is None or self.second_call.model is not self.trainer.model:
+            self.second_call = SecondCall(self.trainer.model, self.trainer._compute_dtype().itemsize == 2)
+        tokens = sum(n for n, dead in zip(rows.reach, rows.dead, strict=True) if dead)
+        return any(rows.dead) and self.second_call.pays(tokens)
+
     def _agreement(self, batches: list[dict]):
         """A function by which processes agree on the micro-batches that all run in two calls. None: not needed."""
         accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1 or self.choice != "forward_only":
+        if accelerator.num_processes == 1 or self.choice not in ("auto", "forward_only"):
             return None
 
         def agree(has_dead: list[bool]) -> list[bool]:

@@ -80,29 +80,40 @@ def diagnose(
     given = [logp, old_logp]
     logp, advantage, entropy, old_logp = _checked(logp, advantage, mask, entropy, old_logp, group)
     dtypes = [x.dtype for x in given if x is not None] if compute_dtype is None else [compute_dtype]
-    broken = ~(logp.isfinite() & advantage.isfinite())
+    known = logp.isfinite()
+    broken = ~(known & advantage.isfinite())
     # Raw moments, because shifted ones would need one shift for all micro-batches. The product of two fp32 numbers is
     # exact in fp64, so the error of a covariance is about 2^-53 |mean x| |mean a|.
     scored = mask & ~broken
     prob_advantage = logp.exp() * advantage
     # Count, x, a, p a, x a, x p a for x = logp, p = exp(logp), a = advantage.
-    columns = (scored, logp, advantage, prob_advantage, logp * advantage, logp * prob_advantage)
-    of_sequences = torch.stack([torch.where(scored, x.double(), 0.0).sum(-1) for x in columns], dim=-1)
+    columns = (torch.ones_like(logp), logp, advantage, prob_advantage, logp * advantage, logp * prob_advantage)
+    of_sequences = torch.where(scored, torch.stack(columns), 0.0).sum(-1).T.contiguous()
     sums = {"moments": of_sequences.sum(0)}
+    counts = {"tokens": mask}  # name -> the tokens to count
     if group is not None:
         bins = torch.arange(len(DIFFICULTIES), device=logp.device)
         bin = (group.detach().double() * len(DIFFICULTIES)).floor().clamp(max=len(DIFFICULTIES) - 1)
         member = bin == bins[:, None]  # NaN is in no bin
         sums["difficulty_moments"] = torch.where(member[:, :, None], of_sequences, 0.0).sum(1)
     if entropy is not None:
-        broken = broken | ~entropy.isfinite()
-        sums |= _entropy_sums(entropy, mask & entropy.isfinite())
+        finite = entropy.isfinite()
+        broken = broken | ~finite
+        counts["entropies"] = counted = mask & finite
+        counts["low_entropies"] = counted & (entropy < LOW_ENTROPY)
+        sums |= _entropy_sums(entropy, counted)
     if old_logp is not None:
-        broken = broken | ~old_logp.isfinite()
+        finite = old_logp.isfinite()
+        broken = broken | ~finite
         eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         rounding = (2 * eps + 64 * min(eps, torch.finfo(torch.float32).eps)) * (1 + logp.abs())
-        sums |= _ratio_sums(logp - old_logp, rounding, mask & logp.isfinite() & old_logp.isfinite())
-    return {"tokens": mask.sum().double(), "nonfinite": (mask & broken).sum().double(), **sums}
+        counts["ratios"] = counted = mask & known & finite
+        log_ratio = torch.where(counted, logp - old_logp, 0.0)
+        counts["on_policy"] = counted & (log_ratio.abs() <= rounding)
+        sums |= {"abs_log_ratio": log_ratio.abs().sum(), "kl": (log_ratio.expm1() - log_ratio).sum()}
+    counts["nonfinite"] = mask & broken
+    of_counts = torch.stack(list(counts.values())).sum((1, 2)).double().unbind()
+    return dict(zip(counts, of_counts, strict=True)) | sums
 
 
 def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,8 +160,8 @@ def gauges(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     if "entropies" in sums:
         result["entropy/mean"] = sums["entropy"] / sums["entropies"]
         result["entropy/below_0.01_share"] = sums["low_entropies"] / sums["entropies"]
-        for name, share in QUANTILES.items():
-            result[f"entropy/{name}"] = _quantile(sums["entropy_histogram"], share)
+        quantiles = _quantiles(sums["entropy_histogram"]).unbind()
+        result |= {f"entropy/{name}": value for name, value in zip(QUANTILES, quantiles, strict=True)}
     if "ratios" in sums:
         result["on_policy_share"] = sums["on_policy"] / sums["ratios"]
         result["abs_log_ratio"] = sums["abs_log_ratio"] / sums["ratios"]
@@ -269,17 +280,19 @@ def _covariances(moments: Tensor) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _entropy_bins(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (edges between the bins, start of each bin, its width). The last bin is open."""
+def _entropy_bins(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (edges between the bins, start of each bin, its width, shares of QUANTILES). The last bin is open."""
     steps = torch.arange(_OCTAVES * _EDGES_PER_OCTAVE + 1, dtype=torch.float64)
     edges = _FIRST_EDGE * 2.0 ** (steps / _EDGES_PER_OCTAVE)
     low = torch.cat([edges.new_zeros(1), edges])
     width = torch.cat([edges, edges.new_full((1,), math.inf)]) - low
-    return edges.to(device), low.to(device), width.to(device)  # made on the CPU, so that all devices have the same bits
+    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+    # Made on the CPU, so that all devices have the same bits.
+    return edges.to(device), low.to(device), width.to(device), shares.to(device)
 
 
 def _entropy_sums(entropy: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    edges, low, width = _entropy_bins(entropy.device)
+    edges, low, width, _ = _entropy_bins(entropy.device)
     bins = low.numel()
     index = torch.bucketize(entropy, edges, right=True)
     place = (entropy - low[index]) / width[index] * _PLACES
@@ -288,40 +301,24 @@ def _entropy_sums(entropy: Tensor, counted: Tensor) -> dict[str, Tensor]:
     # bincount would make the host wait for a GPU.
     powers = torch.stack([torch.ones_like(place), place, place * place])
     histogram = torch.zeros(3, bins + 1, dtype=torch.float64, device=entropy.device).index_add_(1, index, powers)
-    return {
-        "entropies": counted.sum().double(),
-        "entropy": torch.where(counted, entropy, 0.0).sum(),
-        "low_entropies": (counted & (entropy < LOW_ENTROPY)).sum().double(),
-        "entropy_histogram": histogram[:, :bins],
-    }
+    return {"entropy": torch.where(counted, entropy, 0.0).sum(), "entropy_histogram": histogram[:, :bins]}
 
 
-def _ratio_sums(log_ratio: Tensor, rounding: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    log_ratio = torch.where(counted, log_ratio, 0.0)
-    return {
-        "ratios": counted.sum().double(),
-        "on_policy": (counted & (log_ratio.abs() <= rounding)).sum().double(),
-        "abs_log_ratio": log_ratio.abs().sum(),
-        "kl": (log_ratio.expm1() - log_ratio).sum(),
-    }
+def _quantiles(histogram: Tensor) -> Tensor:
+    """Return the quantiles QUANTILES [3] of a histogram; NaN if it is empty.
 
-
-def _quantile(histogram: Tensor, share: float) -> Tensor:
-    """Return the quantile `share` of a histogram; NaN if it is empty.
-
-    It lies in the bin of the smallest value that at least `share` of the values do not exceed. The values of that bin
-    are assumed to be spread evenly, with their mean and standard deviation.
+    One lies in the bin of the smallest value that at least its share of the values do not exceed. The values of that
+    bin are assumed to be spread evenly, with their mean and standard deviation.
     """
-    _, low, width = _entropy_bins(histogram.device)
+    _, low, width, shares = _entropy_bins(histogram.device)
     upto = histogram[0].cumsum(0)
-    wanted = share * upto[-1]
+    wanted = shares * upto[-1]
     bin = torch.searchsorted(upto, wanted).clamp(max=low.numel() - 1)
-    # Indexing with a 0-d tensor would read it back from the device; take does not.
-    here, total, squares = (row.take(bin) for row in histogram)
+    (here, total, squares), width = histogram.index_select(1, bin), width.take(bin)
     mean, fraction = total / here, (wanted - (upto.take(bin) - here)) / here
     std = (squares / here - mean * mean).clamp(min=0.0).sqrt()
     place = (mean + 0.5 + math.sqrt(3) * std * (2 * fraction - 1)).clamp(0, _PLACES) / _PLACES
-    return low.take(bin) + torch.where(width.take(bin).isfinite(), place * width.take(bin), 0.0)
+    return low.take(bin) + torch.where(width.isfinite(), place * width, 0.0)
 
 
 def _checked(

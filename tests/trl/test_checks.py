@@ -18,7 +18,10 @@ def config(tmp_path, **options):
 
 
 IN_CONFIG = [
-    ({"zero_advantage": "skip"}, "zero_advantage: found 'skip', expected one of 'forward_only', 'drop', 'keep'"),
+    (
+        {"zero_advantage": "skip"},
+        "zero_advantage: found 'skip', expected one of 'auto', 'forward_only', 'drop', 'keep'",
+    ),
     ({"entropy_scope": "batch"}, "entropy_scope: found 'batch', expected one of 'microbatch', 'window', 'generation'"),
     ({"entropy_denominator": "some"}, "entropy_denominator: found 'some'"),
     ({"entropy_bonus_tokens": "none"}, "entropy_bonus_tokens: found 'none'"),

@@ -8,6 +8,7 @@ import torch
 
 from rlloss.backends import backend
 from rlloss.integrations.trl.trainer import GRPOConfig, GRPOTrainer
+from rlloss.integrations.trl.zero_advantage import SecondCall
 from tests.support.trl_harness import (
     GAUGES_ALONE,
     TRL_LOSS_TYPES,
@@ -19,6 +20,7 @@ from tests.support.trl_harness import (
     draw_setting,
     end_step,
     loss_gradients_metrics,
+    random_inputs,
 )
 from tests.support.zero_advantage_cases import DEAD, SPLITS, Echo, kill
 
@@ -267,3 +269,33 @@ def test_a_model_that_was_compiled_by_its_owner_is_called_once_and_whole(trainer
         plan.dependence = None
         assert (plan.apart(trainer.model, inputs, None)[0].parts is None) == compiled
     plan.dependence = None
+
+
+def test_auto_makes_a_second_call_on_a_gpu_only_where_it_pays(trainer, option, monkeypatch):
+    plan, inputs = trainer._zero_advantage, kill(random_inputs(trainer, seed=0), DEAD["half"])
+    apply_setting(trainer, draw_setting(0) | SPLITS, 0)
+    option("zero_advantage", "auto")
+
+    def live():
+        return plan.apart(trainer.model, inputs, None)[0].parts.live
+
+    on_a_cpu = live()
+    assert len(on_a_cpu) == 2
+    monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("cuda"))
+    assert live() == [0, 1, 2, 3] and plan.says(None, None).endswith("where that saves more than a second call costs")
+    option("zero_advantage", "forward_only")
+    assert live() == on_a_cpu
+
+
+def test_what_a_second_call_costs(trainer):
+    model, call = trainer.model, SecondCall(trainer.model, half=False)
+    layers = [p for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name]
+    modules = sum(1 for m in model.modules() if not list(m.children()))
+    enough = modules * 2e-4 * 34e12 / (4 * sum(p.numel() for p in layers))
+    assert not call.pays(int(enough * 0.99)) and call.pays(int(enough * 1.01))
+    try:
+        model.requires_grad_(False)
+        frozen = SecondCall(model, half=False)
+    finally:
+        model.requires_grad_(True)
+    assert not frozen.pays(int(enough * 1.99)) and frozen.pays(int(enough * 2.01))
