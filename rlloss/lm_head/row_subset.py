@@ -48,14 +48,9 @@ class Picked:
 
     def put(self, values: Tensor) -> Tensor:
         """Return values [..., n] in their places of [..., total]; other rows are 0, rows that did not fit NaN."""
-        shape = values.shape[:-1]
-        if self.beyond is None:
-            out = values.new_zeros((*shape, self.total))
-            out[..., self.index] = values
-            return out
-        out = values.new_zeros((*shape, self.total + 1))
-        out[..., self.index] = values
-        return out[..., :-1].masked_fill(self.beyond, torch.nan)
+        nowhere = 0 if self.beyond is None else 1
+        out = values.new_zeros((*values.shape[:-1], self.total + nowhere)).index_copy_(-1, self.index, values)
+        return out if self.beyond is None else out[..., :-1].masked_fill(self.beyond, torch.nan)
 
     def of(self, inner: "Picked") -> "Picked":
         """Return the subset of this subset that `inner` selects."""
@@ -89,11 +84,7 @@ class Hold(NamedTuple):
 
 def positions(flags: Tensor, n: int) -> Tensor:
     """Return the positions of the first n set flags [N], filled up with N if there are fewer. No host sync."""
-    N = len(flags)
-    place = flags.cumsum(0)
-    slot = torch.where(flags & (place <= n), place - 1, n)
-    index = torch.full((n + 1,), N, dtype=torch.int64, device=flags.device)
-    return index.scatter_(0, slot, torch.arange(N, device=flags.device))[:n]
+    return torch.nonzero_static(flags, size=n, fill_value=len(flags)).view(-1)
 
 
 def fixed(flags: Tensor, room: int) -> Picked:
@@ -113,13 +104,15 @@ def fitting(flags: Tensor, room: int, what: str) -> Picked:
 class Survey:
     """Counts the rows that count, and the candidates among them, with one host sync (none without mask and candidates).
 
-    mask and candidates are bool, `[N]` after flattening, or None for all. step is the number of rows of a chunk, for
-    `edges`.
+    mask and candidates are bool of one shape, `[N]` after flattening, or None for all. step is the number of rows of a
+    chunk, for `edges`.
     """
 
     def __init__(self, N: int, mask: Tensor | None, candidates: Tensor | None, step: int):
         self.N = self.n = self.count = N
         self.mask = None if mask is None else mask.reshape(-1)
+        if mask is not None and candidates is not None:
+            candidates = mask & candidates
         self._candidates = None if candidates is None else candidates.reshape(-1)
         self.edges: list[int] | None = None
         if self.mask is None and self._candidates is None:
@@ -127,18 +120,18 @@ class Survey:
         self._ask(step)
 
     def _ask(self, step: int) -> None:
-        both = [x for x in (self.mask, self._candidates) if x is not None]
-        asked = [both[0].sum().unsqueeze(0)]
-        if self._candidates is not None:
-            chosen = both[0] & both[-1]
+        asked = [] if self.mask is None else [self.mask.sum()]
+        chosen = self._candidates
+        if chosen is not None and self.N <= step:
+            asked.append(chosen.sum())
+        elif chosen is not None:
             place = torch.arange(self.N, device=chosen.device) if self.mask is None else self.mask.cumsum(0) - 1
-            chunks = chosen.new_zeros(max(-(-self.N // step), 1), dtype=torch.int64)
-            asked.append(chunks.scatter_add_(0, place.clamp(min=0) // step, chosen.long()))
-        first, *per_chunk = torch.cat(asked).tolist()
-        self.n = self.N if self.mask is None else first
-        self.count = self.n
-        if self._candidates is not None:
-            self.edges = list(itertools.accumulate(per_chunk, initial=0))
+            chunks = chosen.new_zeros(-(-self.N // step), dtype=torch.int64)
+            asked += chunks.scatter_add_(0, place.clamp(min=0) // step, chosen.long()).unbind()
+        counts = torch.stack(asked).tolist()
+        self.n = self.count = self.N if self.mask is None else counts.pop(0)
+        if chosen is not None:
+            self.edges = list(itertools.accumulate(counts, initial=0))
             self.count = self.edges[-1]
 
     def rows(self) -> Picked | None:
