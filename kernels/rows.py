@@ -68,14 +68,17 @@ class Rows:
     """A [..., V] tensor as rows. Row r starts at (r // inner) * stride_outer + (r % inner) * stride_inner."""
 
     def __init__(self, x: torch.Tensor):
-        if x.dim() < 3:
-            x = x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
+        if x.dim() == 1:
+            x = x.unsqueeze(0)
         elif x.dim() > 3:
             x = x.flatten(1, -2)  # copies only if more than two leading strides are needed
         self.tensor = x
-        self.N, self.V = x.shape[0] * x.shape[1], x.shape[2]
-        self.inner = max(x.shape[1], 1)
-        self.stride_outer, self.stride_inner, self.stride_v = x.stride()
+        if x.dim() == 2:
+            outer, (inner, self.V), (self.stride_inner, self.stride_v) = 1, x.shape, x.stride()
+            self.stride_outer = inner * self.stride_inner
+        else:
+            (outer, inner, self.V), (self.stride_outer, self.stride_inner, self.stride_v) = x.shape, x.stride()
+        self.N, self.inner = outer * inner, max(inner, 1)
 
     def aligned(self) -> bool:
         """Return whether every row starts on 16 bytes and is contiguous, so that 16-byte loads and stores are legal.

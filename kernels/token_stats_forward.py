@@ -267,7 +267,7 @@ def token_stats_forward(
     saved = torch.empty((2, *shape), **like)
     more = torch.empty((3, *(shape if extra else (0,))), **like)
     if mask is not None:  # the kernel does not write masked rows
-        torch._foreach_zero_([logp, entropy_out, lse, saved, more])
+        torch._foreach_zero_([logp, entropy_out, lse, saved, more])  # type: ignore
     if rows.N == 0:
         return logp, entropy_out, lse, saved, more
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)

@@ -171,7 +171,8 @@ def of_dtype(name: str, x: torch.Tensor, dtypes: Iterable[torch.dtype], expected
 
 
 def boolean(name: str, x: torch.Tensor) -> None:
-    of_dtype(name, x, (torch.bool,), f"torch.bool with True where a token counts ({name}.bool() makes one)")
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.bool:
+        of_dtype(name, x, (torch.bool,), f"torch.bool with True where a token counts ({name}.bool() makes one)")
 
 
 def floating(name: str, x: torch.Tensor) -> None:
@@ -203,16 +204,15 @@ def advantage(x: torch.Tensor, shape: Iterable[int], narrow: str = "[B]") -> Non
     floating("advantage", x)
     B, T = shape
     narrow_shape = (B,) if narrow == "[B]" else (B, 1)
-    require(
-        tuple(x.shape) in {narrow_shape, (B, T)}, "advantage", f"shape {tuple(x.shape)}",
-        f"{narrow} = {narrow_shape} or [B, T] = ({B}, {T})",
-    )  # fmt: skip
+    if tuple(x.shape) not in (narrow_shape, (B, T)):
+        fail("advantage", f"shape {tuple(x.shape)}", f"{narrow} = {narrow_shape} or [B, T] = ({B}, {T})")
 
 
 def tokens(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, narrow: str = "[B]") -> None:
     """Require logp and mask of shape `[B, T]`, and advantages that fit them."""
     floating("logp", logp)
-    require(logp.dim() == 2, "logp", f"shape {tuple(logp.shape)}", "[B, T]")
+    if logp.dim() != 2:
+        fail("logp", f"shape {tuple(logp.shape)}", "[B, T]")
     boolean("mask", mask)
     same_shape("mask", mask, logp.shape, "like logp")
     same_device("mask", mask, logp, "logp")

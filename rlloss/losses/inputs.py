@@ -67,10 +67,9 @@ def check(given: LossInputs) -> LossInputs:
             checks.same_device(name, x, logp, "logp")
     if sampler_ratio is not None:
         checks.floating("sampler_ratio", sampler_ratio)
-        checks.require(
-            tuple(sampler_ratio.shape) in {(B, 1), (B, T)}, "sampler_ratio", f"shape {tuple(sampler_ratio.shape)}",
-            f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})",
-        )  # fmt: skip
+        if tuple(sampler_ratio.shape) not in ((B, 1), (B, T)):
+            shape = f"shape {tuple(sampler_ratio.shape)}"
+            checks.fail("sampler_ratio", shape, f"[B, 1] = ({B}, 1) or [B, T] = ({B}, {T})")
         checks.same_device("sampler_ratio", sampler_ratio, logp, "logp")
     for name, x in (
         ("advantage", advantage), ("old_logp", old_logp), ("ref_logp", ref_logp), ("sampler_ratio", sampler_ratio),

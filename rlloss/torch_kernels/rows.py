@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tenso
     return tile if softcap is None else torch.tanh(tile * (logit_scale / softcap)).mul_(softcap)
 
 
-def flat(x):
+def flat(x: Any) -> Any:
     """Return a tensor of rows [...] as [N]; something else, such as one temperature for all or None, as it is."""
     return x.reshape(-1) if isinstance(x, Tensor) else x
 

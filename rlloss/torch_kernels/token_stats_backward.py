@@ -20,7 +20,8 @@ def token_stats_backward(
 ) -> Tensor:
     """See `rlloss.kernels.token_stats_backward.token_stats_backward`. Dead rows are neither read nor computed."""
     (temperature, softcap, logit_scale), (saved, entropy) = transform, stats
-    target, mask, entropy, g_logp, g_entropy, g_lse = (flat(x) for x in (target, mask, entropy, *coefs))
+    target, entropy, mask = flat(target), flat(entropy), flat(mask)
+    g_logp, g_entropy, g_lse = (flat(g) for g in coefs)
     V = logits.shape[-1]
     dtype = saved.dtype
     given = [g for g in (g_logp, g_entropy, g_lse) if g is not None]
