@@ -256,8 +256,8 @@ FAULTS = [
     ),
     (
         "rlloss/lm_head/row_subset.py",
-        "slot = torch.where(flags & (place <= n), place - 1, n)",
-        "slot = torch.where(flags & (place < n), place - 1, n)",
+        "fill_value=len(flags)",
+        "fill_value=0",
         "tests/lm_head/test_static_capacity.py",
     ),
     (
