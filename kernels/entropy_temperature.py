@@ -1,7 +1,7 @@
 """This Triton kernel computes each row's entropy, derives a temperature from it, and divides the row by that.
 
-One program takes one row. It reduces the row as `token_stats` does, chunk by chunk and merged in order, so that the
-entropy has the bits of `token_stats`. It then scales the row while the row is still in the cache.
+One program takes one row. It reduces the row as `token_stats` does, chunk by chunk and merged in order, but without a
+target that stays out of the sums. It then scales the row while the row is still in the cache.
 
 If the second read of a row hits the cache, each logit is read from memory once. It is written once, or not at all if
 only the temperature is requested. A masked row is neither read nor written.

@@ -15,12 +15,12 @@ import torch
 import triton.language as tl
 
 from rlloss.kernels.launch import device_of, jit, launch_shape, registers
-from rlloss.kernels.online import LN_2, merge, softcapped
+from rlloss.kernels.online import LN_2, add_target, merge
 from rlloss.kernels.rows import Rows, per_row, row_at, row_offset, scales
 from rlloss.kernels.surrogates import clamped, divergence, is_kept, minus, surrogate
 from rlloss.kernels.token_pass import TokenSettings, token_strides
-from rlloss.kernels.token_stats_backward import write_gradient, write_zeros
-from rlloss.kernels.token_stats_forward import chunk_stats
+from rlloss.kernels.token_stats_backward import coefs_of_row, write_gradient, write_zeros
+from rlloss.kernels.token_stats_forward import chunk_stats, target_u
 
 
 class LossTensors(NamedTuple):
@@ -112,10 +112,9 @@ def gradient_in_forward_kernel(
                 logit_scale, False, ALIGNED, BLOCK_V,
             )  # fmt: skip
             m, s, w, q = merge(m, s, w, q, m_c, s_c, w_c, q_c, k, False)
-        logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
-        log_s = tl.log2(s)
-        logp = (softcapped(logit, softcap, logit_scale) - m) * scale - log_s * LN_2
-        logp = tl.where(inside, logp, float("nan"))
+        u_target = target_u(row_ptr, stride_v, target, inside, softcap, logit_scale)
+        m, log_s, s, w, q = add_target(m, s, w, q, u_target, k, False)
+        logp = tl.where(inside, (u_target - m) * scale - log_s * LN_2, float("nan"))
         entropy = (log_s - w / s) * LN_2
 
         sequence = row // T
@@ -146,16 +145,18 @@ def gradient_in_forward_kernel(
     tl.store(entropy_ptr + row, entropy)
     tl.store(saved_ptr + row, m)
     tl.store(saved_ptr + tl.num_programs(0) + row, log_s)
+    tl.store(saved_ptr + 2 * tl.num_programs(0) + row, logp)
     tl.store(coef_ptr + row, coef)
     if g_entropy_ptr is not None:
         tl.store(g_entropy_ptr + row, g_entropy)
     if (coef == 0.0) & (g_entropy == 0.0):
         write_zeros(out_ptr, 0, V, V, out_v, BLOCK_V)
     else:
-        common = tl.where(inside, -coef - g_entropy * entropy, float("nan"))
+        own, level, slope = coefs_of_row(coef, g_entropy, 0.0, logp, entropy, scale)
+        level = tl.where(inside, level, float("nan"))
         write_gradient(
-            row_ptr, out_ptr, 0, V, V, stride_v, out_v, target, coef, common, g_entropy, m, log_s, scale, k, softcap,
-            logit_scale, g_entropy_ptr is not None, BLOCK_V,
+            row_ptr, out_ptr, 0, V, V, stride_v, out_v, target, own, level, slope, m, log_s, k, softcap, logit_scale,
+            g_entropy_ptr is not None, BLOCK_V,
         )  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def gradient_in_forward(
     *,
     block_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return (grad like logits, logp [B, T], entropy [B, T], saved [2, N], g_logp [N], g_entropy [N] or None).
+    """Return (grad like logits, logp [B, T], entropy [B, T], saved [3, N], g_logp [N], g_entropy [N] or None).
 
     logits is [B, T, V] with N = B T >= 1; target and mask are [B, T] and contiguous; transform is as for
     `token_stats_forward`. `token_stats_backward` reads the results from saved on. Settings of a sequence and of the
@@ -180,7 +181,7 @@ def gradient_in_forward(
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     out = Rows(grad)
     logp, entropy = (torch.empty((B, T), dtype=torch.float32, device=logits.device) for _ in range(2))
-    saved = torch.empty((2, B * T), dtype=torch.float32, device=logits.device)
+    saved = torch.empty((3, B * T), dtype=torch.float32, device=logits.device)
     coef = torch.empty(B * T, dtype=torch.float32, device=logits.device)
     g_entropy = torch.empty_like(coef) if settings.entropy_coef != 0.0 else None
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("statistics", logits, rows.V, block_v)

@@ -2,7 +2,7 @@
 
 They are looked up, never tuned at run time. The numbers per kernel are::
 
-    statistics      entries of a block, warps, for all kernels that reduce rows (so a row has the same bits in all)
+    statistics      entries of a block, warps, for all kernels that reduce rows (so logp has the same bits in all)
     gradient        entries of a block, warps, for all kernels that write gradients of logits
     split           rows per multiprocessor below which the forward gives each chunk of a row its own program
     single_launch   percent of the L2 cache that rows in flight may take for forward and gradient in one launch

@@ -1,9 +1,9 @@
 """These Triton kernels fold a tile of logits into the running statistics of its rows, or turn it into its gradient.
 
 A tile is [rows, a block of the vocabulary], the result of a matrix product. The kernels know no RL and no matrix
-product. A row's running statistics, state [7, N] in fp32, are m, s, w, q of `rlloss.kernels.online`, the sum of u, the
-largest u before the target, and the target's own u. Before the first tile, m and the largest u are -inf and the others
-are 0.
+product. A row's running statistics, state [7, N] in fp32, are m, s, w, q of `rlloss.kernels.online` over all entries
+but the target, the sum of u, the largest u before the target, and the target's own u. Before the first tile, m and the
+largest u are -inf and the others are 0.
 
 Each entry of a tile is read once. Its gradient is written once, in place for fp32.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from rlloss.kernels.launch import device_of, jit, launch_shape, registers
 from rlloss.kernels.online import merge, softcapped
 from rlloss.kernels.rows import Rows, per_row, row_at, scales
-from rlloss.kernels.token_stats_backward import coefficients, write_gradient
+from rlloss.kernels.token_stats_backward import coefficients, coefs_of_row, write_gradient
 from rlloss.kernels.token_stats_forward import chunk_stats
 
 
@@ -78,6 +78,7 @@ def gradient_tile_kernel(
     temperature_ptr,
     m_ptr,
     log_s_ptr,
+    logp_ptr,
     entropy_ptr,
     g_logp_ptr,
     g_entropy_ptr,
@@ -106,17 +107,18 @@ def gradient_tile_kernel(
     out = row_at(out_ptr, row * out_row, ALIGNED)  # type: ignore
     g_logp = tl.load(g_logp_ptr + row)
     g_entropy = 0.0
-    common = -g_logp
+    g_lse = 0.0
+    entropy = 0.0
     if g_entropy_ptr is not None:
         g_entropy = tl.load(g_entropy_ptr + row)
-        common += tl.load(g_lse_ptr + row)
-        common -= tl.where(g_entropy == 0.0, 0.0, g_entropy * tl.load(entropy_ptr + row))
+        g_lse = tl.load(g_lse_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
     target = tl.load(target_ptr + row).to(tl.int64) - first
     scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)  # type: ignore
+    own, level, slope = coefs_of_row(g_logp, g_entropy, g_lse, tl.load(logp_ptr + row), entropy, scale)
     write_gradient(
-        row_ptr, out, start, tl.minimum(V, start + CHUNK_V), V, 1, 1, target, g_logp, common, g_entropy,
-        tl.load(m_ptr + row), tl.load(log_s_ptr + row), scale, k, softcap, logit_scale,
-        g_entropy_ptr is not None, BLOCK_V,
+        row_ptr, out, start, tl.minimum(V, start + CHUNK_V), V, 1, 1, target, own, level, slope,
+        tl.load(m_ptr + row), tl.load(log_s_ptr + row), k, softcap, logit_scale, g_entropy_ptr is not None, BLOCK_V,
     )  # fmt: skip
 
 
@@ -172,15 +174,15 @@ def gradient_tile(
     start: int,
     target: torch.Tensor,
     transform: tuple[torch.Tensor | float, float | None, float],
-    stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     coefs: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the gradient of the raw logits in `tile` (as for `fold_tile`), in `dtype`; fp32 overwrites the tile.
 
-    All rows are computed. stats is (m, log2 of the sum, entropy) and coefs (g_logp, g_entropy, g_lse), contiguous fp32
-    [R]. A coefficient of None means 0; the entropy is needed for g_entropy. A target outside the vocabulary has no
-    entry.
+    All rows are computed. stats is (m, log2 of the sum, logp, entropy) and coefs (g_logp, g_entropy, g_lse), contiguous
+    fp32 [R]. A coefficient of None means 0; the entropy is needed for g_entropy. A target outside the vocabulary has
+    no entry.
     """
     rows = Rows(tile)
     out = tile if dtype == tile.dtype else torch.empty(tile.shape, dtype=dtype, device=tile.device)
@@ -188,7 +190,7 @@ def gradient_tile(
         return out
     out_rows = Rows(out)
     BLOCK_V, CHUNK_V, chunks, num_warps = launch_shape("gradient", out, rows.V)
-    (temperature, softcap, logit_scale), (m, log_s, entropy) = transform, stats
+    (temperature, softcap, logit_scale), (m, log_s, logp, entropy) = transform, stats
     temperature_ptr, temperature = per_row(temperature)
     g_logp, g_entropy, g_lse = coefficients(m, *coefs)
     aligned = rows.aligned() and out_rows.aligned()
@@ -199,6 +201,7 @@ def gradient_tile(
             temperature_ptr,
             m,
             log_s,
+            logp,
             m if entropy is None else entropy,
             g_logp,
             g_entropy,

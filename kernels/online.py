@@ -10,6 +10,9 @@ the row costs no accuracy. With m, s and w of the whole row, in nats::
 
     lse = m k ln2 + ln s        logp_v = (k (u_v - m) - log2 s) ln2        entropy = (log2 s - w / s) ln2
 
+The target's entry stays out of the sums until all others are in them (`add_target`). Beside its 1 a small sum of the
+others would be rounded away, and 1 - p of a target with p close to 1 is made of nothing else.
+
 Exponents are floored at EXP2_FLOOR: 2^-200 is 0 in fp32, and w then contains 0 * -200 and not 0 * -inf. The floor lets
 NaN through, so a NaN (or a +inf, through inf - inf) poisons its own row and no other.
 
@@ -61,6 +64,22 @@ def softcapped(logits, softcap, logit_scale):
 
 
 @triton.jit
+def log2_of_one_plus(x):
+    """Return log2(1 + x) for x >= -1, to a few ulp of the result however small x is."""
+    z = x / (2.0 + x)  # ln(1 + x) = 2 artanh z
+    square = z * z
+    tail = square * (1.0 / 3.0 + square * (1.0 / 5.0 + square * (1.0 / 7.0)))
+    return tl.where(tl.abs(x) < 0.25, 2.0 * LOG2_E * (z + z * tail), tl.log2(1.0 + x))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """Return 1 - e^x for x <= 0, to a few ulp of the result however small x is."""
+    half = tanh(0.5 * x)
+    return -2.0 * half / (1.0 - half)
+
+
+@triton.jit
 def merge(m_a, s_a, w_a, q_a, m_b, s_b, w_b, q_b, k, EXTRA: tl.constexpr):
     """Merge two partial results over disjoint entries. With EXTRA also q = sum 4^(k (u - m)), for log sum p^2."""
     m = tl.maximum(m_a, m_b)
@@ -103,3 +122,23 @@ def collapse(m, s, w, q, k, EXTRA: tl.constexpr):
     if EXTRA:
         q_row = tl.sum(q * f * f, axis=0)
     return m_row, tl.sum(s * f, axis=0), tl.sum((w + s * d) * f, axis=0), q_row
+
+
+@triton.jit
+def add_target(m, s, w, q, u, k, EXTRA: tl.constexpr):
+    """Add the target's u to the result over all other entries. Return (m, log2 s, s, w, q) of the row.
+
+    log2 s keeps its digits where the target is the maximum and the others are small. u = -inf adds nothing.
+    """
+    m_row = tl.maximum(m, u)
+    shift = finite_shift(m_row)
+    d = floored((m - shift) * k)
+    t = floored((u - shift) * k)
+    f = tl.exp2(d)
+    e = tl.exp2(t)
+    others = s * f
+    q_row = 0.0
+    if EXTRA:
+        q_row = q * f * f + e * e
+    # e is exactly 1 if the target is the maximum; otherwise the others hold a 1.
+    return m_row, log2_of_one_plus(others + (e - 1.0)), others + e, (w + s * d) * f + e * t, q_row

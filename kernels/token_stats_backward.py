@@ -4,6 +4,9 @@ The loss enters only through these coefficients. With p = softmax and the incomi
 
     d loss / d u_v = [ g_logp 1[v = target] + p_v (g_lse - g_logp - g_entropy (entropy + log p_v)) ] / temperature
 
+g_logp - p g_logp of the target would lose its digits as p goes to 1. It is g_logp (1 - p), with 1 - p = 1 - e^logp made
+of the forward's logp, which keeps them.
+
 The chain rule through softcap and logit scale follows. A dead row (all three exactly 0, or masked) is written as zeros,
 and its logits are not read.
 
@@ -16,7 +19,7 @@ import triton
 import triton.language as tl
 
 from rlloss.kernels.launch import device_of, jit, launch_shape, registers
-from rlloss.kernels.online import LN_2, floored, softcapped, tanh
+from rlloss.kernels.online import LN_2, LOG2_E, floored, one_minus_exp, softcapped, tanh
 from rlloss.kernels.rows import Rows, per_row, row_at, row_offset, scales
 
 
@@ -26,36 +29,45 @@ def _gradient(
     logits,
     offsets,
     target,
-    g_logp,
-    common,
-    g_entropy,
+    own,
+    level,
+    slope,
     m,
     log_s,
-    scale,
     k,
     softcap,
     logit_scale,
     ENTROPY_GRAD: tl.constexpr,
 ):
-    """Return d loss / d logits of one tile. `common` = g_lse - g_logp - g_entropy * entropy."""
+    """Return d loss / d logits of one tile. own, level and slope are those of `coefs_of_row`."""
     t = floored((u - m) * k - log_s)
     p = tl.exp2(t)
     if ENTROPY_GRAD:
         # Where p underflows, t is floored, so p * t is 0 and not 0 * -inf.
-        grad = p * (common - g_entropy * LN_2 * t)
+        grad = p * (level + slope * t)
     else:
-        grad = p * common
-    grad = tl.where(offsets == target, grad + g_logp, grad) * scale
+        grad = p * level
+    grad = tl.where(offsets == target, own, grad)
     if softcap is not None:
-        slope = tanh(logits * logit_scale / softcap)
-        grad = grad * (1.0 - slope * slope) * logit_scale
+        bend = tanh(logits * logit_scale / softcap)
+        grad = grad * (1.0 - bend * bend) * logit_scale
     return grad
 
 
 @triton.jit
+def coefs_of_row(g_logp, g_entropy, g_lse, logp, entropy, scale):
+    """Return (own, level, slope): d loss / d u is own for the target, and p (level + slope log2 p) for all others."""
+    level = g_lse - tl.where(g_entropy == 0.0, 0.0, g_entropy * entropy)
+    slope = -g_entropy * LN_2
+    log2_p = floored(logp * LOG2_E)
+    own = g_logp * one_minus_exp(logp) + tl.exp2(log2_p) * (level + slope * log2_p)
+    return own * scale, (level - g_logp) * scale, slope * scale
+
+
+@triton.jit
 def write_gradient(
-    row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap,
-    logit_scale, ENTROPY_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, own, level, slope, m, log_s, k, softcap, logit_scale,
+    ENTROPY_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of entries [start, min(stop, V)) of a row. Each entry is read once and written once."""
     lanes = tl.arange(0, BLOCK_V)
@@ -65,8 +77,7 @@ def write_gradient(
         logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v).to(tl.float32)
         u = softcapped(logits, softcap, logit_scale)
         grad = _gradient(
-            u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
-            ENTROPY_GRAD,
+            u, logits, offsets, target, own, level, slope, m, log_s, k, softcap, logit_scale, ENTROPY_GRAD
         )  # fmt: skip
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(out_ptr.dtype.element_ty))
     if stop > full:
@@ -75,8 +86,7 @@ def write_gradient(
         logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
         u = softcapped(logits, softcap, logit_scale)
         grad = _gradient(
-            u, logits, offsets, target, g_logp, common, g_entropy, m, log_s, scale, k, softcap, logit_scale,
-            ENTROPY_GRAD,
+            u, logits, offsets, target, own, level, slope, m, log_s, k, softcap, logit_scale, ENTROPY_GRAD
         )  # fmt: skip
         tl.store(out_ptr + offsets.to(tl.int64) * out_v, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -157,14 +167,15 @@ def token_stats_backward_kernel(
         scale, k = scales(row, temperature, temperature_ptr, softcap, logit_scale)
         m = tl.load(saved_ptr + row)
         log_s = tl.load(saved_ptr + N + row)
-        common = g_lse - g_logp
-        # The logp of a target outside the vocabulary is NaN, and its gradient is NaN too.
-        common = tl.where((target >= 0) & (target < V) | (g_logp == 0.0), common, float("nan"))
+        entropy = 0.0
         if g_entropy_ptr is not None:
-            common = common - tl.where(g_entropy == 0.0, 0.0, g_entropy * tl.load(entropy_ptr + row))
+            entropy = tl.load(entropy_ptr + row)
+        own, level, slope = coefs_of_row(g_logp, g_entropy, g_lse, tl.load(saved_ptr + 2 * N + row), entropy, scale)
+        # The logp of a target outside the vocabulary is NaN, and its gradient is NaN too.
+        level = tl.where((target >= 0) & (target < V) | (g_logp == 0.0), level, float("nan"))
         write_gradient(
-            row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, g_logp, common, g_entropy, m, log_s, scale, k,
-            softcap, logit_scale, g_entropy_ptr is not None, BLOCK_V,
+            row_ptr, out_ptr, start, stop, V, stride_v, out_v, target, own, level, slope, m, log_s, k, softcap,
+            logit_scale, g_entropy_ptr is not None, BLOCK_V,
         )  # fmt: skip
 
 

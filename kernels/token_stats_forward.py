@@ -14,8 +14,20 @@ import triton.language as tl
 
 from rlloss.kernels.launch import device_of, jit, launch_shape, processors, registers
 from rlloss.kernels.launch_table import choice
-from rlloss.kernels.online import LN_2, collapse, fold, merge, softcapped
+from rlloss.kernels.online import LN_2, add_target, collapse, fold, merge, softcapped
 from rlloss.kernels.rows import Rows, as_rows, per_row, row_at, row_offset, scales, tile_offsets
+
+
+@triton.jit
+def _block(row_ptr, offsets, stride_v, softcap, logit_scale, ALIGNED: tl.constexpr):
+    """Return u and the numbers of the entries of a full block."""
+    logits = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
+    return softcapped(logits, softcap, logit_scale), as_rows(offsets, ALIGNED)
+
+
+@triton.jit
+def _largest_before(u, entries, target):
+    return tl.max(tl.where(entries < target, u, -float("inf")), axis=1)
 
 
 @triton.jit
@@ -35,7 +47,7 @@ def chunk_stats(
 ):
     """Return (m, s, w, q, sum u, largest u before the target) of entries [start, min(stop, V)).
 
-    Without EXTRA the last three are not computed.
+    m, s, w and q leave the target out. Without EXTRA the last three are not computed.
     """
     LANES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     R: tl.constexpr = BLOCK_V // LANES
@@ -49,27 +61,47 @@ def chunk_stats(
     lanes = tile_offsets(R, LANES, ALIGNED)
 
     # Full blocks carry no mask: a mask with a bound that is not a known multiple of 16 would prevent 16-byte loads.
+    # Those before and after the block with the target do not compare their entries with it.
     full = tl.minimum(stop, V // BLOCK_V * BLOCK_V)
-    for first in range(start, full, BLOCK_V):
-        offsets = first + lanes
-        logits = as_rows(tl.load(row_ptr + offsets.to(tl.int64) * stride_v), ALIGNED).to(tl.float32)
-        u = softcapped(logits, softcap, logit_scale)
-        m, s, w, q = fold(m, s, w, q, u, k, EXTRA)
+    place = tl.where((target >= start) & (target < stop), target, -1).to(tl.int32)
+    here = (place >= 0) & (place < full)
+    own = tl.where(here, place // BLOCK_V * BLOCK_V, full)
+    for part in range(tl.where(here, 2, 1)):
+        # Computed anew: a number that this loop carries on to the inner one's bound is lost by a pass of Triton 3.7.
+        begin = tl.where(part == 0, start, own + BLOCK_V)
+        for first in range(begin, tl.where(part == 0, own, full), BLOCK_V):
+            u, entries = _block(
+                row_ptr, tl.multiple_of(first, BLOCK_V) + lanes, stride_v, softcap, logit_scale, ALIGNED
+            )
+            m, s, w, q = fold(m, s, w, q, u, k, EXTRA)
+            if EXTRA:
+                total += tl.sum(u, axis=1)
+                before = tl.maximum(before, _largest_before(u, entries, target))
+    if here:
+        u, entries = _block(row_ptr, tl.multiple_of(own, BLOCK_V) + lanes, stride_v, softcap, logit_scale, ALIGNED)
+        m, s, w, q = fold(m, s, w, q, tl.where(entries == place, -float("inf"), u), k, EXTRA)
         if EXTRA:
             total += tl.sum(u, axis=1)
-            before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
+            before = tl.maximum(before, _largest_before(u, entries, target))
     if stop > full:
         offsets = tl.maximum(start, full) + lanes
         inside = offsets < V
         logits = tl.load(row_ptr + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0)
-        logits, inside = as_rows(logits, ALIGNED).to(tl.float32), as_rows(inside, ALIGNED)
-        u = tl.where(inside, softcapped(logits, softcap, logit_scale), -float("inf"))
-        m, s, w, q = fold(m, s, w, q, u, k, EXTRA)
+        logits, inside, entries = as_rows(logits, ALIGNED), as_rows(inside, ALIGNED), as_rows(offsets, ALIGNED)
+        u = tl.where(inside, softcapped(logits.to(tl.float32), softcap, logit_scale), -float("inf"))
+        m, s, w, q = fold(m, s, w, q, tl.where(entries == place, -float("inf"), u), k, EXTRA)
         if EXTRA:
             rest = tl.sum(tl.where(inside, u, 0.0), axis=1)
-            before = tl.maximum(before, tl.max(tl.where(as_rows(offsets, ALIGNED) < target, u, -float("inf")), axis=1))
+            before = tl.maximum(before, _largest_before(u, entries, target))
     m_row, s_row, w_row, q_row = collapse(m, s, w, q, k, EXTRA)
     return m_row, s_row, w_row, q_row, tl.sum(total + rest, axis=0), tl.max(before, axis=0)
+
+
+@triton.jit
+def target_u(row_ptr, stride_v, target, inside, softcap, logit_scale):
+    """Return u of the target, or -inf if it is outside the vocabulary. Then the row's first entry is read."""
+    logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
+    return tl.where(inside, softcapped(logit, softcap, logit_scale), -float("inf"))
 
 
 @triton.jit
@@ -96,17 +128,16 @@ def _finish(
     softcap,
     logit_scale,
 ):
-    # A target outside the vocabulary reads the row's first entry, and its logp becomes NaN.
     inside = (target >= 0) & (target < V)
-    logit = tl.load(row_ptr + tl.where(inside, target, 0).to(tl.int64) * stride_v).to(tl.float32)
-    u_target = softcapped(logit, softcap, logit_scale)
-    log_s = tl.log2(s)
-    logp = (u_target - m) * scale - log_s * LN_2
-    tl.store(logp_ptr + row, tl.where(inside, logp, float("nan")))
+    u_target = target_u(row_ptr, stride_v, target, inside, softcap, logit_scale)
+    m, log_s, s, w, q = add_target(m, s, w, q, u_target, k, extra_ptr is not None)
+    logp = tl.where(inside, (u_target - m) * scale - log_s * LN_2, float("nan"))
+    tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, (log_s - w / s) * LN_2)
     tl.store(lse_ptr + row, m * scale + log_s * LN_2)
     tl.store(saved_ptr + row, m)
     tl.store(saved_ptr + N + row, log_s)
+    tl.store(saved_ptr + 2 * N + row, logp)
     if extra_ptr is not None:
         tl.store(extra_ptr + row, total * scale / V)
         tl.store(extra_ptr + N + row, (tl.log2(q) - 2.0 * log_s) * LN_2)
@@ -256,15 +287,15 @@ def token_stats_forward(
     """Return (logp, entropy, lse, saved, extra) of logits [..., V], all in fp32 and 0 where masked.
 
     target and mask are contiguous with N entries. transform is (temperature, softcap, logit_scale), with temperature a
-    number or shaped like target. logp, entropy and lse are shaped like target [...]. saved [2, ...] is (m, log2 s) for
-    the backward. extra is [3, ...] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed even if it is
-    not requested, because it costs no memory access. `split` gives each chunk of a row its own program; None: if the
-    rows are too few to fill the device.
+    number or shaped like target. logp, entropy and lse are shaped like target [...]. saved [3, ...] is (m, log2 s,
+    logp) for the backward. extra is [3, ...] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed even
+    if it is not requested, because it costs no memory access. `split` gives each chunk of a row its own program; None:
+    if the rows are too few to fill the device.
     """
     rows = Rows(logits)
     shape, like = target.shape, {"dtype": torch.float32, "device": logits.device}
     logp, entropy_out, lse = torch.empty(shape, **like), torch.empty(shape, **like), torch.empty(shape, **like)
-    saved = torch.empty((2, *shape), **like)
+    saved = torch.empty((3, *shape), **like)
     more = torch.empty((3, *(shape if extra else (0,))), **like)
     if mask is not None:  # the kernel does not write masked rows
         torch._foreach_zero_([logp, entropy_out, lse, saved, more])  # type: ignore

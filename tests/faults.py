@@ -34,11 +34,14 @@ FAULTS = [
     ("kernels/online.py", "tl.sum((w + s * d) * f, axis=0)", "tl.sum(w * f, axis=0)", STATISTICS),
     (
         "kernels/token_stats_backward.py",
-        "grad = p * (common - g_entropy * LN_2 * t)",
-        "grad = p * (common + g_entropy * LN_2 * t)",
+        "grad = p * (level + slope * t)",
+        "grad = p * (level - slope * t)",
         STATISTICS,
     ),
-    ("kernels/token_stats_backward.py", "grad + g_logp, grad) * scale", "grad + g_logp, grad)", STATISTICS),
+    ("kernels/token_stats_backward.py", "return own * scale, (level", "return own, (level", STATISTICS),
+    ("kernels/token_stats_backward.py", "g_logp * one_minus_exp(logp)", "g_logp * (1.0 - tl.exp(logp))", STATISTICS),
+    ("kernels/token_stats_forward.py", "here = (place >= 0) & (place < full)", "here = place < 0", STATISTICS),
+    ("rlloss/torch_kernels/rows.py", "own - g_logp * torch.expm1(logp)", "own + g_logp * (1 - logp.exp())", STATISTICS),
     (
         "kernels/token_stats_backward.py",
         "(1.0 - slope * slope) * logit_scale",
@@ -81,8 +84,8 @@ FAULTS = [
     ),
     (
         "kernels/gradient_in_forward.py",
-        "-coef - g_entropy * entropy, float",
-        "-coef, float",
+        "coefs_of_row(coef, g_entropy, 0.0, logp, entropy, scale)",
+        "coefs_of_row(coef, g_entropy, 0.0, logp, 0.0, scale)",
         "all: tests/logits/test_gradient_in_forward.py",
     ),
     (

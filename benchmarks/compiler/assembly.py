@@ -67,13 +67,12 @@ def innermost_loops(code: Code) -> list[set[int]]:
                 todo += edges(at)
         return seen
 
-    bodies = set()
+    entry, bodies = min(code), set()
     for at, instruction in code.items():
         for head in (to for to in instruction.next if to <= at):
-            # Instructions that lead to the head and follow from it: a jump back from a detour is not a separate loop.
-            body = reach(at, before.__getitem__, {head}) & reach(head, lambda n: code[n].next, set())
-            if at in body:
-                bodies.add(frozenset(body))
+            # All ways to a loop pass its head: a jump back from a detour, or to shared code, is not a separate loop.
+            if head == entry or at not in reach(entry, lambda n: code[n].next, {head}):
+                bodies.add(frozenset(reach(at, before.__getitem__, {head})))
     return [set(body) for body in bodies if not any(other < body for other in bodies)]
 
 

@@ -102,7 +102,7 @@ def call_rows(dtype: str, case: str) -> None:
         token_stats_forward.token_stats_forward(logits, target, mask, scaling, extra=everything, split=split)
     for held in (None, (logits, numbers[0])) if case == "plain" else (None,):
         token_stats_backward.token_stats_backward(
-            logits, target, mask, scaling, (torch.ones(2, N), numbers), (numbers, more, more), held=held
+            logits, target, mask, scaling, (torch.ones(3, N), numbers), (numbers, more, more), held=held
         )
     x = torch.ones(B, T)
     for cispo in (0.0, 1.0) if twice else (0.0,):
@@ -114,9 +114,7 @@ def call_rows(dtype: str, case: str) -> None:
     if layout != "strided":  # tiles are fp32 and contiguous; their gradient has the dtype of the weight
         tile = logits_of(V, torch.float32, layout).flatten(0, 1)
         logits_tile.fold_tile(tile, 0, target, torch.zeros(7, N), scaling, entropy=True, extra=everything)
-        logits_tile.gradient_tile(
-            tile, 0, target, scaling, (numbers, numbers, numbers), (numbers, more, more), DTYPES[dtype]
-        )
+        logits_tile.gradient_tile(tile, 0, target, scaling, (numbers,) * 4, (numbers, more, more), DTYPES[dtype])
     if of["softcap"] is None:
         rules = entropy_temperature.RULES if case == "plain" else entropy_temperature.RULES[:1]
         for rule, out in [(rule, logits[0]) for rule in rules] + [(rules[0], None)] * (case == "plain"):

@@ -95,8 +95,8 @@ def _taken(coefs: Coefs, rows: Picked) -> Coefs:
 
 def _stats_of(stats: Stats, live: Picked) -> Stats:
     """Return the statistics of the live rows. In unused slots the row maximum is +inf, so every probability is 0."""
-    m, log_s = stats.saved
-    saved = torch.stack((live.take(m, fill=torch.inf), live.take(log_s)))
+    m, *others = stats.saved
+    saved = torch.stack((live.take(m, fill=torch.inf), *(live.take(x) for x in others)))
     return Stats(stats.logp, live.take(stats.entropy), stats.lse, saved, stats.extra)
 
 
@@ -348,7 +348,7 @@ def _backward_op(
                 grads = (None if g is None else g.masked_fill(exceeded, torch.nan) for g in grads)
         found = _backward(
             hidden, Head(weight, bias, dtype), rows, None,
-            (saved.reshape(2, -1), None if entropy is None else entropy.reshape(-1)), grads, None,
+            (saved.reshape(3, -1), None if entropy is None else entropy.reshape(-1)), grads, None,
             (needs_hidden, needs_weight, needs_bias),
         )  # fmt: skip
     h, w, b = (hidden.new_empty(0) if g is None else g for g in found)

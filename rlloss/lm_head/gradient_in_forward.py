@@ -134,7 +134,7 @@ class _Made:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=sums, device=hidden.device)
 
-        self.logp, self.entropy, self.saved, self.coefs = zeros(n), zeros(n), zeros(2, n), zeros(2, n)
+        self.logp, self.entropy, self.saved, self.coefs = zeros(n), zeros(n), zeros(3, n), zeros(2, n)
         # A single chunk writes its product straight into the weight's gradient. Several are added up in fp32. So is an
         # fp16 gradient, which would underflow before it is scaled.
         adds_up = n > step or any(x is not None and x.dtype == torch.float16 for x in (head.weight, head.bias))

@@ -23,8 +23,8 @@ _PART = 4096  # rows to which the target's row of the weight is added at a time
 class JacobianSum:
     """The sum over v != t of c_v p_v W_v of the rows in `hold`, added up along the blocks of the vocabulary.
 
-    The terms are relative to the running maximum of a row, so the sum is scaled whenever the maximum grows. The
-    target's own term is left out: as p_t goes to 1 it would cancel against W_t.
+    The terms are relative to the running maximum of these entries, so the sum is scaled whenever it grows. The target's
+    own term is left out: as p_t goes to 1 it would cancel against W_t.
     """
 
     def __init__(self, hold: Hold, hidden: Tensor, head: Head, target: Tensor, transform: Transform):
@@ -40,7 +40,7 @@ class JacobianSum:
             chunk, r: number of the chunk of rows, and its rows.
             tile: `[R, C]` raw logits, which are overwritten. w: `[C, D]`, their block of the weight, an operand.
             start: first vocabulary entry of the block on this rank.
-            m: the running maximum `[R]` before and after this block.
+            m: the running maximum `[R]` of all but the target, before and after this block.
         """
         own, inside = self._hold.of_chunk(chunk, r)
         before, now = m
@@ -51,15 +51,11 @@ class JacobianSum:
         # A finite number where every entry so far is -inf.
         now = now.clamp(min=torch.finfo(now.dtype).min)
         nothing = torch.zeros_like(now)
-        # With -1 as the coefficient of logp, the gradient of an entry other than the target's is c_v exp(u_v - m).
+        # With a coefficient of -1 and a logp of 0, the gradient is c_v exp(u_v - m), and 0 for the target.
         terms = backends.of(tile).gradient_tile(
-            tile, self._head.offset + start, target, transform, (now, nothing, None), (nothing - 1, None, None),
-            self._operand_dtype,
+            tile, self._head.offset + start, target, transform, (now, nothing, nothing, None),
+            (nothing - 1, None, None), self._operand_dtype,
         )  # fmt: skip
-        place = target.long() - (self._head.offset + start)
-        here = ((place >= 0) & (place < tile.shape[1])).unsqueeze(-1)
-        place = place.unsqueeze(-1).where(here, 0)
-        terms.scatter_(-1, place, terms.gather(-1, place).masked_fill_(here, 0.0))
         total = self._sum[own]
         if start > 0:
             total.mul_(torch.exp2((before - now) * row_scale(*transform) * LOG2_E).unsqueeze(-1))
@@ -68,7 +64,7 @@ class JacobianSum:
     def finished(self, of_rank: Tensor, m: Tensor, log_s: Tensor, logp: Tensor, u_target: Tensor) -> Tensor:
         """Return d logp / d hidden `[rows, D]` of the held rows, from statistics `[N]` of all rows.
 
-        of_rank is the maximum over this rank's entries, m and log2 s are those of the whole row.
+        of_rank is the maximum over this rank's entries but the target, m and log2 s are those of the whole row.
         """
         head, target, (_, softcap, logit_scale) = self._head, self._target, self._transform
         scale = row_scale(*self._transform)

@@ -18,9 +18,9 @@ from rlloss.lm_head.jacobian import JacobianSum
 from rlloss.lm_head.matmul import multiply
 from rlloss.lm_head.row_subset import Hold, Picked
 from rlloss.logits.transform import Transform
-from rlloss.torch_kernels.rows import LOG2_E, row_scale
+from rlloss.torch_kernels.rows import LOG2_E, add_target, row_scale
 
-STATE = 7  # m, s, w, q, sum of u, largest u before the target, u of the target
+STATE = 7  # m, s, w, q of all but the target, sum of u, largest u before the target, u of the target
 CPU_ROWS, CPU_WIDTH = 1024, 2048
 INVARIANT_ROWS = {"cpu": 128}
 GPU_INVARIANT_ROWS = 512
@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Statistics of [N] rows. saved [2, N] is (m, log2 s); extra [3, N] is (mean logit, log sum p^2, is_top1), or
+    """Statistics of [N] rows. saved [3, N] is (m, log2 s, logp); extra [3, N] is (mean logit, log sum p^2, is_top1), or
     [3, 0]. logits holds raw logits that `forward` kept, by blocks of the vocabulary, or None."""
 
     logp: Tensor
@@ -201,7 +201,7 @@ def forward(
         state = head.shard.merge(state, scale * LOG2_E)
     stats = _finish(state, head.V, target, transform, wanted)
     if jacobian is not None:
-        m, log_s = stats.saved
+        m, log_s, _ = stats.saved
         return stats, jacobian.finished(of_rank, m, log_s, stats.logp, state[6])
     return stats, None if keep is None else Kept(kept, keep.rows)
 
@@ -209,8 +209,8 @@ def forward(
 def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted: Wanted) -> Stats:
     m, s, w, q, total, before, u_target = state
     scale = row_scale(*transform)
-    log_s = torch.log2(s)
     inside = (target >= 0) & (target < V)
+    m, log_s, s, w, q = add_target(m, s, w, q, torch.where(inside, u_target, -math.inf), scale)
     logp = torch.where(inside, (u_target - m) * scale - log_s * math.log(2), math.nan)
     entropy = (log_s - w / s) * math.log(2) if wanted.entropy else torch.zeros_like(logp)
     lse = m * scale + log_s * math.log(2)
@@ -220,7 +220,7 @@ def _finish(state: Tensor, V: int, target: Tensor, transform: Transform, wanted:
         extra[1] = (torch.log2(q) - 2 * log_s) * math.log(2)
         # argmax is the first maximum, so no equal entry may precede the target. In a NaN row no entry is the argmax.
         extra[2] = (inside & (u_target >= m) & (before < u_target) & (s == s)).to(s.dtype)
-    return Stats(logp, entropy, lse, torch.stack((m, log_s)), extra)
+    return Stats(logp, entropy, lse, torch.stack((m, log_s, logp)), extra)
 
 
 def keep_only(kept: Kept, live: Picked, V: int) -> None:
@@ -303,11 +303,11 @@ def backward(
                     buffer = torch.empty(min(rows, n) * width, dtype=dtype, device=device)
                 assert w is not None
                 tile = _logits(head, hidden[r], w, start, buffer[: R * C].view(R, C), "recompute")
-            m, log_s = stats.saved[:, r]
             entropy = None if coefs.entropy is None else stats.entropy[r]
             gradient = folder.gradient_tile(
-                tile, head.offset + start, target[r], transform.of(r), (m, log_s, entropy), coefs.of(r), operand_dtype
-            )
+                tile, head.offset + start, target[r], transform.of(r), (*stats.saved[:, r], entropy), coefs.of(r),
+                operand_dtype,
+            )  # fmt: skip
             add = r.start > 0 or (into is not None and not into.empty)
             if g_hidden is not None:
                 assert w is not None

@@ -86,7 +86,7 @@ def _fake(logits, target, mask, temperatures, temperature, softcap, logit_scale,
     dtype = _stats_dtype(logits)
     row = [logits.new_empty(target.shape, dtype=dtype) for _ in range(3)]
     more = logits.new_empty((3, *(target.shape if extra else (0,))), dtype=dtype)
-    return *row, logits.new_empty((2, *target.shape), dtype=dtype), more
+    return *row, logits.new_empty((3, *target.shape), dtype=dtype), more
 
 
 def _fake_gradient(logits, *_):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlloss.torch_kernels.rows import FLOOR, LOG2_E, row_scale
+from rlloss.torch_kernels.rows import FLOOR, LOG2_E, of_target, row_scale
 
 PART_ENTRIES = 1 << 17  # entries of a part, per thread
 
@@ -64,6 +64,9 @@ def fold_tile(
         columns = torch.arange(C, device=tile.device)
         earlier = torch.where(columns < local.unsqueeze(-1), u, -math.inf).amax(-1)
         before.copy_(torch.maximum(before, earlier))
+    # m, s, w and q leave the target out: -inf takes its place, for as long as the tile is read.
+    place = place.unsqueeze(-1).long()
+    u.scatter_(-1, place, torch.where(local.unsqueeze(-1) == place, -math.inf, own.unsqueeze(-1)))
 
     scale = row_scale(*transform)
     m_new = torch.maximum(m, u.amax(-1))
@@ -88,6 +91,8 @@ def fold_tile(
     if extra:
         q.mul_(rescale * rescale).add_(sum_ee)
     m.copy_(m_new)
+    if not overwrite:
+        u.scatter_(-1, place, own.unsqueeze(-1))
 
 
 def gradient_tile(
@@ -95,12 +100,12 @@ def gradient_tile(
     start: int,
     target: Tensor,
     transform: tuple[Tensor | float, float | None, float],
-    stats: tuple[Tensor, Tensor, Tensor | None],
+    stats: tuple[Tensor, Tensor, Tensor, Tensor | None],
     coefs: tuple[Tensor | None, Tensor | None, Tensor | None],
     dtype: torch.dtype,
 ) -> Tensor:
     """See `rlloss.kernels.logits_tile.gradient_tile`."""
-    (_, softcap, logit_scale), (m, log_s, entropy), (g_logp, g_entropy, g_lse) = transform, stats, coefs
+    (_, softcap, logit_scale), (m, log_s, logp, entropy), (g_logp, g_entropy, g_lse) = transform, stats, coefs
     scale = row_scale(*transform)
     bend = None
     u = tile
@@ -126,8 +131,9 @@ def gradient_tile(
     if g_logp is not None:
         local = target - start
         inside = (local >= 0) & (local < tile.shape[1])
-        own = torch.where(inside, g_logp * scale, 0.0)
-        out.scatter_add_(-1, torch.where(inside, local, 0).unsqueeze(-1).long(), own.unsqueeze(-1))
+        place = torch.where(inside, local, 0).unsqueeze(-1).long()
+        own = (of_target(coefs, logp, entropy) * scale).unsqueeze(-1)
+        out.scatter_(-1, place, torch.where(inside.unsqueeze(-1), own, out.gather(-1, place)))
     if bend is not None:
         out.mul_((1 - bend * bend).mul_(logit_scale))
     return out.to(dtype)

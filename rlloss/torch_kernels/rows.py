@@ -73,6 +73,32 @@ def write(matrix: Tensor, rows: slice | Tensor, tile: Tensor) -> None:
             matrix[row] = values
 
 
+def add_target(
+    m: Tensor, s: Tensor, w: Tensor, q: Tensor, u: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `rlloss.kernels.online.add_target`."""
+    m_row = torch.maximum(m, u)
+    shift = torch.where(m_row == -math.inf, 0.0, m_row)
+    d, t = (((x - shift) * (scale * LOG2_E)).clamp(min=FLOOR[m.dtype]) for x in (m, u))
+    f, e = torch.exp2(d), torch.exp2(t)
+    others = s * f
+    log_s = torch.log1p(others + (e - 1)) * LOG2_E
+    return m_row, log_s, others + e, (w + s * d) * f + e * t, q * f * f + e * e
+
+
+def of_target(
+    coefs: tuple[Tensor | None, Tensor | None, Tensor | None], logp: Tensor, entropy: Tensor | None
+) -> Tensor:
+    """Return d loss / d u of the targets. g_logp (1 - p), with 1 - p from logp, keeps its digits as p goes to 1."""
+    g_logp, g_entropy, g_lse = coefs
+    level = torch.zeros_like(logp) if g_lse is None else g_lse
+    if g_entropy is not None:
+        assert entropy is not None
+        level = level - g_entropy * (entropy + logp.clamp(min=FLOOR[logp.dtype]))
+    own = torch.exp(logp) * level
+    return own if g_logp is None else own - g_logp * torch.expm1(logp)
+
+
 def softcapped(tile: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     return tile if softcap is None else torch.tanh(tile * (logit_scale / softcap)).mul_(softcap)
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlloss.torch_kernels.rows import FLOOR, exponents, flat, reader, row_scale, tiles, write
+from rlloss.torch_kernels.rows import FLOOR, exponents, flat, of_target, reader, row_scale, tiles, write
 
 
 def token_stats_backward(
@@ -36,7 +36,7 @@ def token_stats_backward(
 
     # With e = 2^t, p = e / s and log p = (t - log2 s) ln 2, the gradient is e (slope t + level), except at the target's
     # entry. slope and level are constant along the row.
-    m, log_s = saved.view(2, -1)
+    m, log_s, logp = saved.view(3, -1)
     scale = row_scale(flat(temperature), softcap, logit_scale)
     inside = (target >= 0) & (target < V)
     place = torch.where(inside, target, 0).long()
@@ -48,7 +48,7 @@ def token_stats_backward(
     to_e = scale * torch.exp2(-log_s)
     level = level * to_e
     slope = None if g_entropy is None else g_entropy * to_e * -math.log(2)
-    own = None if g_logp is None else g_logp * scale
+    own = None if g_logp is None else of_target((g_logp, g_entropy, g_lse), logp, entropy) * scale
     for rows in tiles(live_rows, V):
         u = read(rows)
         bend = None
@@ -62,7 +62,7 @@ def token_stats_backward(
             e = torch.exp2(t.clamp_(min=FLOOR[dtype]))
             out = t.mul_(slope[rows].unsqueeze(-1)).add_(level[rows].unsqueeze(-1)).mul_(e)
         if own is not None:
-            out.scatter_add_(-1, place[rows].unsqueeze(-1), own[rows].unsqueeze(-1))
+            out.scatter_(-1, place[rows].unsqueeze(-1), own[rows].unsqueeze(-1))
         if bend is not None:
             out.mul_((1 - bend * bend).mul_(logit_scale))
         write(matrix, rows, out)

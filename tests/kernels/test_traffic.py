@@ -200,10 +200,10 @@ def test_the_tiles_of_a_product(monkeypatch, case):
 
     given = (not case["extra"], case["entropy"], case["lse"])
     g_logp, g_entropy, g_lse = (torch.randn(4) if some else None for some in given)
-    m, log_s, entropy = torch.zeros(3, 4)
+    m, log_s, logp, entropy = torch.zeros(4, 4)
     with counted(monkeypatch) as traffic:
         out = logits_tile.gradient_tile(
-            tile, start, target, of.scaling, (m, log_s, entropy), (g_logp, g_entropy, g_lse), case["dtype"]
+            tile, start, target, of.scaling, (m, log_s, logp, entropy), (g_logp, g_entropy, g_lse), case["dtype"]
         )
     assert len(traffic.all) == 1 and (traffic.of(tile, READ) == 1).all()
     written_once(traffic, out)

@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlloss import backends, linear_token_stats, reference
+from rlloss import LinearGRPOLoss, backends, linear_token_stats, reference
 from rlloss.lm_head import vocab_loop
 from rlloss.lm_head.call import Expected, HeadInputs, HeadOptions, prepare
 from rlloss.logits.statistics import OUTPUTS
@@ -15,6 +15,7 @@ from rlloss.torch_kernels import logits_tile
 from tests.support.heads import NAMES, problem
 from tests.support.loss_cases import BACKENDS, DEVICE
 from tests.support.rounding import assert_sums_close
+from tests.support.saturation import CLOSE, exact, relative_error, saturated
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 PLANS = ("recompute", "keep")
@@ -80,6 +81,35 @@ def assert_as_good_as_torch(x: dict, *, live=None, plans=PLANS, **settings) -> N
 def test_values_and_gradients_are_as_good_as_torchs(V, kind, dtype):
     N = {7: 37, 2049: 1}.get(V, 5)
     assert_as_good_as_torch(problem(kind if V > 4 else "uniform", N, V, dtype=dtype))
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "gradient_in_forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V", [2, 33, 1000])
+def test_a_target_that_leads_by_far_keeps_its_digits(monkeypatch, V, backend, dtype, plan):
+    """Hidden states of one 1 each make the weight's columns the logits, and its gradient theirs."""
+    monkeypatch.setattr(vocab_loop, "CPU_ROWS", 4)
+    monkeypatch.setattr(vocab_loop, "CPU_WIDTH", max(1, V // 4))
+    logits, target = (x.to(DEVICE) for x in saturated(V))
+    expected = exact(logits, target)
+    weight = logits.T.to(dtype).contiguous().requires_grad_()
+    hidden, n = torch.eye(len(target), dtype=dtype, device=DEVICE), len(target)
+    rounding = {"rtol": CLOSE + torch.finfo(dtype).eps * (dtype != torch.float32), "atol": 0.0}
+    with backends.backend(backend):
+        if plan == "gradient_in_forward":
+            ones = torch.ones(n, 1, device=DEVICE)
+            loss = LinearGRPOLoss(plan=plan)(hidden[:, None], weight, target[:, None], ones, mask=ones.bool()).loss
+            outputs = [(-n * loss, expected.grad)]
+        else:
+            stats = linear_token_stats(hidden, weight, target, entropy_grad=True, plan=plan)
+            assert relative_error(stats.logp, expected.logp) <= CLOSE
+            assert relative_error(stats.entropy, expected.entropy) <= CLOSE
+            outputs = [(stats.logp.sum(), expected.grad), ((stats.logp + 3 * stats.entropy).sum(), None)]
+        for output, grad in outputs:
+            (found,) = torch.autograd.grad(output, weight, retain_graph=True)
+            wanted = expected.grad + 3 * expected.entropy_grad if grad is None else grad
+            torch.testing.assert_close(found.T.double(), wanted, **rounding)
 
 
 SETTINGS = [

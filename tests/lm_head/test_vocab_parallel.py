@@ -8,6 +8,7 @@ from rlloss import GRPOLoss, LinearGRPOLoss, LossConfig, linear_token_stats, tok
 from rlloss.backends import backend
 from rlloss.lm_head import vocab_loop
 from tests.support.ranks import on_ranks
+from tests.support.saturation import CLOSE, exact, relative_error, saturated
 
 OUTPUTS = ("logp", "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 SPLIT = (70, 31)  # one rank's part is smaller, and one row has nothing above -inf in it
@@ -60,6 +61,12 @@ def _on_a_rank(rank, port, expected):
         if x.shape != y.shape:
             y = y[own]
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda m, i=i: f"{i}: {m}")
+    logits, target = saturated(sum(SPLIT))
+    weight = logits.T[own].contiguous().requires_grad_()
+    logp = linear_token_stats(torch.eye(len(target)), weight, target, vocab_group=distributed.group.WORLD).logp
+    logp.sum().backward()
+    assert relative_error(logp, exact(logits, target).logp) <= CLOSE
+    assert relative_error(weight.grad.T, exact(logits, target).grad[:, own]) <= CLOSE
     mean = torch.stack([x.double().sum() for x in found[:6]])
     both = [torch.zeros_like(mean) for _ in range(2)]
     distributed.all_gather(both, mean)

@@ -10,6 +10,7 @@ from rlloss import GRPOLoss, LossConfig, backends, reference, token_stats
 from rlloss.logits.gradient_in_forward import why_two_launches, worthwhile
 from tests.support.devices import DEVICE, FUSED
 from tests.support.rounding import assert_sums_close
+from tests.support.saturation import CLOSE, exact, relative_error, saturated
 
 pytestmark = pytest.mark.skipif(not backends.triton, reason="needs Triton")
 
@@ -91,6 +92,18 @@ def test_the_same_loss_gradient_and_metrics_as_in_two_launches(settings, more, p
         assert_same(found, expected)
         dead = (found[1] == 0).all(-1)
         assert dead.any() and not dead.all() and dead[~x["mask"]].all()
+
+
+@pytest.mark.parametrize("V", [2, 1000])
+def test_a_target_that_leads_by_far_keeps_its_digits(V):
+    logits, target = saturated(V)
+    leaf = logits.to(DEVICE).unsqueeze(1).requires_grad_()
+    advantage, mask = torch.linspace(0.5, 2.0, len(target), device=DEVICE), torch.ones(len(target), 1, device=DEVICE)
+    loss = GRPOLoss(single_launch=True)(leaf, target.to(DEVICE).unsqueeze(1), advantage, mask=mask.bool()).loss
+    for factor in (1.0, 3.0):
+        (found,) = torch.autograd.grad(factor * loss, leaf, retain_graph=True)
+        expected = exact(logits, target).grad * (-factor / len(target) * advantage.double().cpu()).unsqueeze(-1)
+        assert relative_error(found.squeeze(1).cpu(), expected) <= CLOSE
 
 
 @pytest.mark.parametrize("V, view", [(7, None), (40000, None), (300, "cut"), (129, "strided")])
