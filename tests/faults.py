@@ -44,8 +44,8 @@ FAULTS = [
     ("rlloss/torch_kernels/rows.py", "own - g_logp * torch.expm1(logp)", "own + g_logp * (1 - logp.exp())", STATISTICS),
     (
         "kernels/token_stats_backward.py",
-        "(1.0 - slope * slope) * logit_scale",
-        "(1.0 - slope) * logit_scale",
+        "(1.0 - bend * bend) * logit_scale",
+        "(1.0 - bend) * logit_scale",
         STATISTICS,
     ),
     (

@@ -114,7 +114,9 @@ def call_rows(dtype: str, case: str) -> None:
     if layout != "strided":  # tiles are fp32 and contiguous; their gradient has the dtype of the weight
         tile = logits_of(V, torch.float32, layout).flatten(0, 1)
         logits_tile.fold_tile(tile, 0, target, torch.zeros(7, N), scaling, entropy=True, extra=everything)
-        logits_tile.gradient_tile(tile, 0, target, scaling, (numbers,) * 4, (numbers, more, more), DTYPES[dtype])
+        logits_tile.gradient_tile(
+            tile, 0, target, scaling, (numbers, numbers, numbers, numbers), (numbers, more, more), DTYPES[dtype]
+        )
     if of["softcap"] is None:
         rules = entropy_temperature.RULES if case == "plain" else entropy_temperature.RULES[:1]
         for rule, out in [(rule, logits[0]) for rule in rules] + [(rules[0], None)] * (case == "plain"):
