@@ -208,6 +208,6 @@ def gradient_in_forward(
             BLOCK_V=BLOCK_V,
             CHUNK_V=CHUNK_V,
             num_warps=num_warps,
-            **registers(logits, num_warps, simple=aligned and softcap is None),
+            **registers(logits, num_warps, simple=aligned and softcap is None, most=64),
         )  # fmt: skip
     return grad, logp, entropy, saved, coef, g_entropy

@@ -47,14 +47,16 @@ def shape_of(chosen: tuple[int, ...], V: int, block_v: int | None = None) -> tup
     return block_v, chunk_v, triton.cdiv(V, chunk_v), max(1, min(warps, block_v * warps // most))
 
 
-def registers(x: torch.Tensor, num_warps: int, *, simple: bool) -> dict[str, int]:
+def registers(x: torch.Tensor, num_warps: int, *, simple: bool, most: int | None = None) -> dict[str, int]:
     """Return launch options for rows like those of x. simple: rows are aligned, and only a loss's needs are computed.
 
     If not simple, ptxas by default takes too few registers and spills. The limit given here lets three programs of 8
-    warps fit a multiprocessor, or four of 4 warps, whose threads may have twice the entries.
+    warps fit a multiprocessor, or four of 4 warps, whose threads may have twice the entries. If simple, the limit is
+    `most`, for a kernel in which ptxas takes more than it needs.
     """
     nvidia = launch_table.generation(x.device).startswith("sm_")
-    return {"maxnreg": 80 if num_warps >= 8 else 128} if nvidia and not simple else {}
+    limit = most if simple else 80 if num_warps >= 8 else 128
+    return {"maxnreg": limit} if nvidia and limit else {}
 
 
 def on_16_bytes(x: torch.Tensor) -> torch.Tensor:
