@@ -288,9 +288,9 @@ def token_stats_forward(
 
     target and mask are contiguous with N entries. transform is (temperature, softcap, logit_scale), with temperature a
     number or shaped like target. logp, entropy and lse are shaped like target [...]. saved [3, ...] is (m, log2 s,
-    logp) for the backward. extra is [3, ...] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed even
-    if it is not requested, because it costs no memory access. `split` gives each chunk of a row its own program; None:
-    if the rows are too few to fill the device.
+    logp) for the backward. extra is [3, ...] (mean logit, log sum p^2, is_top1), or [3, 0]. The entropy is computed
+    even if it is not requested, because it costs no memory access. `split` gives each chunk of a row its own program;
+    None: if the rows are too few to fill the device.
     """
     rows = Rows(logits)
     shape, like = target.shape, {"dtype": torch.float32, "device": logits.device}

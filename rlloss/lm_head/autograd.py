@@ -263,7 +263,7 @@ def _fake_stats(
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     row = [hidden.new_empty(target.shape, dtype=dtype) for _ in range(3)]
     more = hidden.new_empty((3, *_extra_shape(target, extra)), dtype=dtype)
-    return *row, hidden.new_empty((2, *target.shape), dtype=dtype), more
+    return *row, hidden.new_empty((3, *target.shape), dtype=dtype), more
 
 
 @_operators("linear_token_stats", fake=_fake_stats)

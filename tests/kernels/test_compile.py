@@ -201,7 +201,7 @@ def call():
                 logits_tile.fold_tile(tile, first, target, running, (number, None, 1), entropy=True, extra=False)
                 row = running[0]
                 logits_tile.gradient_tile(
-                    tile, first, target, (number, None, 1), (row, row, None), (row, None, None), torch.bfloat16)
+                    tile, first, target, (number, None, 1), (row, row, row, None), (row, None, None), torch.bfloat16)
     for N in (0, 1, 2, 16, 17, 5000, 2 ** 20):
         entropy, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool)
         for rho in (0, 0.0, 0.2, 0.7, 1.0, 1):

@@ -121,7 +121,7 @@ class OnGpu(torch.Tensor):
     """A tensor on a CPU that says it is on a GPU."""
 
     is_cuda = True
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore
 
 
 @pytest.mark.parametrize("add", [True, False])
