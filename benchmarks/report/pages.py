@@ -124,13 +124,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "hidden states": lambda: table(
         CPU, "hidden", PLANS | TRL_CPU | PLAIN | LIGER | BARE,
         _columns({f"{dtype}, fill {fill:g}": {"model": "small", "dtype": dtype, "fill": fill}
-                  for dtype in ("float32", "bfloat16") for fill in (0.5, 1.0)}),
+                  for dtype, fill in (("float32", 0.5), ("float32", 1.0), ("bfloat16", 0.5))}),
         ms, peak,
     ),
     "hidden states, frozen head": lambda: table(
         CPU, "hidden", PLANS | FROZEN | TRL_CPU | PLAIN,
-        _columns({dtype: {"model": "small", "dtype": dtype, "kind": "frozen head"}
-                  for dtype in ("float32", "bfloat16")}),
+        _rhos(model="small", dtype="float32", kind="frozen head"),
         ms, peak,
     ),
     "hidden states, D 4096": lambda: table(
@@ -138,8 +137,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     ),
     "real heads": lambda: table(
         CPU, "hidden", PLANS | TRL_CPU | PLAIN | {"torch.compile of plain logits": "torch.compile"} | BARE,
-        _columns({model: {"model": model, "dtype": "float32"}
-                  for model in ("Qwen2.5-0.5B", "Qwen3-8B", "Llama-3-8B", "Gemma-3-4B")}),
+        _rhos(model="Qwen2.5-0.5B", dtype="float32"),
         ms,
     ),
     "logits": lambda: table(

@@ -156,7 +156,8 @@ class SecondCall:
         not_counted = {id(p) for head in heads for p in head.parameters()}
         backbone = [p for p in model.parameters() if id(p) not in not_counted]
         # Two operations a token for each weight that a gradient passes, and two more for the gradient of that weight.
-        flop = sum(2 * p.numel() * (1 + p.requires_grad) for p in backbone)
+        # (ZeRO-3 empties parameters and notes their size.)
+        flop = sum(2 * getattr(p, "ds_numel", p.numel()) * (1 + p.requires_grad) for p in backbone)
         self._seconds_of_token = flop / (FLOPS_OF_HALF if half else FLOPS)
         self._seconds = SECONDS_OF_MODULE * sum(not m._modules for m in model.modules())
 
