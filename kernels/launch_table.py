@@ -9,8 +9,9 @@ They are looked up, never tuned at run time. The numbers per kernel are::
     tile            rows, entries of a tile of logits from hidden states
 
 An entry holds for vocabularies up to its V; the one with the largest V also holds beyond. Generations have the names
-that compilers use. "" stands for generations without an entry. `benchmarks/tune.py --write` measures on the present
-GPU and writes its results here. `tuned` then says where and when, and is empty for entries that were not measured.
+that compilers use. "" stands for generations without an entry of their own or of their family.
+`benchmarks/tune.py --write` measures on the present GPU and writes its results here. `tuned` then says where and when,
+and is empty for entries that were not measured.
 
 Entries that were not measured follow from the compiler's report (`benchmarks/compiler/report.py`). They have no spills,
 at most 64 registers, and the most resident warps under one condition: one block of each resident program must together
@@ -26,6 +27,8 @@ from typing import NamedTuple
 import torch
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Generations without an entry take those of their family: warps are as wide, and loads as wide.
+FAMILIES = {"sm_10": "sm_100", "sm_11": "sm_100", "gfx9": "gfx942"}
 LARGEST = 262208  # entries of the largest vocabulary that was examined
 
 
@@ -64,7 +67,8 @@ TABLE: dict[tuple[str, str, str, int], Choice] = {
 @functools.cache
 def look_up(kernel: str, generation: str, dtype: str, V: int) -> tuple[int, ...]:
     """Return the numbers for a vocabulary of V entries. dtype is "bf16", "fp16" or "fp32"."""
-    for name in (generation, ""):
+    family = next((of for start, of in FAMILIES.items() if generation.startswith(start)), "")
+    for name in (generation, family, ""):
         sizes = sorted(key[3] for key in TABLE if key[:3] == (kernel, name, dtype))
         if sizes:
             size = next((size for size in sizes if V <= size), sizes[-1])

@@ -107,3 +107,18 @@ def test_the_tile_of_a_gpu_is_the_tables(table):
     assert vocab_loop.tile_shape(7, 50000, elsewhere, False) == (7, 7168)
     assert vocab_loop.tile_shape(7, 500, elsewhere, False) == (7, 500)
     assert choice("tile", elsewhere, torch.float32, 1) == (100, 51200)
+
+
+@pytest.mark.parametrize("generation, family", [
+    ("sm_103", "sm_100"), ("sm_110", "sm_100"), ("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("sm_120", ""),
+    ("sm_89", ""), ("gfx1100", ""),
+])  # fmt: skip
+def test_a_generation_without_an_entry_takes_that_of_its_family(generation, family):
+    for kernel in ("statistics", "gradient", "split", "single_launch"):
+        assert launch_table.look_up(kernel, generation, "bf16", 151936) == launch_table.look_up(
+            kernel, family, "bf16", 151936
+        )
+    if family:
+        assert launch_table.look_up("statistics", generation, "bf16", 1) != launch_table.look_up(
+            "statistics", "", "bf16", 1
+        )
