@@ -171,7 +171,7 @@ FAULTS = [
         LOSSES,
     ),
     ("rlloss/losses/aggregate.py", "return counted.sum().clamp(min=1)", "return counted.numel()", LOSSES),
-    ("rlloss/losses/kl.py", "e - d - 1.0, 1.0 - e", "e + d - 1.0, 1.0 - e", LOSSES),
+    ("rlloss/losses/kl.py", "small, e - d - 1.0)", "small, e + d - 1.0)", LOSSES),
     (
         "rlloss/losses/acting_tokens.py",
         "else acts & (ratio != 0)",
@@ -244,6 +244,18 @@ FAULTS = [
         "backward is None and torch.is_grad_enabled()",
         "False",
         "tests/losses/test_token_pass.py tests/logits/test_statistics.py",
+    ),
+    (
+        "rlloss/lm_head/jacobian.py",
+        "total.mul_(torch.exp2((before - now)",
+        "total.mul_(torch.exp2((now - now)",
+        "tests/lm_head/test_jacobian.py",
+    ),
+    (
+        "rlloss/lm_head/jacobian.py",
+        "(now, nothing, nothing, None)",
+        "(now, nothing, nothing - torch.inf, None)",
+        "tests/lm_head/test_jacobian.py",
     ),
     (
         "rlloss/lm_head/vocab_loop.py",
