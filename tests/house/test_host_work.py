@@ -21,8 +21,8 @@ STEPS = {
     "logits": (GRPOLoss, {"single_launch": False}, 25, 3, 420),
     "logits, entropy quantile": (GRPOLoss, {"top_entropy_quantile": 0.2}, 30, 11, 525),
     "logits, single launch": (GRPOLoss, {"single_launch": True}, 24, 3, 405),
-    "hidden": (LinearGRPOLoss, {}, 129, 3, 710),
-    "hidden, entropy quantile": (LinearGRPOLoss, {"top_entropy_quantile": 0.2}, 134, 11, 790),
+    "hidden": (LinearGRPOLoss, {}, 154, 3, 710),
+    "hidden, entropy quantile": (LinearGRPOLoss, {"top_entropy_quantile": 0.2}, 164, 11, 790),
 }
 
 

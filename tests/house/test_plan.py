@@ -128,7 +128,8 @@ def test_ligers_recorded_count():
     assert runs
     for run in runs:
         N = run["B"] * run["T"]
-        found = head_costs(CONFIG, completions=1, tokens=N, fill=run["counted"] / N)
+        frozen = run["kind"] == "frozen head"
+        found = head_costs(CONFIG, completions=1, tokens=N, fill=run["counted"] / N, frozen_head=frozen)
         assert found.ways[2].products == pytest.approx(run["peers"]["Liger"]["units"], rel=1e-6)
 
 
