@@ -27,8 +27,8 @@ PLANS = ("recompute", "keep", "gradient_in_forward", "jacobian")
 HELD = {"keep": "logits", "jacobian": "jacobian"}  # what a plan holds of rows; see `row_subset.Hold`
 HOLD_LOGITS = ("keep", "gradient_in_forward")
 # What a plan takes beside its products, in units: it writes and reads what it holds, or sums the weight's gradient over
-# chunks in fp32. Measured on an H200 with V 151,936, D 896 and 4,096, 8,192 and 32,768 rows: `keep` 0 to 0.1,
-# `gradient_in_forward` 0.2 to 0.6 more than `keep`, `jacobian` 0 to 0.3 more.
+# chunks in fp32. From an H200 with V 151,936, D 896 and 4,096 (benchmarks/results/nvidia-h200/runs.md): `keep` about
+# 0.1, `gradient_in_forward` 0.2 to 0.6 more than `keep`, `jacobian` 0 to 0.3 more.
 OVERHEAD = {"recompute": 0.0, "keep": 0.1, "gradient_in_forward": 0.3, "jacobian": 0.2}
 WORTHWHILE = 1.1
 SHARE_OF_MEMORY = 16
