@@ -151,7 +151,7 @@ class LinearGRPOLoss(nn.Module):
             the gradients of hidden and weight in the forward, from the logits of one chunk of rows at a time, and holds
             them: 1 + 2r products for a share r of live rows. It needs settings under which a token's coefficient
             depends on no other token (a ratio per token, no off-policy mask, top_entropy_quantile=1 or a `cutoff`).
-            "auto" takes the plan with the fewest products whose memory fits. `explain_plan` tells you which one.
+            "auto" is described there too. `explain_plan` tells you which one it takes.
         memory_budget: as for `linear_token_stats`.
         batch_invariant: make the bits of a row's logp independent of the rows around it.
         vocab_group: process group over which the vocabulary is split, as for `linear_token_stats`.

@@ -197,8 +197,9 @@ class PluginOptions:
         default="auto",
         metadata={
             "help": "How log-probabilities and entropies are computed from the model's hidden states: 'recompute', "
-            "'keep' or, for a frozen lm_head, 'jacobian' (see `rlloss.linear_token_stats`); 'auto': the one with the "
-            "fewest products that fits the memory; or 'trl': by TRL's own lm_head."
+            "'keep' or, for a frozen lm_head, 'jacobian' (see `rlloss.linear_token_stats`); 'auto': of those that fit "
+            "the memory and cost at most a tenth more than the cheapest, the one that holds least; or 'trl': by TRL's "
+            "own lm_head."
         },
     )
     lm_head_memory_budget: int | str | None = dataclasses.field(

@@ -221,9 +221,10 @@ class LinearTokenStats(torch.autograd.Function):
         hidden, weight, bias, _, _, saved, entropy, jacobian = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward computes the logits again
         rows, counted, hold, settings, gather = ctx.rest
-        if jacobian is not None and g_entropy is None and g_lse is None:
-            return from_jacobian(hidden, jacobian, hold.rows, counted, g_logp), None, None, None
+        # Gathered also where the Jacobian needs no weight: other ranks may have taken another plan, and all must join.
         with plain(hidden.device), gather(), backend(ctx.backend):
+            if jacobian is not None and g_entropy is None and g_lse is None:
+                return from_jacobian(hidden, jacobian, hold.rows, counted, g_logp), None, None, None
             head = Head(weight, bias, *settings)
             found = _backward(hidden, head, rows, counted, (saved, entropy), grads, kept, ctx.needs_input_grad[:3])
         return *found, None

@@ -47,9 +47,10 @@ def linear_token_stats(
             one tile of memory. "keep" holds the logits of the rows that count until the backward, which releases them:
             1 + 2r products. With a weight and bias that are not trained, these are 1 + 2r and 1 + r, and "jacobian"
             holds d logp / d hidden of the rows that count: 2 products for any r. (A gradient of the entropy or lse then
-            computes the logits again.) "auto" takes the plan with the fewest products that fits the budget, "jacobian"
-            only if neither an entropy with gradient nor lse is requested, and "recompute" under torch.compile. Ask for
-            "recompute" inside a checkpointed region, where what is held would stay. See `explain_plan`.
+            computes the logits again.) Of the plans that fit the budget and cost at most a tenth more than the cheapest
+            of them, "auto" takes the one that holds least; "jacobian" only if neither an entropy with gradient nor lse
+            is requested, and "recompute" under torch.compile. Ask for "recompute" inside a checkpointed region, where
+            what is held would stay. See `explain_plan`.
         memory_budget: bytes that a plan may hold beyond inputs, gradients and one tile, or a size such as "1GiB".
             None: a third of what plain logits would hold, 4 V bytes a row, but at most a sixteenth of the GPU's memory
             (2 GiB on a CPU); and 2 V D, half an fp32 gradient of the weight.

@@ -154,6 +154,9 @@ def test_a_frozen_head_costs_two_products():
         torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=ROUNDING, atol=ROUNDING)
         ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert_same_gradients(ours, theirs)
+        with patch_trl(memory_budget=4 * counted * D, live_share=0.2), rlloss.count_products() as products:
+            run(model, ids, labels)
+        assert products.units == 3  # it expected 1 + 2 * 0.2
         # A loss that uses the entropy is right at once, and as cheap as it can be from the second call on.
         for units in (1 + 1 + 2, 1 + 2):
             assert patch.head.bonus == (units == 3)
@@ -164,6 +167,18 @@ def test_a_frozen_head_costs_two_products():
     for of in (ours, theirs):
         del of["lm_head.weight"]
     assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("plan, empty", [("jacobian", False), ("jacobian", True), ("recompute", False)])
+def test_every_plan_gathers_the_head_in_both_passes(monkeypatch, plan, empty):
+    """ZeRO-3's gather is a collective. Ranks whose plans differ, or one without a token, must all take part in it."""
+    model, (ids, labels) = with_head(), batch()
+    model.lm_head.weight.requires_grad_(False)
+    sharded = Sharded(model.lm_head.weight)
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", sharded.gather)
+    with patch_trl(plan=plan), backend("torch"):
+        model(ids, labels=torch.full_like(labels, -100) if empty else labels, fused_lm_head=True).loss.backward()
+    assert sharded.entered == 2
 
 
 def test_no_token_at_all_is_a_differentiable_zero():
@@ -419,7 +434,7 @@ def test_the_plan_of_the_forward_is_that_of_the_backward():
 
 @pytest.mark.parametrize("options, message", [
     ({"plan": "gradient_in_forward"}, "plan: found 'gradient_in_forward', expected one of 'auto', 'recompute', 'keep'"),
-    ({"memory_budget": -1}, "memory_budget: found -1"),
+    ({"memory_budget": -1}, "memory_budget: found -1"), ({"live_share": 1.5}, "live_share: found 1.5"),
 ])  # fmt: skip
 def test_an_option_that_does_not_fit_is_named(options, message):
     with pytest.raises(ValueError, match=message):
